@@ -1,0 +1,11 @@
+"""What `ray job submit` starts: run a recipe.
+
+ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/recipes/demo.yaml
+"""
+
+import sys
+
+from tercet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

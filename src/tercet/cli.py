@@ -1,0 +1,336 @@
+"""The command line: the only place that prints or exits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tercet import __version__
+from tercet.errors import TercetError
+
+if TYPE_CHECKING:
+    from tercet.config import Config
+    from tercet.report import RunReport
+
+DEFAULT_STORAGE = "./tercet-store"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of the error (see errors.py); 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.call(arguments) or 0
+    except TercetError as error:
+        if arguments.debug:
+            raise
+        print(f"tercet: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  → {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tercet: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tercet", description="Fine-tune sentence-embedding models on triplets.")
+    parser.add_argument("--version", action="version", version=f"tercet {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
+    recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
+    recipe.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value")
+    recipe.add_argument("--run-id", help="instead of the one made from date, recipe and data")
+    store = argparse.ArgumentParser(add_help=False, parents=[common])
+    store.add_argument("--storage", default=DEFAULT_STORAGE, help="local folder or s3://bucket/prefix (%(default)s)")
+    store.add_argument("--endpoint-url", help="of an S3 server other than AWS")
+
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    shard = verbs.add_parser("shard", parents=[common], help="raw rows → a dataset version")
+    shard.add_argument("sources", nargs="+", metavar="SRC", help="JSONL, JSON, CSV, TSV or Parquet; also .gz and .zst")
+    shard.add_argument("--to", default=DEFAULT_STORAGE, metavar="URI", help="storage (%(default)s)")
+    shard.add_argument("--endpoint-url", help="of an S3 server other than AWS")
+    shard.add_argument("--name", required=True, help="of the dataset")
+    for column in ("anchor", "positive", "negative"):
+        shard.add_argument(f"--{column}", default=None, metavar="COLUMN", help=f"column that holds the {column} ({column})")
+    shard.add_argument("--pairs", action="store_true", help="there is no negative column")
+    shard.add_argument("--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor")
+    shard.add_argument("--max-bad-rows", type=float, default=0.01, metavar="SHARE", help="publish nothing above (%(default)s)")
+    shard.add_argument("--rows-per-shard", type=int, default=65536, metavar="N", help="(%(default)s)")
+    shard.set_defaults(call=_shard)
+
+    datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(required=True, metavar="VERB")
+    listing = datasets.add_parser("list", parents=[store], help="every dataset and its versions")
+    listing.set_defaults(call=_datasets_list)
+    show = datasets.add_parser("show", parents=[store], help="one version")
+    show.add_argument("name")
+    show.add_argument("--version", default="latest")
+    show.set_defaults(call=_datasets_show)
+
+    plan = verbs.add_parser("plan", parents=[recipe], help="everything derived from a recipe; starts nothing")
+    plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
+    plan.set_defaults(call=_plan)
+    train = verbs.add_parser("train", parents=[recipe], help="run a recipe, here or on the cluster of RAY_ADDRESS")
+    train.set_defaults(call=_train)
+    submit = verbs.add_parser("submit", parents=[recipe], help="run a recipe on a cluster, as a Ray job")
+    submit.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)")
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    submit.set_defaults(call=_submit)
+
+    runs = verbs.add_parser("runs", help="what runs there are").add_subparsers(required=True, metavar="VERB")
+    listing = runs.add_parser("list", parents=[store], help="every run and its result")
+    listing.set_defaults(call=_runs_list)
+    show = runs.add_parser("show", parents=[store], help="one run")
+    show.add_argument("run_id")
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(call=_runs_show)
+
+    demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
+    demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
+    demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value")
+    demo.set_defaults(call=_demo)
+    schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
+    schema.set_defaults(call=_schema)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    from tercet.config import load_config
+
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from tercet.shards import build_version
+    from tercet.storage import open_storage
+
+    names = ("anchor", "positive") if arguments.pairs else ("anchor", "positive", "negative")
+    result = build_version(
+        arguments.sources,
+        open_storage(arguments.to, arguments.endpoint_url),
+        arguments.name,
+        columns={name: getattr(arguments, name) or name for name in names},
+        group=arguments.group,
+        max_bad_rows=arguments.max_bad_rows,
+        rows_per_shard=arguments.rows_per_shard,
+    )
+    manifest = result.manifest
+    print(f"{manifest.dataset} {manifest.version}  {'was published already' if result.already_published else 'published'}")
+    _print_manifest(manifest)
+
+
+def _print_manifest(manifest: object) -> None:
+    from tercet.manifest import Manifest
+
+    assert isinstance(manifest, Manifest)
+    for split in ("train", "eval", "test"):
+        shards = manifest.splits.get(split, ())
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {_size(num_bytes):>10}")
+    for column, statistics in manifest.text_statistics.items():
+        print(f"  {column:<9} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
+    bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest.bad_rows.items())
+    print(f"  bad rows   {bad or 'none'}{' (in quarantine.jsonl beside the version)' if bad else ''}")
+    if manifest.num_duplicate_rows:
+        print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
+    if manifest.num_leaked_rows:
+        print(f"  warning: {manifest.num_leaked_rows:,} eval or test rows are also in another split")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            break
+        num_bytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{num_bytes:.1f} {unit}"
+
+
+def _datasets_list(arguments: argparse.Namespace) -> None:
+    from tercet.manifest import list_datasets, list_versions, read_manifest
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    names = list_datasets(storage)
+    for name in names:
+        head = read_manifest(storage, name)
+        for version in list_versions(storage, name):
+            manifest = read_manifest(storage, name, version)
+            mark = "latest" if version == head.version else ""
+            print(f"{name}  {version}  {sum(manifest.num_rows.values()):>10,} rows  {manifest.created_at:%Y-%m-%d %H:%M}  {mark}")
+    if not names:
+        print(f"no dataset in {storage.uri}; make one with `tercet shard`")
+
+
+def _datasets_show(arguments: argparse.Namespace) -> None:
+    from tercet.manifest import read_manifest
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    manifest = read_manifest(storage, arguments.name, arguments.version)
+    print(f"{manifest.dataset} {manifest.version}  of {manifest.created_at:%Y-%m-%d %H:%M} UTC")
+    _print_manifest(manifest)
+    for source in manifest.sources:
+        print(f"  source     {source.name}  {source.num_rows:,} rows  sha256 {source.sha256[:16]}…")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from tercet.run import survey
+
+    _, plan = survey(_config(arguments), arguments.run_id)
+    if arguments.json:
+        print(plan.model_dump_json(indent=1))
+        return
+    training, workers = plan.config.training, plan.config.workers
+    rows = plan.num_rows
+    unknown = "not known before the model is on this machine"
+    lines = {
+        "run": plan.run_id,
+        "data": f"{plan.config.dataset.name} {plan.dataset_version}: train {rows['train']:,}  eval {rows['eval']:,}  "
+        f"test {rows['test']:,} rows; columns {', '.join(plan.columns)}",
+        "model": plan.config.model.name_or_path,
+        "loss": plan.config.loss.name,
+        "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; warm-up {plan.warmup_steps:,}; "
+        f"{plan.num_dropped_rows:,} rows of each epoch left out (they fill no batch)",
+        "batch": f"{training.global_batch_size} = {workers.num_workers} workers × {training.gradient_accumulation_steps} "
+        f"accumulation × {plan.rows_per_rank_and_micro_batch}",
+        "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, each with a checkpoint but the first",
+        "storage": unknown
+        if plan.checkpoint_bytes is None
+        else f"{_size(plan.checkpoint_bytes)} a checkpoint, "
+        f"{_size(plan.checkpoint_bytes * (len(plan.evaluation_steps) - 1) + plan.checkpoint_bytes / 3)} in all, "
+        f"in {plan.config.storage.uri}",
+        "memory": unknown if plan.memory_bytes_per_worker is None else f"about {_size(plan.memory_bytes_per_worker)} a worker",
+        "time": "not known for a GPU"
+        if plan.training_seconds is None
+        else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
+    }
+    for name, value in lines.items():
+        print(f"{name:<11}{value}")
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    shown = [f"{step:,}" for step in steps]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from tercet.run import run
+
+    config = _config(arguments)
+    report = run(config, arguments.run_id)
+    _print_report(report, config, str(arguments.recipe))
+
+
+def _print_report(report: RunReport, config: Config, recipe: str) -> None:
+    from tercet.report import screen
+
+    print(screen(report, _next_commands(report, config, recipe)))
+
+
+def _next_commands(report: RunReport, config: Config, recipe: str) -> list[tuple[str, str]]:
+    if report.best_uri is None:
+        return [("resume", f"tercet train {recipe}")]
+    local = "://" not in config.storage.uri
+    load = f"python -c 'from sentence_transformers import SentenceTransformer as S; print(S(\"{report.best_uri}\"))'"
+    fetch = f"aws s3 cp --recursive {report.best_uri} ./model"
+    return [
+        ("look at the report", f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html ."),
+        ("load the model", load if local else fetch),
+        ("train on a cluster", f"tercet submit {recipe} --address http://HEAD:8265 --set storage.uri=s3://BUCKET/PREFIX"),
+    ]
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from tercet.run import read_report, survey
+    from tercet.submit import submit
+
+    config = _config(arguments)
+    storage, plan = survey(config, arguments.run_id)
+    report = read_report(storage, plan.run_id)
+    if report is None or report.status != "finished":
+        submit(plan, config, arguments.address, lambda text: print(text, flush=True), follow=not arguments.no_wait)
+    else:
+        print(f"{plan.run_id} finished before; this is its result")
+        _print_report(report, config, str(arguments.recipe))
+
+
+def _runs_list(arguments: argparse.Namespace) -> None:
+    from tercet.run import list_runs, read_report
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    run_ids = list_runs(storage)
+    for run_id in run_ids:
+        report = read_report(storage, run_id)
+        if report is None:
+            print(f"{run_id}  not ended")
+        elif report.metrics is None:
+            print(f"{run_id}  failed in {report.failed_stage}: {(report.error or '').splitlines()[0]}")
+        else:
+            value = report.metrics.best_test[report.metric]
+            print(f"{run_id}  finished  test {report.metric} {value:.4f} ({report.gain:+.4f})")
+    if not run_ids:
+        print(f"no run in {storage.uri}")
+
+
+def _runs_show(arguments: argparse.Namespace) -> None:
+    from tercet.errors import ConfigError
+    from tercet.report import screen
+    from tercet.run import list_runs, read_report
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    report = read_report(storage, arguments.run_id)
+    if report is None:
+        known = list_runs(storage)
+        raise ConfigError(
+            f"run {arguments.run_id} {'has not ended' if arguments.run_id in known else 'does not exist'} in {storage.uri}",
+            hint=f"runs here: {', '.join(known[:5]) or 'none'}",
+        )
+    print(report.model_dump_json(indent=1) if arguments.json else screen(report, []))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    import tempfile
+    import time
+
+    from tercet.config import load_config
+    from tercet.demo import write_triplets
+    from tercet.run import run
+    from tercet.shards import build_version
+    from tercet.storage import open_storage
+
+    config = load_config(arguments.recipe, arguments.overrides)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "stdlib.jsonl"
+        num_rows = write_triplets(source)
+        print(f"{num_rows:,} triplets from the docstrings of Python {sys.version.split()[0]}'s standard library", flush=True)
+        storage = open_storage(config.storage.uri, config.storage.endpoint_url)
+        result = build_version([str(source)], storage, config.dataset.name, group="group")
+    print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
+    _print_manifest(result.manifest)
+    print("starting Ray with two workers; the first line of training comes in about half a minute", flush=True)
+    _print_report(run(config), config, str(arguments.recipe))
+    print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
+
+
+def _schema(arguments: argparse.Namespace) -> None:  # noqa: ARG001 - every command has this form
+    from tercet.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

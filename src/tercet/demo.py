@@ -1,0 +1,125 @@
+"""The embedded default: data that every machine has, Python's own documentation.
+
+The first sentence of a docstring of the standard library, the qualified name with its signature that it describes, and
+a sibling from the same module that it does not. They are read from the sources with `ast`; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from tercet.errors import TercetError
+
+NUM_ROWS = 4_800
+"""Enough to tell models apart, few enough for a demo in minutes on two cores."""
+MAX_CHARS = 120
+"""Longer sentences and signatures are left out: they cost time and teach nothing more."""
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+_SKIPPED_PACKAGES = {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
+"""Slow to read, with few docstrings, or gone in newer versions."""
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(<*])")
+
+
+def stdlib_triplets() -> list[dict[str, str]]:
+    """NUM_ROWS rows of anchor, positive, negative and group: the same ones in the same order each time for one installed
+    Python. The group is the module, so that no module is in two splits. Takes a few seconds. Raises TercetError where
+    this Python has no sources of its library.
+    """
+    rows = [row for group, path in _modules() for row in _module_rows(group, path)]
+    rows = [row for row in rows if max(map(len, row.values())) <= MAX_CHARS]
+    if not rows:
+        folder = sysconfig.get_path("stdlib")
+        raise TercetError(f"no Python sources under {folder}", "Use a Python that comes with its library's sources.")
+    chosen = sorted(range(len(rows)), key=lambda index: _digest(rows[index]["positive"] + rows[index]["anchor"]))[:NUM_ROWS]
+    return [rows[index] for index in sorted(chosen)]
+
+
+def write_triplets(path: Path) -> int:
+    """Write `stdlib_triplets()` as JSONL and return how many rows there are."""
+    rows = stdlib_triplets()
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return len(rows)
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    """(dotted module name, source file), sorted by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts) and parts[0] not in _SKIPPED_PACKAGES:
+            modules.append((".".join(parts).removesuffix(".__init__"), path))
+    return iter(sorted(modules))
+
+
+def _module_rows(module: str, path: Path) -> list[dict[str, str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in old modules
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return []
+    documented = sorted(dict.fromkeys(_documented(module, tree.body)))
+    sentences: dict[str, set[str]] = {}
+    siblings: dict[str, list[str]] = {"": []}  # by class, or module for its top level; "" is all of them
+    for sentence, name in documented:
+        sentences.setdefault(name, set()).add(sentence)
+        siblings.setdefault(_owner(name), []).append(name)
+        siblings[""].append(name)
+    rows = []
+    for anchor, positive in documented:
+        others = _rotated(siblings[_owner(positive)], positive) + _rotated(siblings[""], positive)
+        negative = next((name for name in others if name != positive and anchor not in sentences[name]), None)
+        if negative is not None:
+            rows.append({"anchor": anchor, "positive": positive, "negative": negative, "group": module})
+    return rows
+
+
+def _rotated(names: list[str], key: str) -> list[str]:
+    """`names` from a place on that a hash of `key` decides."""
+    start = _digest(key) % len(names)
+    return names[start:] + names[:start]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _documented(prefix: str, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    """(first sentence, qualified name with signature) of every documented class and function, inner ones too."""
+    for node in body:
+        if isinstance(node, (ast.If, ast.Try)):  # definitions for one platform only
+            yield from _documented(prefix, node.body)
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{prefix}.{node.name}"
+            sentence = _first_sentence(ast.get_docstring(node) or "")
+            if sentence:
+                yield sentence, _signature(name, node)
+            if isinstance(node, ast.ClassDef):
+                yield from _documented(name, node.body)
+
+
+def _signature(name: str, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    if not isinstance(node, ast.ClassDef):
+        return f"{name}({ast.unparse(node.args)})"
+    bases = ", ".join(ast.unparse(base) for base in node.bases)
+    return f"class {name}({bases})" if bases else f"class {name}"
+
+
+def _first_sentence(docstring: str) -> str:
+    """The first sentence of the first paragraph on one line; nothing where that has fewer than three words."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = _SENTENCE_END.split(paragraph)[0]
+    return sentence if len(sentence.split()) >= 3 else ""
+
+
+def _owner(name: str) -> str:
+    return name.removeprefix("class ").split("(")[0].rpartition(".")[0]

@@ -1,0 +1,86 @@
+"""The model and its loss, by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric
+
+from tercet.config import LossConfig, ModelConfig, TripletLossConfig
+from tercet.errors import ConfigError
+from tercet.model_source import check_sha256, locate
+
+_DISTANCES = {
+    "euclidean": TripletDistanceMetric.EUCLIDEAN,
+    "cosine": TripletDistanceMetric.COSINE,
+    "manhattan": TripletDistanceMetric.MANHATTAN,
+}
+
+
+def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransformer:
+    """The base model, checked against what the recipe says of it.
+
+    Raises ConfigError when it cannot be loaded or is not the architecture that the recipe names."""
+    folder = locate(config)
+    try:
+        model = SentenceTransformer(
+            str(folder or config.name_or_path),
+            device=device,
+            revision=None if folder else config.revision,
+            trust_remote_code=config.trust_remote_code,
+            config_kwargs=dict(config.config_kwargs) or None,
+        )
+    except (OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+        hint = "is the name right, and does this machine reach the hub?"
+        if "trust_remote_code" in str(error):
+            hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
+        elif offline:
+            hint = "HF_HUB_OFFLINE is set: only local folders and cached models can be loaded"
+        raise ConfigError(f"model.name_or_path={config.name_or_path}: {str(error).splitlines()[0]}", hint) from error
+    if folder is None and config.sha256 is not None:
+        check_sha256(_hub_folder(config), config.sha256)
+    if config.max_seq_length is not None:
+        model.max_seq_length = config.max_seq_length
+    _check_architecture(config, model)
+    return model
+
+
+def _hub_folder(config: ModelConfig) -> Any:
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.name_or_path, revision=config.revision, local_files_only=True))
+
+
+def _check_architecture(config: ModelConfig, model: SentenceTransformer) -> None:
+    modules = {type(module).__name__: module for module in model}
+    if config.pooling is not None:
+        pooling = modules.get("Pooling")
+        mode = pooling.pooling_mode if pooling is not None else None
+        mode = mode[0] if isinstance(mode, list | tuple) and len(mode) == 1 else mode
+        if mode != config.pooling:
+            raise ConfigError(f"model.pooling={config.pooling}, but the loaded model has {mode}", hint="pin the revision")
+    if config.dense_features is not None:
+        dense = modules.get("Dense")
+        width = dense.out_features if dense is not None else None
+        if width != config.dense_features:
+            raise ConfigError(
+                f"model.dense_features={config.dense_features}, but the loaded model has {width or 'no Dense layer'}",
+                hint="pin the revision",
+            )
+
+
+def make_loss(config: LossConfig, model: SentenceTransformer) -> Any:
+    """The loss named in the recipe, around the model."""
+    if isinstance(config, TripletLossConfig):
+        return losses.TripletLoss(
+            model, distance_metric=_DISTANCES[config.distance_metric], triplet_margin=config.triplet_margin
+        )
+    return losses.MultipleNegativesRankingLoss(
+        model, scale=config.scale, gather_across_devices=config.gather_across_devices
+    )

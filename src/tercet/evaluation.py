@@ -1,0 +1,121 @@
+"""Metrics of a model on a frozen split.
+
+Two evaluators of sentence-transformers: TripletEvaluator (is the positive nearer than the negative?) and
+InformationRetrievalEvaluator (which place does the positive get among all positives of the dataset?). The first saturates
+and compares with one text; the second keeps telling models apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tercet.checkpoint import Commit, fetch
+from tercet.config import ModelConfig
+from tercet.plan import TrainPlan
+from tercet.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+# Beyond this many texts the corpus is cut: encoding it would take longer than training. Positives of the split itself
+# always stay in.
+MAX_CORPUS_TEXTS = 100_000
+
+
+def load_splits(plan: TrainPlan, storage: Storage) -> dict[str, Dataset]:
+    """The three splits of the plan's dataset version, memory-mapped, with the plan's columns."""
+    from tercet.dataset import default_cache_dir, load_split
+    from tercet.manifest import read_manifest
+
+    manifest = read_manifest(storage, plan.config.dataset.name, plan.dataset_version)
+    cache = plan.config.workers.cache_dir
+    cache_dir = Path(cache) if cache else default_cache_dir()
+    return {name: load_split(storage, manifest, name, cache_dir, list(plan.columns)) for name in plan.num_rows}
+
+
+def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> Any:
+    """Both evaluators for one split. A query's relevant texts are all positives of its anchor in the whole dataset."""
+    from sentence_transformers.util import cos_sim
+
+    from tercet.evaluators import EncodeOnceEvaluator, RetrievalEvaluator, TripletsEvaluator
+
+    rows = splits[split]
+    corpus: dict[str, str] = {}
+    positives_of: dict[str, set[str]] = {}
+    for name in (split, *(other for other in sorted(splits) if other != split)):
+        for anchor, positive in zip(splits[name]["anchor"], splits[name]["positive"], strict=True):
+            if name != split and positive not in corpus and len(corpus) >= MAX_CORPUS_TEXTS:
+                continue
+            positives_of.setdefault(anchor, set()).add(corpus.setdefault(positive, f"text-{len(corpus)}"))
+    queries = {f"query-{index}": anchor for index, anchor in enumerate(dict.fromkeys(rows["anchor"]))}
+    evaluators: list[Any] = [
+        RetrievalEvaluator(
+            queries=queries,
+            corpus={key: text for text, key in corpus.items()},
+            relevant_docs={key: positives_of[anchor] for key, anchor in queries.items()},
+            mrr_at_k=[10],
+            ndcg_at_k=[10],
+            accuracy_at_k=[1],
+            precision_recall_at_k=[10],
+            map_at_k=[10],
+            batch_size=batch_size,
+            write_csv=False,
+            score_functions={"cosine": cos_sim},
+        )
+    ]
+    if "negative" in rows.column_names:
+        evaluators.append(
+            TripletsEvaluator(
+                anchors=list(rows["anchor"]),
+                positives=list(rows["positive"]),
+                negatives=list(rows["negative"]),
+                batch_size=batch_size,
+                write_csv=False,
+                similarity_fn_names=["cosine"],
+            )
+        )
+    return EncodeOnceEvaluator(evaluators)
+
+
+def named(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Only the metrics that count, under the names that recipes use."""
+    names = {
+        "loss": "loss",
+        "cosine_ndcg@10": "ndcg@10",
+        "cosine_mrr@10": "mrr@10",
+        "cosine_accuracy": "triplet_accuracy",
+    }
+    return {name: metrics[prefix + key] for key, name in names.items() if prefix + key in metrics}
+
+
+def evaluate(model: SentenceTransformer, splits: dict[str, Dataset], split: str, batch_size: int) -> dict[str, float]:
+    """Metrics of a model on one split. Raises NonFiniteError."""
+    from tercet.guards import finite
+
+    return finite(named(make_evaluator(splits, split, batch_size)(model)), f"{split} split")
+
+
+def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
+    """Metrics on the test split of the base model (commit None) or of a committed one.
+
+    Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
+    from tercet.encoder import load_model
+    from tercet.worker import quiet_libraries
+
+    quiet_libraries()
+    storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
+    splits = load_splits(plan, storage)
+    with tempfile.TemporaryDirectory(prefix="tercet-evaluate-") as folder:
+        config = plan.config.model
+        if commit is not None:
+            fetch(storage, commit, Path(folder), commit.model_files())
+            config = stored_model(config, Path(folder))
+        return evaluate(load_model(config), splits, "test", plan.config.evaluation.batch_size)
+
+
+def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The recipe's model, as it lies in a folder that tercet wrote: the same code and limits, other weights."""
+    return config.model_copy(update={"name_or_path": str(folder), "revision": None, "sha256": None})

@@ -1,0 +1,69 @@
+"""What ends a run that cannot come out well: numbers that are not finite, and weights that do not move."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tercet.errors import LearnedNothing, NonFiniteError
+
+# After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
+LEARNED_NOTHING_STEPS = 5
+
+
+def finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
+    """The numbers as plain floats. Raises NonFiniteError naming the first that is NaN or Inf.
+
+    Plain, because Ray Train 2.60 ends a run over a numpy.float32, and finite, because it lets NaN win as best."""
+    plain = {name: float(value) for name, value in metrics.items()}
+    for name, value in plain.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{what}: {name} is {value}",
+                hint="lower training.learning_rate, raise training.warmup_ratio, or look for broken rows",
+            )
+    return plain
+
+
+class FiniteLoss(TrainerCallback):  # type: ignore[misc]
+    """Stops at the first logged loss or gradient norm that is NaN or Inf."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        numbers = {name: (logs or {})[name] for name in ("loss", "grad_norm") if name in (logs or {})}
+        finite(numbers, f"step {state.global_step}")
+
+
+class WeightsMove(TrainerCallback):  # type: ignore[misc]
+    """Stops a run whose weights do not change: frozen model, optimizer over a copy, learning rate 0, detached loss.
+
+    Compares, bit for bit, the sum of every parameter with its value at the start. Reads all parameters twice, once at the
+    start and once a few steps in."""
+
+    def __init__(self) -> None:
+        self._start: torch.Tensor | None = None
+        self._start_step = 0
+        self._checked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._start, self._start_step = _fingerprint(model), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        num_steps = state.global_step - self._start_step
+        if self._checked or num_steps < LEARNED_NOTHING_STEPS:
+            return
+        self._checked = True
+        assert self._start is not None
+        if torch.equal(_fingerprint(model), self._start):
+            raise LearnedNothing(
+                f"no weight moved in the first {num_steps} steps: this run would learn nothing",
+                hint="is the model frozen, the learning rate 0, or the optimizer built over other parameters?",
+            )
+
+
+def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
+    """One sum of squares per parameter, in double precision on the parameter's own device."""
+    with torch.no_grad():
+        return torch.stack([parameter.double().square().sum().cpu() for parameter in model.parameters()])

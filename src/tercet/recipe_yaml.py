@@ -1,0 +1,113 @@
+"""YAML with positions: every value of a recipe knows its line and column.
+
+Differs from plain YAML 1.1 in two ways that people expect: `2e-5` is a number, and a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tercet.errors import ConfigError
+
+Loc = tuple[int | str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose floats follow YAML 1.2."""
+
+
+# PyYAML follows YAML 1.1, where an exponent needs a dot and a sign: `2e-5` would be a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass
+class Marks:
+    """Where each value stands: path of keys → (line, column), both from 1; or the flag that set it."""
+
+    positions: dict[Loc, tuple[int, int]] = field(default_factory=dict)
+    flags: dict[Loc, str] = field(default_factory=dict)
+
+    def position(self, loc: Loc) -> tuple[int, int]:
+        """Of the value at `loc`, or of the nearest thing above it."""
+        for end in range(len(loc), -1, -1):
+            if loc[:end] in self.positions:
+                return self.positions[loc[:end]]
+        return (1, 1)
+
+    def where(self, loc: Loc, file: str) -> str:
+        """`file:line:column`, or the flag that set the value."""
+        for end in range(len(loc), 0, -1):
+            if loc[:end] in self.flags:
+                return self.flags[loc[:end]]
+        line, column = self.position(loc)
+        return f"{file}:{line}:{column}"
+
+
+def load(path: Path) -> tuple[dict[str, Any], Marks]:
+    """Read a mapping. Raises ConfigError for a file that is missing, not YAML, or not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}", hint="check the path") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})", hint="is this a recipe?") from None
+    marks = Marks()
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1:1: a recipe is a mapping of sections", hint="see ray_jobs/recipes/demo.yaml")
+        duplicates: list[str] = []
+        _mark(node, (), marks, duplicates, str(path))
+        if duplicates:
+            raise ConfigError("\n".join(duplicates), hint="keep one of each")
+        document = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax") from None
+    return document, marks
+
+
+def _mark(node: yaml.Node, loc: Loc, marks: Marks, duplicates: list[str], file: str) -> None:
+    marks.positions.setdefault(loc, (node.start_mark.line + 1, node.start_mark.column + 1))
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            here = (*loc, str(key.value))
+            marks.positions[here] = (key.start_mark.line + 1, key.start_mark.column + 1)
+            if key.value in seen:
+                duplicates.append(f"{marks.where(here, file)}: key `{'.'.join(map(str, here))}` is given twice")
+            seen.add(key.value)
+            _mark(value, here, marks, duplicates, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _mark(value, (*loc, index), marks, duplicates, file)
+
+
+def override(document: dict[str, Any], marks: Marks, assignment: str) -> None:
+    """Apply `a.b=value` in place. Raises ConfigError when it is not of that form."""
+    dotted, equals, text = assignment.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment}: not of the form section.key=value", hint="such as training.seed=7")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment}: the value is not YAML", hint="quote it") from None
+    section = document
+    for key in keys[:-1]:
+        if not isinstance(section.get(key), dict):
+            section[key] = {}
+        section = section[key]
+    section[keys[-1]] = value
+    marks.flags[tuple(keys)] = f"--set {assignment}"

@@ -1,0 +1,189 @@
+"""The life of a run: config → survey storage → plan → workers → evaluation → publish → report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from tercet import launch
+from tercet.checkpoint import best_commit, publish_best, read_commits
+from tercet.config import Config
+from tercet.errors import ConfigError, LearnedNothing, ObjectNotFound, TercetError, TrainingError
+from tercet.manifest import read_manifest
+from tercet.model_card import model_card
+from tercet.model_source import locate, read_facts
+from tercet.page import html
+from tercet.plan import TrainPlan, make_plan
+from tercet.report import Metrics, RunMetrics, RunReport, as_json
+from tercet.storage import Storage, open_storage
+from tercet.worker import evaluation_key, training_key
+
+
+class Events:
+    """The run's events.jsonl: what happened, when, and how long each stage took. Written whole at every event, because
+    object storage has no append."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage, self._key = storage, f"runs/{run_id}/events.jsonl"
+        self.seconds: dict[str, float] = {}
+        self.stage = "plan"
+        try:
+            self._lines = storage.read(self._key).decode().splitlines()
+        except ObjectNotFound:
+            self._lines = []
+
+    def add(self, event: str, **details: Any) -> None:
+        """Record that something happened now."""
+        self._lines.append(json.dumps({"unix_seconds": round(time.time(), 3), "event": event, **details}))
+        self._storage.put(self._key, ("\n".join(self._lines) + "\n").encode())
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the start and the end of a stage."""
+        self.stage = stage
+        self.add(f"{stage} started")
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - started
+        self.add(f"{stage} finished", seconds=round(self.seconds[stage], 3))
+
+
+def survey(config: Config, run_id: str | None = None, today: datetime.date | None = None) -> tuple[Storage, TrainPlan]:
+    """Look at storage and derive the plan. Starts nothing and writes nothing."""
+    storage = open_storage(config.storage.uri, config.storage.endpoint_url)
+    manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
+    folder = locate(config.model)
+    today = today or datetime.datetime.now(datetime.timezone.utc).date()
+    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id)
+
+
+def run(config: Config, run_id: str | None = None) -> RunReport:
+    """Train, evaluate and publish; or return the result, if this run finished before; or go on where it stopped.
+
+    Raises the TercetError that ended it, after a report of the failure is written."""
+    storage, plan = survey(config, run_id)
+    if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
+        return finished
+    _claim(storage, plan)
+    events = Events(storage, plan.run_id)
+    try:
+        with events.timed("start"):
+            launch.start_ray(plan.config.workers)
+            plan = launch.with_devices(plan)
+        with events.timed("train"):
+            if not any(commit.step == plan.num_steps for commit in read_commits(storage, plan.run_id)):
+                launch.train(plan)
+        with events.timed("test"):
+            best = best_commit(read_commits(storage, plan.run_id), plan.metric)
+            if best is None:
+                raise TrainingError("the training ended without a committed checkpoint", hint="look at the workers' logs")
+            test = launch.evaluate_test(plan, best)
+        with events.timed("publish"):
+            metrics = _metrics(_evaluations(storage, plan), best.step, test)
+            log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
+            publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, recipe(plan.config)))
+            storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
+        report = _report(storage, plan, events, metrics=metrics)
+    except (TercetError, KeyboardInterrupt) as error:
+        _write(storage, _report(storage, plan, events, error=error), [], plan)
+        raise
+    _write(storage, report, log_history, plan)
+    events.add("run finished")
+    return report
+
+
+def read_report(storage: Storage, run_id: str) -> RunReport | None:
+    """The report of a run that ended, or None."""
+    try:
+        return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
+    except ObjectNotFound:
+        return None
+
+
+def list_runs(storage: Storage) -> list[str]:
+    """The ids of all runs that were started, newest first."""
+    return sorted({key.split("/")[1] for key in storage.list("runs") if key.endswith("/plan.json")}, reverse=True)
+
+
+def recipe(config: Config) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _claim(storage: Storage, plan: TrainPlan) -> None:
+    """Write plan.json. Raises ConfigError when the run id belongs to another experiment."""
+    key = f"runs/{plan.run_id}/plan.json"
+    try:
+        earlier = TrainPlan.model_validate_json(storage.read(key))
+    except ObjectNotFound:
+        earlier = plan
+    same = earlier.config.experiment_hash() == plan.config.experiment_hash()
+    if not same or earlier.dataset_version != plan.dataset_version:
+        raise ConfigError(
+            f"run {plan.run_id} exists with another {'dataset version' if same else 'recipe'}",
+            hint="leave --run-id away, or choose a new one",
+        )
+    storage.put(key, as_json(plan))
+
+
+def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:
+    return [json.loads(storage.read(evaluation_key(plan.run_id, step))) for step in plan.evaluation_steps]
+
+
+def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
+    """Raises LearnedNothing when no evaluation differs from the baseline in any digit."""
+
+    def values(entry: dict[str, float]) -> Metrics:
+        return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
+
+    if all(values(entry) == values(evaluations[0]) for entry in evaluations[1:]):
+        raise LearnedNothing(
+            f"all {len(evaluations)} evaluations are equal in every digit: nothing was learned",
+            hint="is the model frozen, or the learning rate 0?",
+        )
+    return RunMetrics(
+        baseline_eval=values(evaluations[0]),
+        baseline_test=test["baseline"],
+        evaluations=tuple(evaluations),
+        best_step=best_step,
+        best_eval=values(next(entry for entry in evaluations if entry["step"] == best_step)),
+        best_test=test["best"],
+    )
+
+
+def _report(
+    storage: Storage,
+    plan: TrainPlan,
+    events: Events,
+    metrics: RunMetrics | None = None,
+    error: BaseException | None = None,
+) -> RunReport:
+    return RunReport(
+        run_id=plan.run_id,
+        status="finished" if error is None else "failed",
+        failed_stage=None if error is None else events.stage,
+        error=None if error is None else str(error) or type(error).__name__,
+        name=plan.config.name,
+        dataset=plan.config.dataset.name,
+        dataset_version=plan.dataset_version,
+        num_rows=plan.num_rows,
+        num_workers=plan.config.workers.num_workers,
+        metric=plan.metric,
+        num_steps=plan.num_steps,
+        metrics=metrics,
+        seconds={stage: round(seconds, 2) for stage, seconds in events.seconds.items()},
+        run_uri=storage.uri_of(f"runs/{plan.run_id}"),
+        best_uri=None if metrics is None else storage.uri_of(f"runs/{plan.run_id}/best"),
+    )
+
+
+def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:
+    page = html(report, log_history, recipe(plan.config))
+    storage.put(f"runs/{plan.run_id}/report.html", page.encode())
+    storage.put(f"runs/{plan.run_id}/report.json", as_json(report))

@@ -1,0 +1,320 @@
+"""The one door to storage: a local folder, or `s3://bucket/prefix` on any S3 server.
+
+    open_storage(uri) -> Storage      read, list, atomic put, put-if-absent, compare-and-swap, upload, download, delete
+
+What both kinds guarantee, and `tests/contract/test_storage.py` holds them to:
+
+- A reader sees an object whole, old or new, never a part of one; a writer that dies leaves the old one.
+- Of several that `put_if_absent` one key, or `compare_and_swap` from one token, exactly one wins.
+- Nothing waits for ever: every call ends by a deadline that grows with the bytes it moves, never with the retries.
+- On S3 each object carries its own sha256 as metadata, and every read checks it: a bit flipped on the way is silent
+  in S3 clients. Objects that something else wrote carry none; give `download` the hash from their manifest.
+
+A token names content, not history: a swap succeeds if the value went from A to B and back to A in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from tercet.errors import (
+    AccessDenied,
+    AlreadyExists,
+    ConfigError,
+    Conflict,
+    CorruptObject,
+    ObjectNotFound,
+    StorageError,
+    StorageUnavailable,
+)
+
+LOCK_TIMEOUT_S = 60.0  # the lock of a local folder is held for one hash of a small file and one rename
+READ_ATTEMPTS = 3  # a flip in transit is gone at the next read; one on the disk is not
+CHUNK = 1024 * 1024
+
+log = logging.getLogger(__name__)
+Keys = list[str]  # within the classes below, `list` is a method
+ANYTHING = "*"  # for `_write`: whatever is there, replace it
+
+
+class Fetched(NamedTuple):
+    sha256: str  # of the bytes that came
+    recorded: str | None  # the sha256 that was stored with the object
+    token: str
+
+
+class Storage(ABC):
+    """Objects under one root, named by keys such as `runs/r1/plan.json`. Safe to share by threads, and picklable.
+
+    Besides what is named at each method, every call may raise AccessDenied, BucketNotFound, StorageUnavailable (no
+    answer by the deadline), or the root StorageError (an impossible key, a full disk, an answer nobody expected).
+    """
+
+    uri: str  # the root, without a trailing slash; of a local folder the absolute path
+
+    def uri_of(self, key: str) -> str:
+        """The full URI, or absolute path, of an object."""
+        return f"{self.uri}/{checked_key(key)}"
+
+    def read(self, key: str) -> bytes:
+        """All bytes of an object. ObjectNotFound, CorruptObject."""
+        return self.read_versioned(key)[0]
+
+    def read_versioned(self, key: str) -> tuple[bytes, str]:
+        """All bytes of an object and the token that `compare_and_swap` takes. ObjectNotFound, CorruptObject."""
+        sink = io.BytesIO()
+        token = self._verified(key, sink, None)
+        return sink.getvalue(), token
+
+    def download(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Copy an object to a local file, by way of a temporary one beside it: `path` is whole or untouched.
+
+        ObjectNotFound; CorruptObject if the bytes still differ from `sha256` (or the hash on S3) when read again.
+        """
+        temp = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        with local_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temp.open("w+b") as sink:
+                    self._verified(key, sink, sha256)
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, replacing what is there, atomically."""
+        self._write(key, data, ANYTHING)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        """Write an object that must not exist yet. AlreadyExists."""
+        try:
+            self._write(key, data, None)
+        except Conflict:
+            raise AlreadyExists(f"{self.uri_of(key)} already exists") from None
+
+    def compare_and_swap(self, key: str, data: bytes, token: str | None) -> str:
+        """Replace the object that `token` names (None: the object must be absent); returns the new token. Conflict.
+
+        Conflict leaves the object as it is: read again and decide again. One limit, on S3 only: if the reply to a
+        successful swap is lost, and another writer swaps on top before this one asks again, this one gets a Conflict.
+        """
+        return self._write(key, data, token)
+
+    def _verified(self, key: str, sink: IO[bytes], sha256: str | None) -> str:
+        for _ in range(READ_ATTEMPTS):
+            sink.seek(0)
+            sink.truncate()
+            got = self._fetch(key, sink)
+            wrong = [want for want in (sha256, got.recorded) if want not in (None, got.sha256)]
+            if not wrong:
+                return got.token
+            log.warning("%s: sha256 is %s, not %s; reading again", self.uri_of(key), got.sha256, wrong[0])
+        raise CorruptObject(
+            f"{self.uri_of(key)} is damaged: its sha256 is {got.sha256}, not {wrong[0]} ({READ_ATTEMPTS} reads)",
+            "The stored bytes are not those that were committed. Restore the object, or use the version before it.",
+        )
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Is there an object of exactly this name? (A folder is not an object.)"""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Keys:
+        """The keys of all objects below the folder `prefix` ("" is the root), at any depth, sorted; [] if none."""
+
+    @abstractmethod
+    def upload(self, path: Path, key: str) -> None:
+        """Write an object from a local file of any size, replacing what is there, atomically."""
+
+    @abstractmethod
+    def delete(self, prefix: str) -> None:
+        """Delete the object `prefix` and all below the folder `prefix`; nothing there is fine. Never the whole root."""
+
+    @abstractmethod
+    def _fetch(self, key: str, sink: IO[bytes]) -> Fetched:
+        """Write the object to `sink`, which is empty."""
+
+    @abstractmethod
+    def _write(self, key: str, data: bytes, expected: str | None) -> str:
+        """Write if the token is `expected` (None: absent; ANYTHING: always), else Conflict; the new token."""
+
+
+def open_storage(uri: str, endpoint_url: str | None = None) -> Storage:
+    """Open `s3://bucket[/prefix]`, or a folder (which need not exist yet). Does not touch storage. ConfigError.
+
+    S3 credentials come from where AWS's own tools take them; the endpoint from the argument, AWS_ENDPOINT_URL_S3 or
+    AWS_ENDPOINT_URL; the region from AWS_REGION or AWS_DEFAULT_REGION, else us-east-1, which other servers ignore.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        environment = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+        endpoint = endpoint_url or next(filter(None, environment), None)
+        if not bucket:
+            raise ConfigError(f"{uri!r} names no bucket", "Write it as s3://bucket/prefix.")
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"the S3 endpoint {endpoint!r} is not a URL", "Write it as https://host:port.")
+        from tercet.s3 import S3Storage
+
+        return S3Storage(bucket, prefix.strip("/"), endpoint)
+    if (separator and scheme != "file") or not (rest or scheme):
+        raise ConfigError(f"{uri!r} is not a storage tercet knows", "Use a folder, or s3://bucket/prefix.")
+    return LocalStorage(Path(rest if separator else uri))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a local file, in constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class LocalStorage(Storage):
+    """A folder. Objects are files; `.tercet/` in it holds the lock and what is being written or deleted just now.
+
+    Every change is staged there, synced, and then renamed under one flock, so changes from any process of this machine
+    come one after another. Network file systems do as well as their flock does.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = Path(os.path.abspath(root.expanduser()))  # noqa: PTH100 (links in it stay as the person wrote them)
+        self._own = self._root / ".tercet"
+        self.uri = str(self._root).rstrip("/")
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return LocalStorage, (self._root,)
+
+    def exists(self, key: str) -> bool:
+        with local_errors(self._root):
+            return self._path(key).is_file()
+
+    def list(self, prefix: str) -> Keys:
+        top = self._path(prefix) if prefix.strip("/") else self._root
+        found: Keys = []
+        with local_errors(top):
+            for folder, folders, files in os.walk(top, onerror=_not_vanished):
+                if Path(folder) == self._root and self._own.name in folders:
+                    folders.remove(self._own.name)
+                found += [str(Path(folder, name).relative_to(self._root)) for name in files]
+        return sorted(found)
+
+    def upload(self, path: Path, key: str) -> None:
+        target = self._path(key)
+        with local_errors(path), self._staged() as temp:
+            shutil.copyfile(path, temp)
+            self._install(temp, target, ANYTHING)
+
+    def delete(self, prefix: str) -> None:
+        target = self._path(prefix)
+        if not target.exists():
+            return
+        with local_errors(target), self._staged() as trash, self._lock():
+            if target.exists():
+                target.rename(trash)
+                _sync(target.parent)
+
+    def _fetch(self, key: str, sink: IO[bytes]) -> Fetched:
+        path, digest = self._path(key), hashlib.sha256()
+        with local_errors(path), path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                sink.write(chunk)
+        return Fetched(digest.hexdigest(), None, digest.hexdigest())
+
+    def _write(self, key: str, data: bytes, expected: str | None) -> str:
+        target = self._path(key)
+        with local_errors(target), self._staged() as temp:
+            temp.write_bytes(data)
+            self._install(temp, target, expected)
+        return hashlib.sha256(data).hexdigest()
+
+    def _path(self, key: str) -> Path:
+        if checked_key(key).split("/")[0] == self._own.name:
+            raise StorageError(f"the key {key!r} is reserved", f"Names in {self._own} are tercet's own.")
+        return self._root / checked_key(key)
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """A free name on the same file system. What a killed process left there goes after a day."""
+        self._own.mkdir(parents=True, exist_ok=True)
+        temp = self._own / f"staged-{uuid4().hex}"
+        try:
+            yield temp
+        finally:
+            for path in (temp, *(left for left in self._own.glob("staged-*") if _age(left) > 86400)):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _install(self, temp: Path, target: Path, expected: str | None) -> None:
+        _sync(temp)
+        with self._lock():
+            if expected != ANYTHING and (sha256_of(target) if target.is_file() else None) != expected:
+                raise Conflict(f"{target} is not what it was", "Another writer changed it: read again, decide again.")
+            folder = target.parent
+            changed = {folder, *(above.parent for above in (folder, *folder.parents) if not above.exists())}
+            folder.mkdir(parents=True, exist_ok=True)
+            temp.replace(target)
+            for above in changed:
+                _sync(above)
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._own / "lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.005, fallback_to_soft=False)
+
+
+def checked_key(key: str) -> str:
+    """The key, if it is one that every kind of storage can hold; a trailing slash is taken off. StorageError."""
+    parts = key.removesuffix("/").split("/")
+    if {"", ".", ".."} & {*parts} or any(ord(letter) < 32 for letter in key):
+        raise StorageError(f"{key!r} cannot be a key", "A key is a relative path such as runs/r1/plan.json.")
+    return "/".join(parts)
+
+
+@contextmanager
+def local_errors(path: Path) -> Iterator[None]:
+    """Say what the operating system said in this package's words."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ObjectNotFound(f"there is no file {error.filename or path}") from error
+    except PermissionError as error:
+        raise AccessDenied(f"no permission for {error.filename or path}", "Check its owner and mode.") from error
+    except Timeout as error:
+        what = f"{error.lock_file} is held by another process for over {LOCK_TIMEOUT_S:.0f} s"
+        raise StorageUnavailable(what, f"See which: fuser {error.lock_file}") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error}", "Check the free space and the state of that disk.") from error
+
+
+def _not_vanished(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,244 @@
+"""What one rank does, top to bottom: data, model, loss, evaluator, trainer, train.
+
+There is no Ray in it. It also runs by itself, or under torchrun:
+
+    torchrun --nproc-per-node 2 -m tercet.worker plan.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tercet.checkpoint import Commit, Uploader, fetch, fetch_newest
+from tercet.errors import TercetError
+from tercet.plan import TrainPlan
+from tercet.storage import Storage, open_storage
+
+logger = logging.getLogger("tercet")
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def evaluation_key(run_id: str, step: int) -> str:
+    """Where the metrics of one evaluation on the eval split lie."""
+    return f"runs/{run_id}/evaluations/{step:08d}.json"
+
+
+def training_key(run_id: str) -> str:
+    """Where the log of a finished training lies."""
+    return f"runs/{run_id}/training.json"
+
+
+def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
+    """Train this rank's share. `report` gets the metrics of each evaluation, on every rank.
+
+    Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log."""
+    quiet_libraries()
+    started = time.monotonic()
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from transformers import PrinterCallback
+
+    from tercet.encoder import load_model, make_loss
+    from tercet.evaluation import load_splits, make_evaluator
+    from tercet.guards import FiniteLoss, WeightsMove, finite
+    from tercet.sampling import RankBatches, subset
+    from tercet.trainer import Record, TercetTrainer
+
+    config = plan.config
+    storage = open_storage(config.storage.uri, config.storage.endpoint_url)
+    with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder:
+        # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
+        args = SentenceTransformerTrainingArguments(**training_arguments(plan, Path(folder) / "out"))
+        rank, world_size = args.process_index, args.world_size
+        _check_world_size(plan, world_size)
+
+        splits = load_splits(plan, storage)
+        chosen = subset(plan.num_rows["train"], config.training.max_train_rows, config.training.seed)
+        train = splits["train"] if len(chosen) == len(splits["train"]) else splits["train"].select(chosen)
+        model = load_model(config.model, device=str(args.device))
+        trainer = TercetTrainer(
+            batches=RankBatches(
+                num_rows=len(train),
+                global_batch_size=config.training.global_batch_size,
+                gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+                rank=rank,
+                world_size=world_size,
+                seed=config.training.seed,
+                text_ids=text_ids(train) if config.training.no_duplicates else None,
+            ),
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=splits["eval"],
+            loss=make_loss(config.loss, model),
+            evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
+        )
+
+        commit = _resume_point(storage, plan, rank, Path(folder) / "resume")
+        uploader = Uploader(storage, plan.run_id, _attempt_id(), rank, world_size)
+
+        def on_evaluation(step: int, epoch: float, metrics: dict[str, float]) -> None:
+            if rank == 0:
+                entry = {"step": step, "epoch": epoch, **metrics}
+                storage.put(evaluation_key(plan.run_id, step), json.dumps(entry).encode())
+                logger.info("step %d/%d  eval  %s", step, plan.num_steps, show_metrics(metrics))
+            if report is not None:
+                report({"step": step, "epoch": epoch, **metrics})
+
+        def on_commit(commit: Commit) -> None:
+            logger.info("step %d/%d  checkpoint committed: %s", commit.step, plan.num_steps, storage.uri_of(commit.folder))
+
+        trainer.remove_callback(PrinterCallback)
+        for callback in (FiniteLoss(), WeightsMove(), Record(uploader, plan.num_steps, on_evaluation, on_commit)):
+            trainer.add_callback(callback)
+
+        if commit is None:
+            trainer.evaluate()  # the baseline
+        else:
+            logger.info("resuming from the checkpoint of step %d", commit.step)
+        seconds = {"worker_start": time.monotonic() - started}
+        training_started = time.monotonic()
+        first_step_unix_seconds = time.time()
+        trainer.train(resume_from_checkpoint=str(Path(folder) / "resume") if commit else None)
+        seconds["training"] = time.monotonic() - training_started
+        uploader.close()
+        seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
+        if rank == 0:
+            log = {
+                "resumed_from_step": commit.step if commit else 0,
+                "world_size": world_size,
+                "device": str(args.device),
+                "seconds": finite(seconds, "time"),
+                "first_step_unix_seconds": first_step_unix_seconds,
+                "log_history": trainer.state.log_history,
+            }
+            storage.put(training_key(plan.run_id), json.dumps(log, indent=1).encode())
+        _wait_for_all_ranks()
+
+
+def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
+    """The plan in the words of transformers' TrainingArguments."""
+    import torch
+
+    training = plan.config.training
+    use_cpu = plan.config.workers.use_gpu is False or not torch.cuda.is_available()
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
+        "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "num_train_epochs": training.num_epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "use_cpu": use_cpu,
+        "ddp_backend": "gloo" if use_cpu else "nccl",
+        "dataloader_pin_memory": not use_cpu,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_strategy": "steps",
+        "logging_steps": training.log_every_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide what FiniteLoss looks for
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def text_ids(rows: Any) -> npt.NDArray[np.int64]:
+    """Equal numbers for equal texts: shape (num_rows, num_columns)."""
+    import pyarrow as pa
+
+    table = rows.with_format("arrow")[:]
+    texts = pa.chunked_array([chunk for name in rows.column_names for chunk in table[name].chunks])
+    ids = texts.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(ids.astype(np.int64).reshape(len(rows.column_names), -1).T)
+
+
+def show_metrics(metrics: dict[str, float]) -> str:
+    """One line: `loss 0.1234  ndcg@10 0.5678`."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def quiet_libraries() -> None:
+    """One process in many: the libraries' own progress bars and notices would drown what matters."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _resume_point(storage: Storage, plan: TrainPlan, rank: int, folder: Path) -> Commit | None:
+    """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank."""
+    commit = fetch_newest(storage, plan.run_id, folder) if rank == 0 else None
+    commit = _from_rank_0(commit)
+    if commit is not None and rank != 0:
+        fetch(storage, commit, folder)
+    return commit
+
+
+def _attempt_id() -> str:
+    """One name for this start of the worker group, the same on every rank."""
+    name: str = _from_rank_0(uuid.uuid4().hex[:12])
+    return name
+
+
+def _from_rank_0(value: Any) -> Any:
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _wait_for_all_ranks() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _check_world_size(plan: TrainPlan, world_size: int) -> None:
+    if world_size != plan.config.workers.num_workers:
+        raise TercetError(
+            f"the plan is for {plan.config.workers.num_workers} workers, but {world_size} were started",
+            hint="start as many processes as the plan says, or plan again with --set workers.num_workers",
+        )
+
+
+def main() -> int:
+    """Run one rank from a plan file."""
+    plan = TrainPlan.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    run_worker(plan)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
