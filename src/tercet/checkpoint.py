@@ -4,8 +4,8 @@
     runs/<run_id>/checkpoints/<step>/<attempt>/rank-0.json  what rank 0 wrote, with sha256: its part
     runs/<run_id>/checkpoints/<step>/COMMIT                 written last, put-if-absent: now it exists
 
-Every attempt (a start of the worker group) writes to a folder of its own, so a late upload of a dead attempt can never mix
-with another's. Without COMMIT there is no checkpoint, whatever lies there.
+Every attempt (a start of the worker group) writes to a folder of its own, so a late upload of a dead attempt can never
+mix with another's. Without COMMIT there is no checkpoint, whatever lies there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ COMMIT = "COMMIT"
 PART_WAIT_SECONDS = 600.0
 
 # What the trainer needs to go on, and who loads the model does not.
-TRAINER_STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "rng_state")
+TRAINER_STATE_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "rng_state",
+)
 
 
 class FileRecord(BaseModel):
@@ -103,8 +110,8 @@ def commit_step(
 ) -> Commit:
     """Called by rank 0: wait for every rank's part, then write COMMIT.
 
-    When another attempt committed this step before, its commit stands and is returned. Raises StorageUnavailable when a
-    part does not come."""
+    When another attempt committed this step before, its commit stands and is returned, unless it is damaged: then it is
+    replaced, or no later attempt could ever get past it. Raises StorageUnavailable when a part does not come."""
     folder = attempt_folder(run_id, step, attempt)
     files: dict[str, FileRecord] = {}
     deadline = time.monotonic() + wait_seconds
@@ -118,8 +125,22 @@ def commit_step(
     try:
         storage.put_if_absent(key, commit.model_dump_json(indent=1).encode())
     except AlreadyExists:
-        logger.warning("step %d was committed by another attempt; its commit stands", step)
-        return Commit.model_validate_json(storage.read(key))
+        if (standing := _whole_commit(storage, key)) is not None:
+            logger.warning("step %d was committed by another attempt; its commit stands", step)
+            return standing
+        logger.error("step %d was committed by another attempt, but is damaged; it is replaced", step)
+        storage.put(key, commit.model_dump_json(indent=1).encode())
+    return commit
+
+
+def _whole_commit(storage: Storage, key: str) -> Commit | None:
+    """The commit at `key` if all of its files are whole. Reads them all: two attempts seldom commit the same step."""
+    try:
+        commit = Commit.model_validate_json(storage.read(key))
+        with tempfile.TemporaryDirectory(prefix="tercet-verify-") as folder:
+            fetch(storage, commit, Path(folder))
+    except (ValueError, CorruptObject, ObjectNotFound):
+        return None
     return commit
 
 
@@ -146,7 +167,7 @@ def read_commits(storage: Storage, run_id: str) -> list[Commit]:
         if key.rsplit("/", 1)[-1] == COMMIT:
             try:
                 commits.append(Commit.model_validate_json(storage.read(key)))
-            except ValueError:
+            except (ValueError, CorruptObject):
                 logger.warning("%s: damaged; this checkpoint is skipped", storage.uri_of(key))
     return sorted(commits, key=lambda commit: commit.step, reverse=True)
 

@@ -14,7 +14,9 @@ from tercet.errors import TercetError
 
 if TYPE_CHECKING:
     from tercet.config import Config
+    from tercet.manifest import Manifest
     from tercet.report import RunReport
+    from tercet.shards import Progress
 
 DEFAULT_STORAGE = "./tercet-store"
 
@@ -47,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     recipe = argparse.ArgumentParser(add_help=False, parents=[common])
     recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
-    recipe.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value")
+    recipe.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
+    )
     recipe.add_argument("--run-id", help="instead of the one made from date, recipe and data")
     store = argparse.ArgumentParser(add_help=False, parents=[common])
     store.add_argument("--storage", default=DEFAULT_STORAGE, help="local folder or s3://bucket/prefix (%(default)s)")
@@ -61,14 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--endpoint-url", help="of an S3 server other than AWS")
     shard.add_argument("--name", required=True, help="of the dataset")
     for column in ("anchor", "positive", "negative"):
-        shard.add_argument(f"--{column}", default=None, metavar="COLUMN", help=f"column that holds the {column} ({column})")
+        shard.add_argument(
+            f"--{column}", default=None, metavar="COLUMN", help=f"column that holds the {column} ({column})"
+        )
     shard.add_argument("--pairs", action="store_true", help="there is no negative column")
-    shard.add_argument("--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor")
-    shard.add_argument("--max-bad-rows", type=float, default=0.01, metavar="SHARE", help="publish nothing above (%(default)s)")
+    shard.add_argument(
+        "--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor"
+    )
+    shard.add_argument(
+        "--max-bad-rows", type=float, default=0.01, metavar="SHARE", help="publish nothing above (%(default)s)"
+    )
     shard.add_argument("--rows-per-shard", type=int, default=65536, metavar="N", help="(%(default)s)")
     shard.set_defaults(call=_shard)
 
-    datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(required=True, metavar="VERB")
+    datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(
+        required=True, metavar="VERB"
+    )
     listing = datasets.add_parser("list", parents=[store], help="every dataset and its versions")
     listing.set_defaults(call=_datasets_list)
     show = datasets.add_parser("show", parents=[store], help="one version")
@@ -82,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", parents=[recipe], help="run a recipe, here or on the cluster of RAY_ADDRESS")
     train.set_defaults(call=_train)
     submit = verbs.add_parser("submit", parents=[recipe], help="run a recipe on a cluster, as a Ray job")
-    submit.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)")
+    submit.add_argument(
+        "--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)"
+    )
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
     submit.set_defaults(call=_submit)
 
@@ -96,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
     demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
-    demo.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value")
+    demo.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
+    )
     demo.set_defaults(call=_demo)
     schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
     schema.set_defaults(call=_schema)
@@ -122,16 +138,27 @@ def _shard(arguments: argparse.Namespace) -> None:
         group=arguments.group,
         max_bad_rows=arguments.max_bad_rows,
         rows_per_shard=arguments.rows_per_shard,
+        endpoint_url=arguments.endpoint_url,
+        on_progress=_show_progress if sys.stderr.isatty() else None,
     )
     manifest = result.manifest
-    print(f"{manifest.dataset} {manifest.version}  {'was published already' if result.already_published else 'published'}")
+    for bad_row in result.first_bad_rows:
+        print(f"bad row: {bad_row}", file=sys.stderr)
+    print(
+        f"{manifest.dataset} {manifest.version}  {'was published already' if result.already_published else 'published'}"
+    )
     _print_manifest(manifest)
 
 
-def _print_manifest(manifest: object) -> None:
-    from tercet.manifest import Manifest
+def _show_progress(progress: Progress) -> None:
+    total = "" if progress.total is None else f" of {progress.total:,}"
+    unit = "rows" if progress.stage == "read" else "shards"
+    print(
+        f"\r{progress.stage} {progress.done:,}{total} {unit}, {progress.num_bad_rows:,} bad ", end="", file=sys.stderr
+    )
 
-    assert isinstance(manifest, Manifest)
+
+def _print_manifest(manifest: Manifest) -> None:
     for split in ("train", "eval", "test"):
         shards = manifest.splits.get(split, ())
         num_bytes = sum(shard.num_bytes for shard in shards)
@@ -149,11 +176,9 @@ def _print_manifest(manifest: object) -> None:
 def _size(num_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
-            break
+            return f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes:.1f} TiB"
 
 
 def _datasets_list(arguments: argparse.Namespace) -> None:
@@ -167,7 +192,8 @@ def _datasets_list(arguments: argparse.Namespace) -> None:
         for version in list_versions(storage, name):
             manifest = read_manifest(storage, name, version)
             mark = "latest" if version == head.version else ""
-            print(f"{name}  {version}  {sum(manifest.num_rows.values()):>10,} rows  {manifest.created_at:%Y-%m-%d %H:%M}  {mark}")
+            num_rows, created = sum(manifest.num_rows.values()), f"{manifest.created_at:%Y-%m-%d %H:%M}"
+            print(f"{name}  {version}  {num_rows:>10,} rows  {created}  {mark}".rstrip())
     if not names:
         print(f"no dataset in {storage.uri}; make one with `tercet shard`")
 
@@ -200,17 +226,20 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"test {rows['test']:,} rows; columns {', '.join(plan.columns)}",
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
-        "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; warm-up {plan.warmup_steps:,}; "
-        f"{plan.num_dropped_rows:,} rows of each epoch left out (they fill no batch)",
-        "batch": f"{training.global_batch_size} = {workers.num_workers} workers × {training.gradient_accumulation_steps} "
-        f"accumulation × {plan.rows_per_rank_and_micro_batch}",
-        "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, each with a checkpoint but the first",
+        "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
+        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each epoch left out (they fill no batch)",
+        "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
+        f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
+        "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
+        "each with a checkpoint but the first",
         "storage": unknown
         if plan.checkpoint_bytes is None
         else f"{_size(plan.checkpoint_bytes)} a checkpoint, "
         f"{_size(plan.checkpoint_bytes * (len(plan.evaluation_steps) - 1) + plan.checkpoint_bytes / 3)} in all, "
         f"in {plan.config.storage.uri}",
-        "memory": unknown if plan.memory_bytes_per_worker is None else f"about {_size(plan.memory_bytes_per_worker)} a worker",
+        "memory": unknown
+        if plan.memory_bytes_per_worker is None
+        else f"about {_size(plan.memory_bytes_per_worker)} a worker",
         "time": "not known for a GPU"
         if plan.training_seconds is None
         else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
@@ -245,9 +274,15 @@ def _next_commands(report: RunReport, config: Config, recipe: str) -> list[tuple
     load = f"python -c 'from sentence_transformers import SentenceTransformer as S; print(S(\"{report.best_uri}\"))'"
     fetch = f"aws s3 cp --recursive {report.best_uri} ./model"
     return [
-        ("look at the report", f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html ."),
+        (
+            "look at the report",
+            f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html .",
+        ),
         ("load the model", load if local else fetch),
-        ("train on a cluster", f"tercet submit {recipe} --address http://HEAD:8265 --set storage.uri=s3://BUCKET/PREFIX"),
+        (
+            "train on a cluster",
+            f"tercet submit {recipe} --address http://HEAD:8265 --set storage.uri=s3://BUCKET/PREFIX",
+        ),
     ]
 
 
@@ -294,8 +329,9 @@ def _runs_show(arguments: argparse.Namespace) -> None:
     report = read_report(storage, arguments.run_id)
     if report is None:
         known = list_runs(storage)
+        state = "has not ended" if arguments.run_id in known else "does not exist"
         raise ConfigError(
-            f"run {arguments.run_id} {'has not ended' if arguments.run_id in known else 'does not exist'} in {storage.uri}",
+            f"run {arguments.run_id} {state} in {storage.uri}",
             hint=f"runs here: {', '.join(known[:5]) or 'none'}",
         )
     print(report.model_dump_json(indent=1) if arguments.json else screen(report, []))
@@ -316,7 +352,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "stdlib.jsonl"
         num_rows = write_triplets(source)
-        print(f"{num_rows:,} triplets from the docstrings of Python {sys.version.split()[0]}'s standard library", flush=True)
+        print(
+            f"{num_rows:,} triplets from the docstrings of Python {sys.version.split()[0]}'s standard library",
+            flush=True,
+        )
         storage = open_storage(config.storage.uri, config.storage.endpoint_url)
         result = build_version([str(source)], storage, config.dataset.name, group="group")
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")

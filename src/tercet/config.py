@@ -1,7 +1,7 @@
 """What a person wrote: a recipe, as frozen sections.
 
-A recipe is YAML. All of its errors are reported at once, each with file:line:column and, for an unknown key, the nearest
-known one. `--set section.key=value` changes a value from the command line and is checked the same way.
+A recipe is YAML. All of its errors are reported at once, each with file:line:column and, for an unknown key, the
+nearest known one. `--set section.key=value` changes a value from the command line and is checked the same way.
 """
 
 from __future__ import annotations
@@ -179,17 +179,20 @@ def _absolute(config: Config) -> Config:
 
 def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> list[str]:
     lines = []
-    for item in sorted(error.errors(), key=lambda item: marks.position(item["loc"])):
-        # The discriminator adds the loss's own name to the location: it is not a key of the file.
-        loc = tuple(part for part in item["loc"] if part not in _LOSS_NAMES)
+    # The discriminator adds the loss's own name to the location: it is not a key of the file.
+    found = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in error.errors()]
+    for loc, item in sorted(found, key=lambda pair: marks.position(pair[0])):
         where, dotted = marks.where(loc, file), ".".join(str(part) for part in loc)
         match item["type"]:
             case "extra_forbidden":
-                known = difflib.get_close_matches(str(loc[-1]), _keys_at(item["loc"][:-1]), n=1, cutoff=0.5)
-                guess = f"; did you mean `{known[0]}`?" if known else f"; known here: {', '.join(_keys_at(loc[:-1]))}"
+                keys = _keys_at(item["loc"][:-1])
+                known = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
+                guess = f"; did you mean `{known[0]}`?" if known else f"; known here: {', '.join(keys)}"
                 lines.append(f"{where}: unknown key `{dotted}`{guess}")
             case "missing":
                 lines.append(f"{where}: `{dotted}` is missing")
+            case "union_tag_not_found":
+                lines.append(f"{where}: `{dotted}.name` is missing (known: {', '.join(_LOSS_NAMES)})")
             case "union_tag_invalid":
                 known = difflib.get_close_matches(str(item["ctx"]["tag"]), _LOSS_NAMES, n=1, cutoff=0.3)
                 guess = f"; did you mean `{known[0]}`?" if known else ""

@@ -19,8 +19,10 @@ from tercet.errors import TercetError
 
 NUM_ROWS = 4_800
 """Enough to tell models apart, few enough for a demo in minutes on two cores."""
-MAX_CHARS = 120
+MAX_CHARS = 160
 """Longer sentences and signatures are left out: they cost time and teach nothing more."""
+MAX_ROWS_PER_MODULE = 60
+"""A split is made of whole modules; without a limit, tkinter alone would be half of the one that it falls into."""
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 _SKIPPED_PACKAGES = {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
 """Slow to read, with few docstrings, or gone in newer versions."""
@@ -28,17 +30,15 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(<*])")
 
 
 def stdlib_triplets() -> list[dict[str, str]]:
-    """NUM_ROWS rows of anchor, positive, negative and group: the same ones in the same order each time for one installed
-    Python. The group is the module, so that no module is in two splits. Takes a few seconds. Raises TercetError where
-    this Python has no sources of its library.
+    """NUM_ROWS rows of anchor, positive, negative and group: the same ones in the same order each time for one
+    installed Python. The group is the module, so that no module is in two splits. Takes a few seconds. Raises
+    TercetError where this Python has no sources of its library.
     """
     rows = [row for group, path in _modules() for row in _module_rows(group, path)]
-    rows = [row for row in rows if max(map(len, row.values())) <= MAX_CHARS]
     if not rows:
         folder = sysconfig.get_path("stdlib")
         raise TercetError(f"no Python sources under {folder}", "Use a Python that comes with its library's sources.")
-    chosen = sorted(range(len(rows)), key=lambda index: _digest(rows[index]["positive"] + rows[index]["anchor"]))[:NUM_ROWS]
-    return [rows[index] for index in sorted(chosen)]
+    return _sample(rows, NUM_ROWS)
 
 
 def write_triplets(path: Path) -> int:
@@ -80,7 +80,13 @@ def _module_rows(module: str, path: Path) -> list[dict[str, str]]:
         negative = next((name for name in others if name != positive and anchor not in sentences[name]), None)
         if negative is not None:
             rows.append({"anchor": anchor, "positive": positive, "negative": negative, "group": module})
-    return rows
+    return _sample([row for row in rows if max(map(len, row.values())) <= MAX_CHARS], MAX_ROWS_PER_MODULE)
+
+
+def _sample(rows: list[dict[str, str]], max_rows: int) -> list[dict[str, str]]:
+    """At most `max_rows` of them, chosen by a hash of their text, in the given order."""
+    by_digest = sorted(range(len(rows)), key=lambda index: _digest(rows[index]["positive"] + rows[index]["anchor"]))
+    return [rows[index] for index in sorted(by_digest[:max_rows])]
 
 
 def _rotated(names: list[str], key: str) -> list[str]:

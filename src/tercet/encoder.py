@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric
@@ -64,7 +65,9 @@ def _check_architecture(config: ModelConfig, model: SentenceTransformer) -> None
         mode = pooling.pooling_mode if pooling is not None else None
         mode = mode[0] if isinstance(mode, list | tuple) and len(mode) == 1 else mode
         if mode != config.pooling:
-            raise ConfigError(f"model.pooling={config.pooling}, but the loaded model has {mode}", hint="pin the revision")
+            raise ConfigError(
+                f"model.pooling={config.pooling}, but the loaded model has {mode}", hint="pin the revision"
+            )
     if config.dense_features is not None:
         dense = modules.get("Dense")
         width = dense.out_features if dense is not None else None
@@ -82,5 +85,8 @@ def make_loss(config: LossConfig, model: SentenceTransformer) -> Any:
             model, distance_metric=_DISTANCES[config.distance_metric], triplet_margin=config.triplet_margin
         )
     return losses.MultipleNegativesRankingLoss(
-        model, scale=config.scale, gather_across_devices=config.gather_across_devices
+        # sentence-transformers 6.2 asks for the rank of a process group even where there is none to gather from.
+        model,
+        scale=config.scale,
+        gather_across_devices=config.gather_across_devices and torch.distributed.is_initialized(),
     )

@@ -1,8 +1,8 @@
 """Metrics of a model on a frozen split.
 
 Two evaluators of sentence-transformers: TripletEvaluator (is the positive nearer than the negative?) and
-InformationRetrievalEvaluator (which place does the positive get among all positives of the dataset?). The first saturates
-and compares with one text; the second keeps telling models apart.
+InformationRetrievalEvaluator (which place does the positive get among all positives of the dataset?). The first
+saturates and compares with one text; the second keeps telling models apart.
 """
 
 from __future__ import annotations

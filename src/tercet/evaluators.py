@@ -1,6 +1,7 @@
 """The evaluators of sentence-transformers 6.2, changed in one thing: no text is encoded twice in one evaluation.
 
-A split's positives are in the retrieval corpus already when the triplets are compared, and its anchors were the queries.
+A split's positives are in the retrieval corpus already when the triplets are compared, and its anchors were the
+queries.
 """
 
 from __future__ import annotations

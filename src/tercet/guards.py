@@ -1,4 +1,6 @@
-"""What ends a run that cannot come out well: numbers that are not finite, and weights that do not move."""
+"""What ends a run that cannot come out well: numbers not finite, weights that do not move, ranks that differ."""
+
+# ruff: noqa: ARG002 - a callback is given more than it needs
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tercet.errors import LearnedNothing, NonFiniteError
+from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
 
 # After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
 LEARNED_NOTHING_STEPS = 5
@@ -32,15 +34,16 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
     """Stops at the first logged loss or gradient norm that is NaN or Inf."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        numbers = {name: (logs or {})[name] for name in ("loss", "grad_norm") if name in (logs or {})}
+        numbers: dict[str, Any] = {name: (logs or {})[name] for name in ("loss", "grad_norm") if name in (logs or {})}
         finite(numbers, f"step {state.global_step}")
 
 
 class WeightsMove(TrainerCallback):  # type: ignore[misc]
-    """Stops a run whose weights do not change: frozen model, optimizer over a copy, learning rate 0, detached loss.
+    """Stops a run whose weights do not change (frozen model, optimizer over a copy, learning rate 0, detached loss), or
+    whose ranks do not hold the same weights (gradients that are not averaged: each rank trains a model of its own).
 
-    Compares, bit for bit, the sum of every parameter with its value at the start. Reads all parameters twice, once at the
-    start and once a few steps in."""
+    Compares, bit for bit, the sum of squares of every parameter with its value at the start, and among the ranks up to
+    rounding. Reads all parameters twice, once at the start and once a few steps in."""
 
     def __init__(self) -> None:
         self._start: torch.Tensor | None = None
@@ -56,11 +59,26 @@ class WeightsMove(TrainerCallback):  # type: ignore[misc]
             return
         self._checked = True
         assert self._start is not None
-        if torch.equal(_fingerprint(model), self._start):
+        now = _fingerprint(model)
+        ranks = _of_all_ranks(now)
+        if any(not torch.allclose(rank, ranks[0], rtol=1e-6, atol=0.0, equal_nan=True) for rank in ranks):
+            raise TrainingError(
+                f"after {num_steps} steps the ranks hold different weights: gradients are not averaged among them",
+                hint="this is a fault of tercet or of the installed accelerate; a run on one worker is right",
+            )
+        if torch.equal(now, self._start):
             raise LearnedNothing(
                 f"no weight moved in the first {num_steps} steps: this run would learn nothing",
                 hint="is the model frozen, the learning rate 0, or the optimizer built over other parameters?",
             )
+
+
+def _of_all_ranks(fingerprint: torch.Tensor) -> list[torch.Tensor]:
+    if not torch.distributed.is_initialized():
+        return [fingerprint]
+    gathered: list[list[float]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, fingerprint.tolist())
+    return [torch.tensor(values, dtype=torch.double) for values in gathered]
 
 
 def _fingerprint(model: torch.nn.Module) -> torch.Tensor:

@@ -33,6 +33,7 @@ def environment(workers: WorkersConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(workers.cpus_per_worker),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_SECONDS,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(workers.start_timeout_seconds),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its notices yet
     }
 
 
@@ -47,6 +48,7 @@ def start_ray(workers: WorkersConfig) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # by default a worker gives way to everything else
         num_cpus = max(os.cpu_count() or 1, workers.num_workers * workers.cpus_per_worker)
         arguments = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", "num_cpus": num_cpus}
@@ -76,9 +78,9 @@ def with_devices(plan: TrainPlan) -> TrainPlan:
 def train(plan: TrainPlan) -> None:
     """Run the workers to the end. What they made is in storage.
 
-    Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows; PlanError when
-    the cluster had no room in time."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows; PlanError
+    when the cluster had no room in time."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -96,6 +98,7 @@ def train(plan: TrainPlan) -> None:
                 name=plan.run_id,
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=1),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:
@@ -119,8 +122,6 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
 
     from tercet.worker import run_worker
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-
     def report(metrics: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
@@ -140,7 +141,8 @@ def _cause(failures: dict[int, Exception]) -> TercetError:
     lines = [f"rank {rank}: {type(c).__name__}: {(str(c).splitlines() or [''])[0]}" for rank, c in causes.items()]
     return TrainingError(
         "the workers failed more often than workers.max_failures allows:\n" + "\n".join(lines),
-        hint="the workers' logs tell more (--debug, or the Ray dashboard); submitting again resumes from the last checkpoint",
+        hint="the workers' logs tell more (--debug, or the Ray dashboard); "
+        "submitting again resumes from the last checkpoint",
     )
 
 
@@ -154,7 +156,10 @@ def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]
     resources = _resources(plan.config.workers)
     # max_calls=1: the process ends afterwards, and a new one never reuses it.
     task = ray.remote(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1, max_retries=plan.config.workers.max_failures
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        max_calls=1,
+        max_retries=plan.config.workers.max_failures,
     )(evaluate_in_process)
     pending = {"baseline": task.remote(plan, None), "best": task.remote(plan, commit)}
     try:
@@ -170,4 +175,3 @@ def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]
 
 def _resources(workers: WorkersConfig) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker, **({"GPU": 1.0} if workers.use_gpu is True else {})}
-

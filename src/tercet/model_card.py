@@ -39,6 +39,7 @@ def model_card(plan: TrainPlan, metrics: RunMetrics, log_history: list[dict[str,
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", f"loss:{plan.config.loss.name}"],
         eval_results=results,
     )
+    trust = ", trust_remote_code=True" if plan.config.model.trust_remote_code else ""
     return f"""---
 {front.to_yaml()}
 ---
@@ -46,13 +47,13 @@ def model_card(plan: TrainPlan, metrics: RunMetrics, log_history: list[dict[str,
 # {plan.config.name}
 
 `{base}`, fine-tuned by tercet on {plan.num_train_rows:,} rows of `{plan.config.dataset.name}` (version
-`{plan.dataset_version}`). Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}: the best by {plan.metric} on
-the eval split.
+`{plan.dataset_version}`). Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}: the best by {plan.metric}
+on the eval split.
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("path/to/this/folder"{", trust_remote_code=True" if plan.config.model.trust_remote_code else ""})
+model = SentenceTransformer("path/to/this/folder"{trust})
 embeddings = model.encode(["a text", "another text"])
 ```
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,9 @@ def check_sha256(folder: Path, expected: str) -> None:
     """Raises CorruptObject unless `model.safetensors` in `folder` is the pinned one."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise CorruptObject(f"{folder}: holds no model.safetensors, but the recipe pins its sha256", hint="check model.sha256")
+        raise CorruptObject(
+            f"{folder}: holds no model.safetensors, but the recipe pins its sha256", hint="check model.sha256"
+        )
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
     if actual != expected:
@@ -85,7 +86,9 @@ def _inside_package(package: str) -> Path:
 
 
 def read_facts(folder: Path) -> ModelFacts | None:
-    """From config.json and the header of model.safetensors; None when they do not say."""
+    """From config.json and the header of model.safetensors; None when they do not say.
+
+    Raises ConfigError when the weights are no safetensors file."""
     transformer = next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
     if transformer is None or not (transformer / "model.safetensors").is_file():
         return None
@@ -108,6 +111,9 @@ def read_facts(folder: Path) -> ModelFacts | None:
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     """The header of a safetensors file: eight bytes of length, then JSON."""
     with path.open("rb") as file:
-        (num_bytes,) = struct.unpack("<Q", file.read(8))
+        # A pointer of git-lfs is text: its first eight bytes would be a length beyond any memory.
+        num_bytes = int.from_bytes(file.read(8), "little")
+        if num_bytes > path.stat().st_size:
+            raise ConfigError(f"{path} is not a safetensors file", hint="was it cloned without git-lfs? git lfs pull")
         header = json.loads(file.read(num_bytes))
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

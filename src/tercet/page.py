@@ -10,10 +10,12 @@ from tercet.report import LOWER_IS_BETTER, RunReport, losses, verdict
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:2rem 0 .5rem}.sub{color:#57606a;margin:0 0 1rem}
-.verdict{border-left:4px solid #1a7f37;background:#f0fff4;padding:.6rem 1rem}.verdict.no{border-color:#cf222e;background:#fff5f5}
+.verdict{border-left:4px solid #1a7f37;background:#f0fff4;padding:.6rem 1rem}
+.verdict.no{border-color:#cf222e;background:#fff5f5}
 table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #d0d7de}
 td:first-child,th:first-child{text-align:left;padding-left:0}code{font-size:.9em;word-break:break-all}
-.charts{display:flex;flex-wrap:wrap;gap:1.5rem}svg text{font:11px system-ui,sans-serif;fill:#57606a}.up{color:#1a7f37}.down{color:#cf222e}
+.charts{display:flex;flex-wrap:wrap;gap:1.5rem}svg text{font:11px system-ui,sans-serif;fill:#57606a}
+.up{color:#1a7f37}.down{color:#cf222e}
 """
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 230, 52, 14, 14, 34
 
@@ -86,23 +88,28 @@ def _chart(lines: dict[str, list[tuple[int, float]]], title: str, best_step: int
         return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     svg = [f"<figure style='margin:0'><figcaption>{escape(title)}</figcaption>"]
-    svg.append(f"<svg width={_WIDTH} height={_HEIGHT} viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img aria-label='{escape(title)}'>")
+    svg.append(
+        f"<svg width='{_WIDTH}' height='{_HEIGHT}' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
+        f"aria-label='{escape(title)}'>"
+    )
     for index in range(5):
         value = low + (high - low) * index / 4
-        svg.append(f"<line x1={_LEFT} x2={_WIDTH - _RIGHT} y1={y(value):.1f} y2={y(value):.1f} stroke='#eaeef2'/>")
-        svg.append(f"<text x={_LEFT - 6} y={y(value) + 4:.1f} text-anchor=end>{value:.3g}</text>")
+        svg.append(
+            f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y(value):.1f}' y2='{y(value):.1f}' stroke='#eaeef2'/>"
+        )
+        svg.append(f"<text x='{_LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.3g}</text>")
         step = x_max * index / 4
-        svg.append(f"<text x={x(step):.1f} y={_HEIGHT - _BOTTOM + 16} text-anchor=middle>{step:.0f}</text>")
+        svg.append(f"<text x='{x(step):.1f}' y='{_HEIGHT - _BOTTOM + 16}' text-anchor='middle'>{step:.0f}</text>")
     for position, (name, points) in enumerate(lines.items()):
         color = ("#0969da", "#bc4c00")[position % 2]
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        svg.append(f"<polyline points='{path}' fill=none stroke='{color}' stroke-width=2 stroke-linejoin=round />")
+        svg.append(f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='2' stroke-linejoin='round'/>")
         svg += [
-            f"<circle cx={x(step):.1f} cy={y(value):.1f} r={5 if step == best_step else 2.5} fill='{color}'>"
+            f"<circle cx='{x(step):.1f}' cy='{y(value):.1f}' r='{5 if step == best_step else 2.5}' fill='{color}'>"
             f"<title>step {step}: {value:.4f}</title></circle>"
             for step, value in points
         ]
         svg.append(
-            f"<text x={_LEFT + 8 + 90 * position} y={_HEIGHT - 4} style='fill:{color}'>● {escape(name)}</text>"
+            f"<text x='{_LEFT + 8 + 90 * position}' y='{_HEIGHT - 4}' style='fill:{color}'>● {escape(name)}</text>"
         )
     return "".join([*svg, "</svg></figure>"])

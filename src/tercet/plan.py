@@ -1,4 +1,4 @@
-"""Pure: recipe × what storage holds → `TrainPlan`. Wrong combinations die here, before a GPU is asked for."""
+"""Pure: recipe and what storage holds → `TrainPlan`. Wrong combinations die here, before a GPU is asked for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tercet.sampling import num_steps_per_epoch
 
 # fp32 weights, their gradients, and Adam's two moments: Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.
 BYTES_PER_PARAMETER = 16
-# Activations of a layer in 16 bits are about 34 bytes a token and hidden unit: Korthikanti et al. 2022, arXiv 2205.05198,
-# equation 2, without the attention term, which is small for short texts. fp32 doubles it.
+# Activations of a layer in 16 bits are about 34 bytes a token and hidden unit: Korthikanti et al. 2022, arXiv
+# 2205.05198, equation 2, without the attention term, which is small for short texts. fp32 doubles it.
 ACTIVATION_BYTES = 2 * 34
 # English text: about four characters a token for WordPiece vocabularies.
 CHARACTERS_PER_TOKEN = 4.0
@@ -107,8 +107,8 @@ def _problems(
         nearest = max(round(training.global_batch_size / num_micro_batches), 1) * num_micro_batches
         found.append(
             (
-                f"training.global_batch_size={training.global_batch_size} cannot be shared by {workers.num_workers} workers"
-                f" × {training.gradient_accumulation_steps} accumulation steps",
+                f"training.global_batch_size={training.global_batch_size} cannot be shared by "
+                f"{workers.num_workers} workers × {training.gradient_accumulation_steps} accumulation steps",  # noqa: RUF001
                 f"make it a multiple of {num_micro_batches}, such as {nearest}",
             )
         )
@@ -123,7 +123,8 @@ def _problems(
         if num_rows[split] == 0:
             found.append(
                 (
-                    f"dataset {manifest.dataset} version {manifest.version} has no {split} rows, so nothing could be proven",
+                    f"dataset {manifest.dataset} version {manifest.version} has no {split} rows, "
+                    "so nothing could be proven",
                     "add rows with other groups: a split is chosen by a hash of the group",
                 )
             )
@@ -142,9 +143,7 @@ def _problems(
     return found
 
 
-def _tokens_per_row(
-    config: Config, manifest: Manifest, columns: tuple[str, ...], facts: ModelFacts | None
-) -> float:
+def _tokens_per_row(config: Config, manifest: Manifest, columns: tuple[str, ...], facts: ModelFacts | None) -> float:
     """Mean tokens of one row over all its columns, padding not counted; two special tokens a text."""
     limit = config.model.max_seq_length or (facts.max_seq_length if facts else None) or 512
     means = [manifest.text_statistics[column].mean_chars / CHARACTERS_PER_TOKEN + 2 for column in columns]

@@ -74,7 +74,9 @@ def load(path: Path) -> tuple[dict[str, Any], Marks]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax") from None
+        raise ConfigError(
+            f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax"
+        ) from None
     return document, marks
 
 
@@ -83,6 +85,8 @@ def _mark(node: yaml.Node, loc: Loc, marks: Marks, duplicates: list[str], file: 
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):  # `{{ x }}`, a template nobody filled: the constructor refuses it
+                continue
             here = (*loc, str(key.value))
             marks.positions[here] = (key.start_mark.line + 1, key.start_mark.column + 1)
             if key.value in seen:

@@ -84,7 +84,8 @@ def verdict(report: RunReport) -> str:
     assert report.metrics is not None
     before, after = report.metrics.baseline_test[report.metric], report.metrics.best_test[report.metric]
     word = "better than" if report.gain > 0 else "NOT better than"
-    return f"On the test split the best model is {word} the baseline: {report.metric} {before:.4f} → {after:.4f} ({report.gain:+.4f})."
+    change = f"{report.metric} {before:.4f} → {after:.4f} ({report.gain:+.4f})"
+    return f"On the test split the best model is {word} the baseline: {change}."
 
 
 def _metric_table(report: RunReport) -> list[str]:
@@ -94,10 +95,15 @@ def _metric_table(report: RunReport) -> list[str]:
     header = f"  {'':<18}{'eval':^27}  {'test':^27}"
     lines = [header, f"  {'':<18}" + "  ".join([f"{'baseline':>8} {'best':>8} {'change':>9}"] * 2)]
     for name in names:
-        cells = [_cells(metrics.baseline_eval, metrics.best_eval, name), _cells(metrics.baseline_test, metrics.best_test, name)]
+        cells = [
+            _cells(metrics.baseline_eval, metrics.best_eval, name),
+            _cells(metrics.baseline_test, metrics.best_test, name),
+        ]
         lines.append(f"  {name:<18}" + "  ".join(cells).rstrip())
     epoch = next(entry["epoch"] for entry in metrics.evaluations if entry["step"] == metrics.best_step)
-    lines.append(f"  best: step {metrics.best_step} of {report.num_steps} (epoch {epoch:g}), by {report.metric} on eval")
+    lines.append(
+        f"  best: step {metrics.best_step} of {report.num_steps} (epoch {epoch:g}), by {report.metric} on eval"
+    )
     return lines
 
 

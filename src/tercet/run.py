@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -14,7 +14,7 @@ import yaml
 from tercet import launch
 from tercet.checkpoint import best_commit, publish_best, read_commits
 from tercet.config import Config
-from tercet.errors import ConfigError, LearnedNothing, ObjectNotFound, TercetError, TrainingError
+from tercet.errors import ConfigError, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.manifest import read_manifest
 from tercet.model_card import model_card
 from tercet.model_source import locate, read_facts
@@ -43,7 +43,7 @@ class Events:
         self._lines.append(json.dumps({"unix_seconds": round(time.time(), 3), "event": event, **details}))
         self._storage.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Record the start and the end of a stage."""
         self.stage = stage
@@ -66,7 +66,7 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
 def run(config: Config, run_id: str | None = None) -> RunReport:
     """Train, evaluate and publish; or return the result, if this run finished before; or go on where it stopped.
 
-    Raises the TercetError that ended it, after a report of the failure is written."""
+    Raises what ended it, after a report of the failure is written."""
     storage, plan = survey(config, run_id)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
@@ -77,12 +77,14 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             launch.start_ray(plan.config.workers)
             plan = launch.with_devices(plan)
         with events.timed("train"):
-            if not any(commit.step == plan.num_steps for commit in read_commits(storage, plan.run_id)):
+            if not storage.exists(training_key(plan.run_id)):  # written last by the workers
                 launch.train(plan)
         with events.timed("test"):
             best = best_commit(read_commits(storage, plan.run_id), plan.metric)
             if best is None:
-                raise TrainingError("the training ended without a committed checkpoint", hint="look at the workers' logs")
+                raise TrainingError(
+                    "the training ended without a committed checkpoint", hint="look at the workers' logs"
+                )
             test = launch.evaluate_test(plan, best)
         with events.timed("publish"):
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
@@ -90,8 +92,9 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, recipe(plan.config)))
             storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
-    except (TercetError, KeyboardInterrupt) as error:
-        _write(storage, _report(storage, plan, events, error=error), [], plan)
+    except BaseException as error:
+        with contextlib.suppress(StorageError):  # storage may be what failed
+            _write(storage, _report(storage, plan, events, error=error), [], plan)
         raise
     _write(storage, report, log_history, plan)
     events.add("run finished")

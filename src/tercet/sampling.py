@@ -40,7 +40,8 @@ def global_batches(
     batch: a row that would repeat one waits for the next batch. Linear in rows, except that each waiting row is looked
     at again for every batch.
 
-    Raises TrainingError when a text is so frequent that no such order exists."""
+    Raises TrainingError when texts are so frequent that no such order is found. The search is greedy: close to the
+    limit it may miss one that exists."""
     order = np.random.default_rng((seed, _EPOCH_STREAM, epoch)).permutation(num_rows).astype(np.int64)
     num_steps = num_steps_per_epoch(num_rows, global_batch_size)
     if text_ids is None:
@@ -82,9 +83,7 @@ def _rows_are_disjoint(texts: npt.NDArray[np.int64]) -> bool:
     return len(np.unique(texts)) == texts.size
 
 
-def _place(
-    row: int, text_ids: npt.NDArray[np.int64], batch: list[int], seen: set[int], waiting: list[int]
-) -> None:
+def _place(row: int, text_ids: npt.NDArray[np.int64], batch: list[int], seen: set[int], waiting: list[int]) -> None:
     texts = set(text_ids[row].tolist())
     if seen.isdisjoint(texts):
         seen |= texts
@@ -106,7 +105,8 @@ def _fill_by_swapping(
         while len(batch) < batch_size:
             if not _swap_one_in(batch, batches, left_over, text_ids, texts(batch)):
                 raise TrainingError(
-                    f"no order of {len(text_ids)} rows has {len(batches)} batches of {batch_size} without a text twice",
+                    f"found no order of {len(text_ids)} rows in {len(batches)} batches of {batch_size} "
+                    "without a text twice in one",
                     hint="lower training.global_batch_size, remove repeated texts, or set training.no_duplicates=false",
                 )
 
@@ -142,13 +142,11 @@ def _swap_one_in(
     return False
 
 
-def rank_micro_batches(
-    global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int
-) -> Rows:
+def rank_micro_batches(global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int) -> Rows:
     """One rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
 
-    The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all ranks
-    do not depend on the number of ranks."""
+    The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all
+    ranks do not depend on the number of ranks."""
     return global_batch.reshape(gradient_accumulation_steps, world_size, -1)[:, rank]
 
 

@@ -1,6 +1,7 @@
 """From a laptop to a cluster, through Ray Jobs.
 
-The submission id is the run id, so a second submission of a run finds the first one's job: it is followed, not repeated.
+The submission id is the run id, so a second submission of a run finds the first one's job: it is followed, not
+repeated.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], N
     Raises JobError when the cluster does not answer, or when the job ends other than SUCCEEDED."""
     from ray.job_submission import JobStatus
 
+    if "://" not in config.storage.uri:
+        say(f"note: storage is the folder {config.storage.uri}, which every machine of the cluster must see")
     client = _client(address)
     job_id = plan.run_id
     status = _status(client, job_id)
@@ -40,12 +43,18 @@ def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], N
             client.delete_job(job_id)
         with tempfile.TemporaryDirectory(prefix="tercet-submit-") as folder:
             (Path(folder) / "recipe.yaml").write_text(recipe(config), encoding="utf-8")
-            client.submit_job(
-                submission_id=job_id,
-                entrypoint=shlex.join(["python", "-m", "tercet.cli", "train", "recipe.yaml", "--run-id", plan.run_id]),
-                runtime_env={"working_dir": folder, "env_vars": job_environment(config)},
-                metadata={"run_id": plan.run_id, "name": config.name},
-            )
+            try:
+                client.submit_job(
+                    submission_id=job_id,
+                    entrypoint=shlex.join(["python", "-m", "tercet.cli", "train", "recipe.yaml", "--run-id", job_id]),
+                    runtime_env={"working_dir": folder, "env_vars": job_environment(config)},
+                    metadata={"run_id": job_id, "name": config.name},
+                )
+            except (RuntimeError, OSError) as error:
+                raise JobError(
+                    f"the cluster did not take job {job_id}: {_first_line(error)}",
+                    hint="submit again: if somebody else started it in this moment, it is followed",
+                ) from None
         say(f"submitted {job_id} to {address}")
     if follow:
         _follow(client, job_id, say)
@@ -62,25 +71,30 @@ def _client(address: str) -> Any:
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (RuntimeError, OSError) as error:
         raise JobError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}",
-            hint="is the head up (`ray status`), and the dashboard's port (8265) forwarded (`ray dashboard cluster.yaml`)?",
+            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            hint="is the head up (`ray status`), and the dashboard's port (8265) forwarded "
+            "(`ray dashboard cluster.yaml`)?",
         ) from None
 
 
 def _status(client: Any, job_id: str) -> Any:
     try:
         return client.get_job_status(job_id)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if "404" in str(error) or "does not exist" in str(error):
             return None
-        raise JobError(f"cannot read the status of job {job_id}: {str(error).splitlines()[0]}") from None
+        raise JobError(f"cannot read the status of job {job_id}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> None:
-    """Print the job's log as it grows. Polls, because the log stream ends silently when the connection does, and because
-    `ray job submit` exits 0 for a job that was stopped."""
+    """Print the job's log as it grows. Polls, because the log stream ends silently when the connection does, and
+    because `ray job submit` exits 0 for a job that was stopped."""
     from ray.job_submission import JobStatus
 
     num_shown, answered_at = 0, time.monotonic()
@@ -88,10 +102,10 @@ def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> None:
         try:
             status, log = client.get_job_status(job_id), client.get_job_logs(job_id)
             answered_at = time.monotonic()
-        except (ConnectionError, RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             if time.monotonic() - answered_at > UNREACHABLE_SECONDS:
                 raise JobError(
-                    f"the cluster stopped answering: {str(error).splitlines()[0]}",
+                    f"the cluster stopped answering: {_first_line(error)}",
                     hint=f"submit again when it is back: {job_id} resumes from its last checkpoint",
                 ) from None
             time.sleep(POLL_SECONDS)

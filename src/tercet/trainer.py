@@ -1,5 +1,7 @@
 """The trainer: SentenceTransformerTrainer, with tercet's order of rows, checkpoints and guards."""
 
+# ruff: noqa: ARG002 - a callback is given more than it needs
+
 from __future__ import annotations
 
 import logging
@@ -29,15 +31,16 @@ class EpochLoader(DataLoader):  # type: ignore[misc]
 
 
 class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Replaces two methods of sentence-transformers 6.2."""
+    """Replaces three methods of sentence-transformers 6.2."""
 
     def __init__(self, batches: RankBatches, **kwargs: Any) -> None:
         self._batches = batches
         super().__init__(**kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Instead of `BaseTrainer.get_train_dataloader`: a batch sampler that already knows its rank. The original's is cut
-        up among ranks by accelerate, which pads or drops the ends, and its NO_DUPLICATES holds within one rank only."""
+        """Instead of `BaseTrainer.get_train_dataloader`: a batch sampler that already knows its rank. The original's is
+        cut up among ranks by accelerate, which pads or drops the ends, and its NO_DUPLICATES holds within one rank
+        only."""
         return EpochLoader(
             self.train_dataset,
             batch_sampler=self._batches,
@@ -45,9 +48,13 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Instead of `BaseTrainer.add_model_card_callback`: nothing. It encodes examples for a card that tercet
+        replaces with its own, which has the results on the test split."""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Instead of `BaseTrainer._save`, which believes that only process zero calls it; transformers 5.23 calls it on every
-        rank. The model belongs to rank 0; the others own their random state alone."""
+        """Instead of `BaseTrainer._save`, which believes that only process zero calls it; transformers 5.23 calls it on
+        every rank. The model belongs to rank 0; the others own their random state alone."""
         if self.args.should_save:
             super()._save(output_dir, state_dict)
 
@@ -67,9 +74,12 @@ class Record(TrainerCallback):  # type: ignore[misc]
         self._metrics: dict[str, float] = {}
         self._started_at = time.monotonic()
         self._started_step = 0
+        self.first_step_unix_seconds: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started_at, self._started_step = time.monotonic(), state.global_step
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.first_step_unix_seconds is None:
+            self.first_step_unix_seconds = time.time()
+            self._started_at, self._started_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:

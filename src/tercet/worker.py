@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     quiet_libraries()
     started = time.monotonic()
     from sentence_transformers import SentenceTransformerTrainingArguments
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, set_seed
 
     from tercet.encoder import load_model, make_loss
     from tercet.evaluation import load_splits, make_evaluator
@@ -61,12 +62,16 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder:
         # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
         args = SentenceTransformerTrainingArguments(**training_arguments(plan, Path(folder) / "out"))
+        # sentence-transformers sets it where there are several ranks, for its own training batches. Here it would only hit
+        # the eval loss: the rows that fill no batch left out, and of the rest all but the last batch of rank 0 as well.
+        args.dataloader_drop_last = False
         rank, world_size = args.process_index, args.world_size
         _check_world_size(plan, world_size)
 
         splits = load_splits(plan, storage)
         chosen = subset(plan.num_rows["train"], config.training.max_train_rows, config.training.seed)
         train = splits["train"] if len(chosen) == len(splits["train"]) else splits["train"].select(chosen)
+        set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
         model = load_model(config.model, device=str(args.device))
         trainer = TercetTrainer(
             batches=RankBatches(
@@ -98,19 +103,22 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
                 report({"step": step, "epoch": epoch, **metrics})
 
         def on_commit(commit: Commit) -> None:
-            logger.info("step %d/%d  checkpoint committed: %s", commit.step, plan.num_steps, storage.uri_of(commit.folder))
+            logger.info(
+                "step %d/%d  checkpoint committed: %s", commit.step, plan.num_steps, storage.uri_of(commit.folder)
+            )
 
         trainer.remove_callback(PrinterCallback)
-        for callback in (FiniteLoss(), WeightsMove(), Record(uploader, plan.num_steps, on_evaluation, on_commit)):
+        record = Record(uploader, plan.num_steps, on_evaluation, on_commit)
+        for callback in (FiniteLoss(), WeightsMove(), record):
             trainer.add_callback(callback)
 
-        if commit is None:
-            trainer.evaluate()  # the baseline
-        else:
+        # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,
+        # leaves DistributedDataParallel out without a word, and each rank trains a model of its own.
+        args.eval_on_start = commit is None
+        if commit is not None:
             logger.info("resuming from the checkpoint of step %d", commit.step)
         seconds = {"worker_start": time.monotonic() - started}
         training_started = time.monotonic()
-        first_step_unix_seconds = time.time()
         trainer.train(resume_from_checkpoint=str(Path(folder) / "resume") if commit else None)
         seconds["training"] = time.monotonic() - training_started
         uploader.close()
@@ -121,7 +129,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
                 "world_size": world_size,
                 "device": str(args.device),
                 "seconds": finite(seconds, "time"),
-                "first_step_unix_seconds": first_step_unix_seconds,
+                "first_step_unix_seconds": record.first_step_unix_seconds,
                 "log_history": trainer.state.log_history,
             }
             storage.put(training_key(plan.run_id), json.dumps(log, indent=1).encode())
@@ -147,7 +155,8 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
         "use_cpu": use_cpu,
-        "ddp_backend": "gloo" if use_cpu else "nccl",
+        # accelerate takes a backend as the promise of a process group, which a lone process has not.
+        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if use_cpu else "nccl",
         "dataloader_pin_memory": not use_cpu,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -185,6 +194,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -195,8 +205,8 @@ def quiet_libraries() -> None:
 
 def _resume_point(storage: Storage, plan: TrainPlan, rank: int, folder: Path) -> Commit | None:
     """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank."""
-    commit = fetch_newest(storage, plan.run_id, folder) if rank == 0 else None
-    commit = _from_rank_0(commit)
+    found = fetch_newest(storage, plan.run_id, folder) if rank == 0 else None
+    commit: Commit | None = _from_rank_0(found)
     if commit is not None and rank != 0:
         fetch(storage, commit, folder)
     return commit

@@ -1,0 +1,152 @@
+"""The same plan through `torchrun` and through `ray job submit`, interleaved.
+
+python benchmarks/launch.py RECIPE [--runs 3] [--set a.b=value]…
+
+Prints wall seconds to the first step and to the end of training, and CPU seconds. Starts a Ray head on loopback for the
+Ray side, outside the timing, and ends it. Each run trains from the start: its run id is new. The Ray side also does
+what only the driver does (test evaluation, publishing), which its CPU seconds include; its time to the end of training,
+from the run's events, is the one to compare.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+from tercet.cli import main as tercet_main
+from tercet.config import load_config
+from tercet.run import survey
+from tercet.worker import training_key
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def tree_cpu_seconds(root_pid: int) -> float:
+    """User and system seconds of a process and all its descendants, dead children included."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    parents: dict[int, int] = {}
+    used: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        pid = int(stat.parent.name)
+        parents[pid] = int(fields[1])
+        used[pid] = sum(int(field) for field in fields[11:15]) / ticks
+
+    def below(pid: int) -> bool:
+        while pid > 1:
+            if pid == root_pid:
+                return True
+            pid = parents.get(pid, 0)
+        return False
+
+    return sum(seconds for pid, seconds in used.items() if below(pid))
+
+
+def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[bytes]:
+    """`ray start --head` in the foreground, as a child of ours."""
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port), "--temp-dir", folder]
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{dashboard_port}/api/version",
+                headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"},
+            )
+            urllib.request.urlopen(request, timeout=2)
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return head
+    head.send_signal(signal.SIGTERM)
+    raise SystemExit("the Ray head did not start")
+
+
+def measure(
+    recipe: Path, overrides: list[str], mode: str, head: subprocess.Popen[bytes], port: int
+) -> dict[str, float]:
+    """One run from nothing; seconds to the first step, to the end of training, and of CPU."""
+    config = load_config(recipe, overrides)
+    storage, plan = survey(config, f"bench-{mode}-{uuid.uuid4().hex[:8]}")
+    started, started_unix = time.monotonic(), time.time()
+    if mode == "torchrun":
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            file.write(plan.model_dump_json())
+            file.flush()
+            num_workers = config.workers.num_workers
+            command = [str(BIN / "torchrun"), f"--nproc-per-node={num_workers}", "-m", "tercet.worker", file.name]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            cpu = 0.0
+            while child.poll() is None:
+                cpu = max(cpu, tree_cpu_seconds(child.pid))
+                time.sleep(0.2)
+        end = time.monotonic() - started
+    else:
+        before = tree_cpu_seconds(head.pid)
+        flags = [flag for override in overrides for flag in ("--set", override)]
+        address = f"http://127.0.0.1:{port}"
+        if tercet_main(["submit", str(recipe), "--run-id", plan.run_id, "--address", address, *flags]):
+            raise SystemExit("the job failed")
+        cpu = tree_cpu_seconds(head.pid) - before
+        events = [json.loads(line) for line in storage.read(f"runs/{plan.run_id}/events.jsonl").splitlines()]
+        end = next(event["unix_seconds"] for event in events if event["event"] == "train finished") - started_unix
+    log = json.loads(storage.read(training_key(plan.run_id)))
+    return {
+        "to_first_step_seconds": log["first_step_unix_seconds"] - started_unix,
+        "to_end_of_training_seconds": end,
+        "training_seconds": log["seconds"]["training"],
+        "cpu_seconds": cpu,
+    }
+
+
+def main() -> None:
+    """Interleave, then print medians and the ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    arguments = parser.parse_args()
+    os.environ.update(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_worker_niceness="0", OMP_NUM_THREADS="1"
+    )
+    port, dashboard_port = free_port(), free_port()
+    results: dict[str, list[dict[str, float]]] = {"torchrun": [], "ray job": []}
+    with tempfile.TemporaryDirectory(prefix="rb-") as folder:
+        head = start_head(port, dashboard_port, folder)
+        try:
+            for _ in range(arguments.runs):
+                for mode, measured in results.items():
+                    kind = mode.split()[0]
+                    measured.append(measure(arguments.recipe, arguments.overrides, kind, head, dashboard_port))
+        finally:
+            head.send_signal(signal.SIGTERM)
+            head.wait(60)
+    print(f"\n{'median of ' + str(arguments.runs):<28} {'torchrun':>10} {'ray job':>10} {'ratio':>7}")
+    for name in results["torchrun"][0]:
+        plain, ray = (statistics.median(run[name] for run in results[mode]) for mode in ("torchrun", "ray job"))
+        print(f"{name:<28} {plain:>10.1f} {ray:>10.1f} {ray / plain:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The worker with a pause after every step of the second epoch, so that a test can kill it in the middle."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tercet import trainer, worker
+
+
+class SlowRecord(trainer.Record):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 11:
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    trainer.Record = SlowRecord
+    sys.exit(worker.main())

@@ -1,0 +1,81 @@
+"""Start the worker without Ray, as torchrun does, and look at what it left in storage."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import tiny_model
+from tercet.checkpoint import Commit, read_commits
+from tercet.config import load_config
+from tercet.plan import TrainPlan
+from tercet.run import survey
+from tercet.storage import open_storage
+
+
+def make_plan(recipe: Path, run_id: str, overrides: tuple[str, ...] = ()) -> TrainPlan:
+    """What `tercet plan` derives."""
+    return survey(load_config(recipe, overrides), run_id)[1]
+
+
+def write_plan(folder: Path, run_id: str, model: Path, store: Path, **sections: Any) -> Path:
+    """A recipe of tiny_model as a plan file."""
+    recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", model, store, **sections)
+    path = folder / f"{run_id}.json"
+    path.write_text(make_plan(recipe, run_id).model_dump_json(), encoding="utf-8")
+    return path
+
+
+def worker_command(plan: Path) -> list[str]:
+    """One worker by itself, or as many as the plan says under torchrun."""
+    num_workers = json.loads(plan.read_text())["config"]["workers"]["num_workers"]
+    if num_workers == 1:
+        return [sys.executable, "-m", "tercet.worker", str(plan)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_workers)]
+    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", port, "-m", "tercet.worker", str(plan)]
+
+
+def commits(store: Path, run_id: str) -> list[Commit]:
+    """Newest first."""
+    return read_commits(open_storage(str(store)), run_id)
+
+
+def model_folder(store: Path, commit: Commit) -> Path:
+    """Where the files of a commit lie, in a storage that is a folder."""
+    return store / commit.folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of every module of a SentenceTransformer folder."""
+    return {
+        f"{path.parent.relative_to(folder)}/{name}": value
+        for path in sorted(folder.rglob("model.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def final_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    return weights(model_folder(store, commits(store, run_id)[0]))
+
+
+def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """Over all weights; the names must be the same, and 0.0 means equal in every bit."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def training_log(store: Path, run_id: str) -> dict[str, Any]:
+    """training.json of a run."""
+    log: dict[str, Any] = json.loads((store / "runs" / run_id / "training.json").read_text())
+    return log

@@ -1,0 +1,70 @@
+"""Numbers that are not finite, and weights that do not move, end a run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tercet.errors import LearnedNothing, NonFiniteError
+from tercet.guards import LEARNED_NOTHING_STEPS, FiniteLoss, WeightsMove, finite
+
+
+def test_finite_makes_plain_floats() -> None:
+    plain = finite({"a": np.float32(0.5), "b": 1, "c": torch.tensor(2.0)}, "somewhere")
+    assert plain == {"a": 0.5, "b": 1.0, "c": 2.0}
+    assert {type(value) for value in plain.values()} == {float}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
+def test_finite_refuses_by_name(value: float) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 7: loss is (nan|inf|-inf)") as caught:
+        finite({"good": 1.0, "loss": value}, "step 7")
+    assert "training.learning_rate" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_the_first_bad_log_line_ends_training(name: str) -> None:
+    guard, state = FiniteLoss(), SimpleNamespace(global_step=3)
+    guard.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 2.0})
+    guard.on_log(None, state, None, logs={"eval_loss": float("nan")})  # that is looked at by the evaluation
+    guard.on_log(None, state, None, logs=None)
+    with pytest.raises(NonFiniteError, match=f"step 3: {name} is nan"):
+        guard.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 2.0, name: float("nan")})
+
+
+class Run:
+    """Plays the trainer: `steps` optimizer steps of a tiny module from `start` on."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.guard, self.model, self.state = WeightsMove(), torch.nn.Linear(3, 2), SimpleNamespace(global_step=start)
+        self.guard.on_train_begin(None, self.state, None, model=self.model)
+
+    def steps(self, number: int, learning_rate: float) -> None:
+        for _ in range(number):
+            with torch.no_grad():
+                self.model.weight.add_(learning_rate)
+            self.state.global_step += 1
+            self.guard.on_step_end(None, self.state, None, model=self.model)
+
+
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_frozen_model_is_found(start: int) -> None:
+    run = Run(start)
+    run.steps(LEARNED_NOTHING_STEPS - 1, learning_rate=0.0)
+    with pytest.raises(LearnedNothing, match=f"no weight moved in the first {LEARNED_NOTHING_STEPS} steps"):
+        run.steps(1, learning_rate=0.0)
+
+
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_moving_model_is_left_alone(start: int) -> None:
+    run = Run(start)
+    run.steps(3 * LEARNED_NOTHING_STEPS, learning_rate=1e-3)
+
+
+def test_moving_once_is_enough_and_the_look_is_taken_once() -> None:
+    run = Run()
+    run.steps(1, learning_rate=1e-3)
+    run.steps(LEARNED_NOTHING_STEPS, learning_rate=0.0)

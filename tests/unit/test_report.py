@@ -1,0 +1,72 @@
+"""One screen says what happened, honestly."""
+
+from __future__ import annotations
+
+import json
+
+import made
+import pytest
+from tercet.report import RunReport, as_json, losses, screen, verdict
+
+SCREEN = """\
+Run 20260314-made-0a1b2c3d-4e5f6a7b  finished
+
+  data     poems 4e5f6a7b8c9d0e1f: train 1,105  eval 20  test 30 rows
+  trained  20 steps on 2 workers
+
+                               eval                         test
+                    baseline     best    change  baseline     best    change
+  ndcg@10             0.4000   0.7000   +0.3000    0.5000   0.7500   +0.2500
+  loss                2.0000   1.5000   -0.5000
+  best: step 10 of 20 (epoch 1), by ndcg@10 on eval
+
+  On the test split the best model is better than the baseline: ndcg@10 0.5000 → 0.7500 (+0.2500).
+
+  seconds  train 61  test 5
+
+  run      /store/runs/r
+  model    /store/runs/r/best
+
+Next:
+  look at the report     /store/runs/r/report.html"""
+
+
+def test_the_screen_of_a_finished_run() -> None:
+    shown = screen(made.report(), [("look at the report", "/store/runs/r/report.html")])
+    assert "\n".join(line.rstrip() for line in shown.splitlines()) == SCREEN
+
+
+def test_the_screen_of_a_failed_run() -> None:
+    failed = made.report(
+        status="failed", failed_stage="train", error="no weight moved", metrics=None, best_uri=None, num_workers=1
+    )
+    shown = screen(failed, [])
+    assert "failed in stage `train`: no weight moved" in shown
+    assert "on 1 worker\n" in shown
+    assert "model  " not in shown
+    assert "Next:" not in shown
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [(0.5, 0.75, "is better than"), (0.75, 0.5, "is NOT better than"), (0.5, 0.5, "is NOT better than")],
+)
+def test_the_verdict(before: float, after: float, words: str) -> None:
+    report = made.report(metrics=made.metrics(before, after))
+    assert words in verdict(report)
+    assert f"{before:.4f} → {after:.4f} ({after - before:+.4f})" in verdict(report)
+    assert report.gain == after - before
+
+
+def test_the_verdict_is_about_the_test_split() -> None:
+    assert "NOT better" in verdict(made.report(metrics=made.metrics(0.9, 0.8)))  # although eval went up
+
+
+@pytest.mark.parametrize("report", [made.report(), made.report(status="failed", error="x", metrics=None)])
+def test_a_report_survives_storage(report: RunReport) -> None:
+    assert RunReport.model_validate_json(as_json(report)) == report
+    assert json.loads(as_json(report))["run_id"] == report.run_id
+
+
+def test_losses_are_those_of_training() -> None:
+    assert losses(made.LOG_HISTORY) == [(1, 2.5), (10, 1.25)]
