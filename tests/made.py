@@ -13,9 +13,7 @@ from tercet.report import RunMetrics, RunReport
 from tercet.splits import SplitRule
 
 TODAY = datetime.date(2026, 3, 14)
-FACTS = ModelFacts(
-    num_parameters=1000, num_embedding_parameters=400, num_layers=2, hidden_size=16, max_seq_length=None
-)
+FACTS = ModelFacts(num_parameters=1000, num_embedding_parameters=400, num_layers=2, hidden_size=16, max_seq_length=None)
 LOG_HISTORY = [
     {"step": 1, "epoch": 0.1, "loss": 2.5},
     {"step": 10, "epoch": 1.0, "loss": 1.25},

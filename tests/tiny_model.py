@@ -1,7 +1,7 @@
 """Models and data so small that a whole run takes seconds, all built offline.
 
 The task can be learned: a positive is its anchor in another language, word by word (`WORDS` to their partners). An
-untrained encoder knows no word of it, so its retrieval is near chance; after a few epochs the test split is much better.
+untrained encoder knows no word of it, so its retrieval is near chance; after a few epochs it is much better.
 """
 
 from __future__ import annotations
@@ -72,8 +72,12 @@ def tiny_tokenizer(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
-def tiny_bert(folder: Path, texts: Iterable[str], dense_features: int | None = None, dropout: float = 0.0) -> Path:
-    """A SentenceTransformer of two BERT layers, mean pooling and, if asked for, a Dense layer. About 30,000 weights."""
+def tiny_bert(
+    folder: Path, texts: Iterable[str], dense_features: int | None = None, dropout: float = 0.0, pooler: bool = True
+) -> Path:
+    """A SentenceTransformer of two BERT layers, mean pooling and, if asked for, a Dense layer. About 25,000 weights.
+
+    BERT's own pooler is not used. Without it in the file, its weights are drawn at random when the model is loaded."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -90,7 +94,7 @@ def tiny_bert(folder: Path, texts: Iterable[str], dense_features: int | None = N
     )
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_modules(folder, dense_features)
     return folder

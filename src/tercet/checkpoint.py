@@ -268,8 +268,8 @@ def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Co
 
 
 def read_best(storage: Storage, run_id: str) -> Commit | None:
-    """The commit of `best/`, or None while there is none."""
+    """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
     try:
         return Commit.model_validate_json(storage.read(f"{best_prefix(run_id)}/{COMMIT}"))
-    except ObjectNotFound:
+    except (ObjectNotFound, CorruptObject, ValueError):
         return None

@@ -191,6 +191,8 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
                 lines.append(f"{where}: unknown key `{dotted}`{guess}")
             case "missing":
                 lines.append(f"{where}: `{dotted}` is missing")
+            case "string_type" if isinstance(item["input"], int | float):
+                lines.append(f"{where}: `{dotted}` is a text: write it in quotes, not as the number {item['input']!r}")
             case "union_tag_not_found":
                 lines.append(f"{where}: `{dotted}.name` is missing (known: {', '.join(_LOSS_NAMES)})")
             case "union_tag_invalid":

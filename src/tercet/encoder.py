@@ -34,11 +34,13 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
             trust_remote_code=config.trust_remote_code,
             config_kwargs=dict(config.config_kwargs) or None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
         hint = "is the name right, and does this machine reach the hub?"
         if "trust_remote_code" in str(error):
             hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
+        elif isinstance(error, ImportError):
+            hint = "install what the model's own code asks for, or switch that part off in model.config_kwargs"
         elif offline:
             hint = "HF_HUB_OFFLINE is set: only local folders and cached models can be loaded"
         raise ConfigError(f"model.name_or_path={config.name_or_path}: {str(error).splitlines()[0]}", hint) from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tercet.checkpoint import Commit, fetch
 from tercet.config import ModelConfig
 from tercet.plan import TrainPlan
+from tercet.quiet import quiet_libraries
 from tercet.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -103,7 +104,6 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
 
     Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
     from tercet.encoder import load_model
-    from tercet.worker import quiet_libraries
 
     quiet_libraries()
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)

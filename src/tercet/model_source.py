@@ -109,11 +109,11 @@ def read_facts(folder: Path) -> ModelFacts | None:
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """The header of a safetensors file: eight bytes of length, then JSON."""
+    """From the header of a safetensors file: eight bytes of length, then JSON. Integers are no parameters."""
     with path.open("rb") as file:
         # A pointer of git-lfs is text: its first eight bytes would be a length beyond any memory.
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > path.stat().st_size:
             raise ConfigError(f"{path} is not a safetensors file", hint="was it cloned without git-lfs? git lfs pull")
         header = json.loads(file.read(num_bytes))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry["shape"] for name, entry in header.items() if "F" in entry.get("dtype", "")}

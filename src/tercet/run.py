@@ -68,9 +68,10 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
 
     Raises what ended it, after a report of the failure is written."""
     storage, plan = survey(config, run_id)
+    _check_same_experiment(storage, plan)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
-    _claim(storage, plan)
+    storage.put(_plan_key(plan.run_id), as_json(plan))
     events = Events(storage, plan.run_id)
     try:
         with events.timed("start"):
@@ -102,10 +103,10 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
 
 
 def read_report(storage: Storage, run_id: str) -> RunReport | None:
-    """The report of a run that ended, or None."""
+    """The report of a run that ended, or None; a damaged one is None too, and is written anew when the run is repeated."""
     try:
         return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
-    except ObjectNotFound:
+    except (ObjectNotFound, ValueError):
         return None
 
 
@@ -119,20 +120,22 @@ def recipe(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _claim(storage: Storage, plan: TrainPlan) -> None:
-    """Write plan.json. Raises ConfigError when the run id belongs to another experiment."""
-    key = f"runs/{plan.run_id}/plan.json"
+def _plan_key(run_id: str) -> str:
+    return f"runs/{run_id}/plan.json"
+
+
+def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
+    """Raises ConfigError when the run id belongs to another recipe or dataset version."""
     try:
-        earlier = TrainPlan.model_validate_json(storage.read(key))
+        earlier = TrainPlan.model_validate_json(storage.read(_plan_key(plan.run_id)))
     except ObjectNotFound:
-        earlier = plan
+        return
     same = earlier.config.experiment_hash() == plan.config.experiment_hash()
     if not same or earlier.dataset_version != plan.dataset_version:
         raise ConfigError(
             f"run {plan.run_id} exists with another {'dataset version' if same else 'recipe'}",
             hint="leave --run-id away, or choose a new one",
         )
-    storage.put(key, as_json(plan))
 
 
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:

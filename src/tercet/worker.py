@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from tercet.checkpoint import Commit, Uploader, fetch, fetch_newest
 from tercet.errors import TercetError
 from tercet.plan import TrainPlan
+from tercet.quiet import quiet_libraries
 from tercet.storage import Storage, open_storage
 
 logger = logging.getLogger("tercet")
@@ -62,8 +62,8 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder:
         # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
         args = SentenceTransformerTrainingArguments(**training_arguments(plan, Path(folder) / "out"))
-        # sentence-transformers sets it where there are several ranks, for its own training batches. Here it would only hit
-        # the eval loss: the rows that fill no batch left out, and of the rest all but the last batch of rank 0 as well.
+        # sentence-transformers sets it where there are several ranks, for its own training batches. Here it would only
+        # hit the eval loss: the rows that fill no batch left out, and of the rest all but the last batch of rank 0 too.
         args.dataloader_drop_last = False
         rank, world_size = args.process_index, args.world_size
         _check_world_size(plan, world_size)
@@ -182,25 +182,6 @@ def text_ids(rows: Any) -> npt.NDArray[np.int64]:
 def show_metrics(metrics: dict[str, float]) -> str:
     """One line: `loss 0.1234  ndcg@10 0.5678`."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def quiet_libraries() -> None:
-    """One process in many: the libraries' own progress bars and notices would drown what matters."""
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def _resume_point(storage: Storage, plan: TrainPlan, rank: int, folder: Path) -> Commit | None:

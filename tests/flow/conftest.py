@@ -15,6 +15,8 @@ import tiny_model
 from tercet.shards import build_version
 from tercet.storage import open_storage
 
+REPOSITORY = Path(__file__).parents[2]
+
 # Of the tests' own shell: nothing of it may reach a run.
 LEFT_OUT = ("AWS_", "RAY_", "TERCET_", "HF_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
@@ -57,6 +59,7 @@ def environment(cache_dir: Path) -> dict[str, str]:
     mine = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
     return {
         **mine,
+        "PYTHON": sys.executable,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "TERCET_CACHE_DIR": str(cache_dir),
         "HF_HOME": str(cache_dir / "hf"),

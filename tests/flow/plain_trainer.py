@@ -1,6 +1,6 @@
-"""What a person would write without tercet: SentenceTransformerTrainer, and a batch sampler that lists tercet's batches.
+"""What a person would write without tercet: SentenceTransformerTrainer, and a sampler that lists tercet's batches.
 
-python plain_trainer.py MODEL STORE OUT LOSS
+python plain_trainer.py MODEL STORE OUT
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ class Batches(BatchSampler):
         return iter(self.epochs[self.epoch])
 
 
-def main() -> None:
-    model_dir, store, out, loss_name = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    rows = read_rows(store, "train")
+def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str) -> None:
+    """Trains, and writes the model to OUT/loss_name."""
     model = SentenceTransformer(str(model_dir), device="cpu")
-    if loss_name == "TripletLoss":
+    if loss_name == "triplet":
         loss: Any = TripletLoss(model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.5)
     else:
         loss = MultipleNegativesRankingLoss(model, scale=20.0)
@@ -78,10 +77,11 @@ def main() -> None:
         report_to="none",
         batch_sampler=lambda dataset, **_: Batches(dataset),
     )
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss)
-    trainer.train()
-    model.save_pretrained(str(out / "final"))
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss).train()
+    model.save_pretrained(str(out / loss_name))
 
 
 if __name__ == "__main__":
-    main()
+    model_dir, store, out = map(Path, sys.argv[1:])
+    for loss_name in ("ranking", "triplet"):
+        train(model_dir, read_rows(store, "train"), out, loss_name)

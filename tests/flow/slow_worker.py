@@ -1,5 +1,7 @@
 """The worker with a pause after every step of the second epoch, so that a test can kill it in the middle."""
 
+# ruff: noqa: ARG002 - a callback is given more than it needs
+
 from __future__ import annotations
 
 import sys

@@ -33,16 +33,18 @@ def write_plan(folder: Path, run_id: str, model: Path, store: Path, **sections: 
     return path
 
 
-def worker_command(plan: Path) -> list[str]:
-    """One worker by itself, or as many as the plan says under torchrun."""
-    num_workers = json.loads(plan.read_text())["config"]["workers"]["num_workers"]
+def worker_command(*plans: Path) -> list[str]:
+    """One worker by itself, or as many as the plan says under torchrun. Several plans: one after the other."""
+    num_workers = json.loads(plans[0].read_text())["config"]["workers"]["num_workers"]
+    module = ["-m", "tercet.worker"] if len(plans) == 1 else [str(Path(__file__).with_name("several_plans.py"))]
+    worker = [*module, *map(str, plans)]
     if num_workers == 1:
-        return [sys.executable, "-m", "tercet.worker", str(plan)]
+        return [sys.executable, *worker]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_workers)]
-    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", port, "-m", "tercet.worker", str(plan)]
+    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", port, *worker]
 
 
 def commits(store: Path, run_id: str) -> list[Commit]:

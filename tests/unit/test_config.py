@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from made import config
+from tercet import recipe_yaml
 from tercet.config import Config, load_config
 from tercet.errors import ConfigError
 
@@ -82,10 +83,16 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("{name: TripletLos}", "r.yaml:4:8: unknown loss `TripletLos`; did you mean `TripletLoss`? (known: TripletLoss, "),
+        (
+            "{name: TripletLos}",
+            "r.yaml:4:8: unknown loss `TripletLos`; did you mean `TripletLoss`? (known: TripletLoss, ",
+        ),
         ("{name: qqq}", "r.yaml:4:8: unknown loss `qqq` (known: TripletLoss, "),
         ("{triplet_margin: 1}", "r.yaml:4:1: `loss.name` is missing (known: TripletLoss, "),
-        ("{name: TripletLoss, q: 1}", "r.yaml:4:27: unknown key `loss.q`; known here: name, distance_metric, triplet_margin"),
+        (
+            "{name: TripletLoss, q: 1}",
+            "r.yaml:4:27: unknown key `loss.q`; known here: name, distance_metric, triplet_margin",
+        ),
         ("{name: TripletLoss, scale: 1}", "r.yaml:4:27: unknown key `loss.scale`"),  # a parameter of the other loss
     ],
 )
@@ -126,6 +133,13 @@ def test_other_places_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert accepted(tmp_path, {**GOOD, "storage": {"uri": "~/p"}}).storage.uri == str(tmp_path / "p")
     hub = accepted(tmp_path, {**GOOD, "model": {"name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}})
     assert hub.model.name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_a_version_of_digits_needs_quotes(tmp_path: Path) -> None:
+    """A version id is hexadecimal: by chance it may look like a number, such as 12e45678."""
+    message = refused(tmp_path, yaml.safe_dump(GOOD), "dataset.version=1234567812345678")
+    assert message.endswith("`dataset.version` is a text: write it in quotes, not as the number 1234567812345678")
+    assert accepted(tmp_path, GOOD, "dataset.version='12e45678'").dataset.version == "12e45678"
 
 
 def test_a_config_is_frozen() -> None:
@@ -217,7 +231,7 @@ def test_the_recipes_are_right(path: Path) -> None:
     assert made.name
     assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
     schema = json.loads((RECIPES / "recipe.schema.json").read_text())
-    document = yaml.safe_load(path.read_text().replace("5e-5", "5.0e-5").replace("2e-5", "2.0e-5"))
+    document, _ = recipe_yaml.load(path)
     jsonschema.validate(document, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**document, "nmae": 1}, schema)

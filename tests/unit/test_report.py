@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-import made
 import pytest
+
+import made
 from tercet.report import RunReport, as_json, losses, screen, verdict
 
 SCREEN = """\

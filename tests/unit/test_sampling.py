@@ -48,7 +48,9 @@ def test_every_row_at_most_once_and_only_whole_batches(num_rows: int, seed: int)
 @pytest.mark.parametrize("batch_size", [2, 8, 24])
 def test_no_text_is_twice_in_a_batch_and_no_row_in_two(seed: int, batch_size: int) -> None:
     text_ids = repeating_texts(509, batch_size, seed)
-    assert not no_text_twice(global_batches(509, batch_size, seed, 0), text_ids), "the data must repeat to mean anything"
+    assert not no_text_twice(global_batches(509, batch_size, seed, 0), text_ids), (
+        "the data must repeat to mean anything"
+    )
     for epoch in range(2):
         batches = global_batches(len(text_ids), batch_size, seed, epoch, text_ids)
         assert batches.shape == (len(text_ids) // batch_size, batch_size)

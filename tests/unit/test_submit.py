@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import made
 import pytest
 import yaml
 from ray.job_submission import JobStatus
+
+import made
 from tercet import submit as submit_module
 from tercet.config import Config
 from tercet.errors import JobError
@@ -54,7 +55,7 @@ class Cluster:
             raise state
         return state[0]
 
-    def get_job_logs(self, job_id: str) -> str:
+    def get_job_logs(self, _: str) -> str:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         assert not isinstance(state, Exception)
         return state[1]
@@ -144,13 +145,13 @@ def test_a_head_that_stays_away(play: Play) -> None:
 def test_a_cluster_that_does_not_take_the_job(play: Play) -> None:
     cluster = Cluster((RUNNING, ""))
     cluster.refuses = RuntimeError("Job with submission_id r already exists\nTraceback ...")
-    with pytest.raises(JobError, match="did not take job .*: Job with submission_id r already exists$"):
+    with pytest.raises(JobError, match=r"did not take job .*: Job with submission_id r already exists$"):
         play(cluster)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("500: broken"), ConnectionError("gone")], ids=repr)
 def test_a_status_that_cannot_be_read(play: Play, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(job_id: str) -> JobStatus:
+    def fail(_: str) -> JobStatus:
         raise error
 
     cluster = Cluster((RUNNING, ""))
@@ -164,6 +165,13 @@ def test_no_cluster_at_the_address() -> None:
     with pytest.raises(JobError, match=r"no Ray cluster answers at http://127\.0\.0\.1:1") as caught:
         submit(PLAN, CONFIG, "http://127.0.0.1:1", print)
     assert "8265" in caught.value.hint
+
+
+def test_a_local_folder_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit_module, "_client", lambda _: Cluster((SUCCEEDED, "")))
+    said: list[str] = []
+    submit(made.plan(), made.config(), ADDRESS, said.append)
+    assert said[0].startswith("note: storage is the folder ./tercet-store")
 
 
 def test_the_workers_environment_travels(monkeypatch: pytest.MonkeyPatch) -> None:

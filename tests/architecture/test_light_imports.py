@@ -1,0 +1,60 @@
+"""What answers at once does not import what takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import made
+from tercet.manifest import publish
+from tercet.storage import open_storage
+
+HEAVY = ["torch", "ray", "sentence_transformers", "transformers", "datasets", "pyarrow", "s3fs", "fsspec"]
+HEAVY += ["huggingface_hub", "accelerate", "deepspeed", "pandas", "botocore", "aiohttp"]
+
+
+def imported_by(code: str) -> set[str]:
+    """Which heavy packages (numpy among them) a fresh process has after `code`."""
+    show = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1])) & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize("name", ["errors", "config", "storage", "manifest", "report", "page", "model_source", "cli"])
+def test_files_that_import_nothing_heavy(name: str) -> None:
+    assert imported_by(f"import tercet.{name}") == set()
+
+
+@pytest.mark.parametrize("name", ["sampling", "plan", "checkpoint", "shards", "demo", "launch", "run", "submit"])
+def test_files_that_import_numpy_at_most(name: str) -> None:
+    assert imported_by(f"import tercet.{name}") <= {"numpy"}
+
+
+def call(*arguments: str) -> str:
+    return (
+        "import contextlib, io\nfrom tercet.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    assert main({list(arguments)!r}) == 0"
+    )
+
+
+def test_help_imports_nothing() -> None:
+    assert imported_by(call("--help")) == set()
+    assert imported_by(call("train", "--help")) == set()
+
+
+def test_plan_imports_numpy_alone(tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    publish(open_storage(store), made.manifest())
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: x\nstorage: {{uri: {store}}}\ndataset: {{name: poems}}\nmodel: {{name_or_path: someone/model}}\n"
+        "loss: {name: TripletLoss}\n"
+    )
+    assert imported_by(call("plan", str(recipe))) <= {"numpy"}
+    assert imported_by(call("datasets", "list", "--storage", store)) == set()
+    assert imported_by(call("runs", "list", "--storage", store)) <= {"numpy"}

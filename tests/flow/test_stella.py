@@ -1,0 +1,119 @@
+"""The published stella recipe on a model of the same shape: its own modeling code, mean pooling, Dense to 1,024."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flow.conftest import REPOSITORY, check, run_command
+from flow.workers import commits, make_plan, model_folder, training_log, weights, worker_command
+from tercet.checkpoint import best_commit, publish_best
+from tercet.config import ModelConfig, TripletLossConfig
+from tercet.errors import ConfigError
+from tercet.plan import TrainPlan
+from tercet.storage import open_storage
+
+RECIPE = REPOSITORY / "ray_jobs/recipes/stella_triplet.yaml"
+SWITCHED_OFF = {"use_memory_efficient_attention": False, "unpad_inputs": False}
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_stella_dir: Path, store: Path) -> TrainPlan:
+    """Nothing but places and devices is another than in the recipe."""
+    places = (
+        f"storage.uri={store}",
+        "dataset.name=tiny",
+        f"model.name_or_path={tiny_stella_dir}",
+        "model.revision=null",
+    )
+    return make_plan(RECIPE, "stella", (*places, "workers.use_gpu=false"))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    plan: TrainPlan, tmp_path_factory: pytest.TempPathFactory, store: Path, environment: dict[str, str]
+) -> Path:
+    path = tmp_path_factory.mktemp("stella-plan") / "plan.json"
+    path.write_text(plan.model_dump_json())
+    check(run_command(worker_command(path), environment, path.parent))
+    return store
+
+
+def test_the_recipe_is_the_published_one(plan: TrainPlan) -> None:
+    assert plan.config.loss == TripletLossConfig(name="TripletLoss", distance_metric="euclidean", triplet_margin=5.0)
+    training = plan.config.training
+    assert (training.num_epochs, training.global_batch_size, training.learning_rate) == (3, 16, 2e-5)
+    assert (training.lr_scheduler, training.warmup_ratio, training.weight_decay) == ("cosine", 0.1, 0)
+    assert (plan.metric, plan.num_steps, plan.evaluation_steps) == ("triplet_accuracy", 33, (0, 11, 22, 33))
+    assert plan.config.model.config_kwargs == SWITCHED_OFF
+
+
+def test_every_epoch_is_measured_and_kept(trained: Path) -> None:
+    kept = commits(trained, "stella")
+    assert [(commit.step, commit.epoch) for commit in kept] == [(33, 3.0), (22, 2.0), (11, 1.0)]
+    assert all("triplet_accuracy" in commit.metrics for commit in kept)
+    rates = [
+        entry["learning_rate"] for entry in training_log(trained, "stella")["log_history"] if "learning_rate" in entry
+    ]
+    assert max(rates) <= 2e-5
+
+
+def test_all_of_the_model_is_trained(trained: Path, tiny_stella_dir: Path) -> None:
+    before, after = weights(tiny_stella_dir), weights(model_folder(trained, commits(trained, "stella")[0]))
+    assert before.keys() == after.keys()
+    assert after["2_Dense/linear.weight"].shape == (1024, 32)
+    # The loss sees differences of embeddings only, in which the last bias cancels; attention's key bias never counts.
+    still = {name for name in before if bool((before[name] == after[name]).all())}
+    assert still <= {"2_Dense/linear.bias"}
+
+
+def test_the_published_folder_loads_with_its_own_code(
+    trained: Path, plan: TrainPlan, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """In a process that knows nothing of the recipe: the switches are in the saved configuration."""
+    best = best_commit(commits(trained, "stella"), plan.metric)
+    assert best is not None
+    publish_best(open_storage(str(trained)), "stella", best, "# a card")
+    folder = trained / "runs/stella/best"
+    assert {"modeling.py", "configuration.py"} <= {path.name for path in folder.iterdir()}
+    script = f"""
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")
+print(type(model[0].auto_model).__name__, model[1].pooling_mode, model.encode(["a text"]).shape)
+"""
+    done = check(run_command([environment["PYTHON"], "-c", script], environment, tmp_path))
+    assert done.stdout.splitlines()[-1] == "NewModel mean (1, 1024)"
+
+
+def test_its_code_is_not_run_without_trust(tiny_stella_dir: Path) -> None:
+    from tercet.encoder import load_model
+
+    with pytest.raises(ConfigError, match="contains custom code") as caught:
+        load_model(ModelConfig(name_or_path=str(tiny_stella_dir), config_kwargs=SWITCHED_OFF))
+    assert "model.trust_remote_code: true" in caught.value.hint
+
+
+def test_a_fast_path_that_cannot_work_here_is_named(
+    tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tercet.encoder import load_model
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="needs xformers") as caught:
+        load_model(ModelConfig(name_or_path=str(tiny_stella_dir), trust_remote_code=True))
+    assert "model.config_kwargs" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"), [({"pooling": "cls"}, "has mean"), ({"dense_features": 768}, "has 1024")]
+)
+def test_another_architecture_than_the_recipes_is_refused(
+    tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, object], message: str
+) -> None:
+    from tercet.encoder import load_model
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    known = {"name_or_path": str(tiny_stella_dir), "trust_remote_code": True, "config_kwargs": SWITCHED_OFF}
+    with pytest.raises(ConfigError, match=message):
+        load_model(ModelConfig.model_validate({**known, **claim}))
