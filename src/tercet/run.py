@@ -103,7 +103,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
 
 
 def read_report(storage: Storage, run_id: str) -> RunReport | None:
-    """The report of a run that ended, or None; a damaged one is None too, and is written anew when the run is repeated."""
+    """The report of a run that ended, or None. A damaged one is None too: repeating the run writes it anew."""
     try:
         return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
     except (ObjectNotFound, ValueError):
