@@ -122,6 +122,9 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
 
     from tercet.worker import run_worker
 
+    # Ray Train 2.60 logs every report to a logger named by a file path, which its own log level does not reach.
+    logging.getLogger().setLevel(logging.WARNING)
+
     def report(metrics: dict[str, Any]) -> None:
         ray.train.report(metrics)
 

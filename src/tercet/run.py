@@ -90,7 +90,9 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
         with events.timed("publish"):
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
             log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
-            publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, recipe(plan.config)))
+            # Where it was stored and on what it ran is not a reader's business: a card may become public.
+            public_recipe = recipe(plan.config, exclude={"storage", "workers"})
+            publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
             storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
     except BaseException as error:
@@ -115,9 +117,9 @@ def list_runs(storage: Storage) -> list[str]:
     return sorted({key.split("/")[1] for key in storage.list("runs") if key.endswith("/plan.json")}, reverse=True)
 
 
-def recipe(config: Config) -> str:
-    """The whole recipe as YAML, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def recipe(config: Config, exclude: set[str] | None = None) -> str:
+    """The whole recipe as YAML, defaults included, without the sections named in `exclude`."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True)
 
 
 def _plan_key(run_id: str) -> str:

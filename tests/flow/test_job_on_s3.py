@@ -73,13 +73,21 @@ def cluster(laptop: dict[str, str], environment: dict[str, str]) -> Iterator[Clu
         _wait_for(f"{address}/api/version", process, log)
         yield Cluster(address, laptop, log)
     finally:
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-        if process.poll() is None:
-            process.kill()
-            process.wait(timeout=10)
+        _end(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[bytes], patience_seconds: float = 8) -> None:
+    """Ask the head to end; it drains its node first, which takes longer than a test should. Then kill what is left."""
+    import psutil
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=patience_seconds)
+    for member in left:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(timeout=10)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -159,7 +167,7 @@ def test_a_job_that_fails_is_told_by_the_exit_code(cluster: Cluster, bucket: Buc
     assert bucket.document("runs/frozen/report.json")["status"] == "failed"
 
 
-def test_a_stopped_job_is_no_success_and_resumes(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> None:
+def test_a_stopped_job_is_no_success(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> None:
     """`ray job submit` exits 0 here."""
     recipe = bucket.recipe("stopped", tiny_model_dir, training={"num_epochs": 400, "log_every_steps": 50})
     command = _submit(cluster, recipe, "stopped")

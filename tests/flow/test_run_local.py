@@ -51,8 +51,10 @@ def test_the_screen_tells_the_story_in_order(finished: Finished) -> None:
     assert -1 not in places, finished.screen
     assert places == sorted(places), finished.screen
     assert "the best model is better than the baseline: ndcg@10" in finished.screen
-    assert "Traceback" not in finished.screen
-    assert "Warning" not in finished.screen, finished.screen
+    # On a busy machine a thread of Ray's own PlacementGroupCleaner ends with a traceback after the run.
+    ours = "\n".join(line for line in finished.screen.splitlines() if "(PlacementGroupCleaner pid=" not in line)
+    assert "Traceback" not in ours, ours
+    assert "Warning" not in ours, ours
 
 
 def test_the_tuned_model_is_better_on_the_test_split(finished: Finished) -> None:
