@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tercet.errors import TercetError
 
-NUM_ROWS = 4_800
+NUM_ROWS = 4_500
 """Enough to tell models apart, few enough for a demo in minutes on two cores."""
-MAX_CHARS = 160
+MAX_CHARS = 100
 """Longer sentences and signatures are left out: they cost time and teach nothing more."""
 MAX_ROWS_PER_MODULE = 60
 """A split is made of whole modules; without a limit, tkinter alone would be half of the one that it falls into."""

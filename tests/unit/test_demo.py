@@ -26,7 +26,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def test_rows_are_many_and_good(rows: list[dict[str, str]]) -> None:
-    assert len(rows) == NUM_ROWS == 4800
+    assert len(rows) == NUM_ROWS == 4500
     assert len({row["group"] for row in rows}) > 200
     assert [row for row in rows if tuple(row) != COLUMNS or problem_of(row, COLUMNS, 10_000)] == []
     assert len({(row["anchor"], row["positive"]) for row in rows}) == len(rows)
