@@ -128,7 +128,11 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     os.environ.update(
-        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_worker_niceness="0", OMP_NUM_THREADS="1"
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_worker_niceness="0",
+        OMP_NUM_THREADS="1",
+        PATH=f"{BIN}:{os.environ['PATH']}",  # a job runs the `python` of the cluster's PATH
     )
     port, dashboard_port = free_port(), free_port()
     results: dict[str, list[dict[str, float]]] = {"torchrun": [], "ray job": []}

@@ -258,32 +258,13 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = _config(arguments)
     report = run(config, arguments.run_id)
-    _print_report(report, config, str(arguments.recipe))
+    _print_report(report, arguments.recipe)
 
 
-def _print_report(report: RunReport, config: Config, recipe: str) -> None:
-    from tercet.report import screen
+def _print_report(report: RunReport, recipe: Path) -> None:
+    from tercet.report import next_commands, screen
 
-    print(screen(report, _next_commands(report, config, recipe)))
-
-
-def _next_commands(report: RunReport, config: Config, recipe: str) -> list[tuple[str, str]]:
-    if report.best_uri is None:
-        return [("resume", f"tercet train {recipe}")]
-    local = "://" not in config.storage.uri
-    load = f"python -c 'from sentence_transformers import SentenceTransformer as S; print(S(\"{report.best_uri}\"))'"
-    fetch = f"aws s3 cp --recursive {report.best_uri} ./model"
-    return [
-        (
-            "look at the report",
-            f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html .",
-        ),
-        ("load the model", load if local else fetch),
-        (
-            "train on a cluster",
-            f"tercet submit {recipe} --address http://HEAD:8265 --set storage.uri=s3://BUCKET/PREFIX",
-        ),
-    ]
+    print(screen(report, next_commands(report, str(recipe))))
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -297,7 +278,7 @@ def _submit(arguments: argparse.Namespace) -> None:
         submit(plan, config, arguments.address, lambda text: print(text, flush=True), follow=not arguments.no_wait)
     else:
         print(f"{plan.run_id} finished before; this is its result")
-        _print_report(report, config, str(arguments.recipe))
+        _print_report(report, arguments.recipe)
 
 
 def _runs_list(arguments: argparse.Namespace) -> None:
@@ -361,7 +342,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
     _print_manifest(result.manifest)
     print("starting Ray with two workers; the first line of training comes in about half a minute", flush=True)
-    _print_report(run(config), config, str(arguments.recipe))
+    _print_report(run(config), arguments.recipe)
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -111,6 +114,34 @@ def _cells(before: Metrics, after: Metrics, name: str) -> str:
     if name not in before or name not in after:
         return " " * 27
     return f"{before[name]:>8.4f} {after[name]:>8.4f} {after[name] - before[name]:>+9.4f}"
+
+
+def next_commands(report: RunReport, recipe: str) -> list[tuple[str, str]]:
+    """What a person may want next, and the command that does it, for `screen`."""
+    tercet, python = _program("tercet"), _program("python")
+    if report.best_uri is None:
+        return [("resume", f"{tercet} train {recipe}")]
+    load = f'from sentence_transformers import SentenceTransformer as S; print(S("{report.best_uri}"))'
+    local = "://" not in report.run_uri
+    return [
+        (
+            "look at the report",
+            f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html .",
+        ),
+        ("load the model", f"{python} -c '{load}'" if local else f"aws s3 cp --recursive {report.best_uri} ./model"),
+        (
+            "train on a cluster",
+            f"{tercet} submit {recipe} --address http://HEAD:8265 --set storage.uri=s3://BUCKET/PREFIX",
+        ),
+    ]
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment from the reader's shell, which may not have it activated."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path) or not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def as_json(document: BaseModel) -> bytes:

@@ -55,7 +55,7 @@ BACKWARD = {
 }
 
 # A file reads in one go. These few are over 300 lines, and may not grow.
-MAX_LINES = {"cli": 375, "storage": 320}
+MAX_LINES = {"cli": 356, "storage": 320}
 
 
 def tree(name: str) -> ast.Module:

@@ -19,6 +19,7 @@ from flow.workers import (
     final_weights,
     largest_difference,
     model_folder,
+    torchrun,
     training_log,
     weights,
     worker_command,
@@ -168,3 +169,10 @@ def test_a_plan_for_more_workers_than_started_is_refused(
     assert done.returncode != 0
     assert "the plan is for 2 workers, but 1 were started" in done.stdout
     assert not (store / "runs/refused").exists()
+
+
+def test_ranks_that_train_models_of_their_own_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
+    command = torchrun(2, [str(Path(__file__).with_name("ranks_differ.py"))])
+    done = check(run_command(command, environment, tmp_path))
+    for rank in (0, 1):
+        assert f"rank {rank}: after 5 steps the ranks hold different weights" in done.stdout

@@ -38,8 +38,11 @@ def worker_command(*plans: Path) -> list[str]:
     num_workers = json.loads(plans[0].read_text())["config"]["workers"]["num_workers"]
     module = ["-m", "tercet.worker"] if len(plans) == 1 else [str(Path(__file__).with_name("several_plans.py"))]
     worker = [*module, *map(str, plans)]
-    if num_workers == 1:
-        return [sys.executable, *worker]
+    return [sys.executable, *worker] if num_workers == 1 else torchrun(num_workers, worker)
+
+
+def torchrun(num_workers: int, worker: list[str]) -> list[str]:
+    """A program on so many ranks of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import made
-from tercet.report import RunReport, as_json, losses, screen, verdict
+from tercet.report import RunReport, as_json, losses, next_commands, screen, verdict
 
 SCREEN = """\
 Run 20260314-made-0a1b2c3d-4e5f6a7b  finished
@@ -71,3 +71,15 @@ def test_a_report_survives_storage(report: RunReport) -> None:
 
 def test_losses_are_those_of_training() -> None:
     assert losses(made.LOG_HISTORY) == [(1, 2.5), (10, 1.25)]
+
+
+def test_the_next_commands_are_for_where_the_run_lies() -> None:
+    local, remote = (
+        made.report(run_uri="/store/runs/r"),
+        made.report(run_uri="s3://b/runs/r", best_uri="s3://b/runs/r/best"),
+    )
+    assert dict(next_commands(local, "demo.yaml"))["look at the report"] == "/store/runs/r/report.html"
+    assert (
+        dict(next_commands(remote, "demo.yaml"))["load the model"] == "aws s3 cp --recursive s3://b/runs/r/best ./model"
+    )
+    assert [what for what, _ in next_commands(made.report(best_uri=None), "demo.yaml")] == ["resume"]
