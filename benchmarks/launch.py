@@ -23,6 +23,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+from cpu import tree_cpu_seconds
 from tercet.cli import main as tercet_main
 from tercet.config import load_config
 from tercet.run import survey
@@ -36,30 +37,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def tree_cpu_seconds(root_pid: int) -> float:
-    """User and system seconds of a process and all its descendants, dead children included."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    parents: dict[int, int] = {}
-    used: dict[int, float] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        pid = int(stat.parent.name)
-        parents[pid] = int(fields[1])
-        used[pid] = sum(int(field) for field in fields[11:15]) / ticks
-
-    def below(pid: int) -> bool:
-        while pid > 1:
-            if pid == root_pid:
-                return True
-            pid = parents.get(pid, 0)
-        return False
-
-    return sum(seconds for pid, seconds in used.items() if below(pid))
 
 
 def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[bytes]:

@@ -1,0 +1,52 @@
+"""Wall and CPU seconds of the demo, by stage, from nothing.
+
+python benchmarks/demo.py [--set a.b=value]…
+
+CPU seconds are of the driver and all that it started: Ray's own processes and the workers.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cpu import tree_cpu_seconds
+
+STAGES = ("data", "start", "train", "test", "publish")
+
+
+def stage_of(store: Path) -> str:
+    """The stage that the run's events say it is in."""
+    stage = "data"
+    for path in store.glob("runs/*/events.jsonl"):
+        for line in path.read_text().splitlines():
+            name, _, what = json.loads(line)["event"].partition(" ")
+            stage = name if what == "started" else stage
+    return stage
+
+
+def main() -> None:
+    """Run the demo in a new folder and print what each stage took."""
+    wall, cpu = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+    with tempfile.TemporaryDirectory(prefix="tercet-demo-") as folder:
+        store = Path(folder) / "store"
+        command = [sys.executable, "-m", "tercet.cli", "demo", "--set", f"storage.uri={store}", *sys.argv[1:]]
+        child = subprocess.Popen(command)
+        last_wall, last_cpu = time.monotonic(), 0.0
+        while child.poll() is None:
+            time.sleep(0.2)
+            now, used, stage = time.monotonic(), tree_cpu_seconds(child.pid), stage_of(store)
+            wall[stage] += now - last_wall
+            cpu[stage] += max(used - last_cpu, 0.0)
+            last_wall, last_cpu = now, max(used, last_cpu)
+    print(f"\n{'stage':<10} {'wall s':>8} {'CPU s':>8}")
+    for stage in STAGES:
+        print(f"{stage:<10} {wall[stage]:>8.1f} {cpu[stage]:>8.1f}")
+    print(f"{'all':<10} {sum(wall.values()):>8.1f} {sum(cpu.values()):>8.1f}")
+    sys.exit(child.returncode)
+
+
+if __name__ == "__main__":
+    main()
