@@ -23,7 +23,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-from cpu import tree_cpu_seconds
+from cpu import machine_cpu_seconds
 from tercet.cli import main as tercet_main
 from tercet.config import load_config
 from tercet.run import survey
@@ -60,32 +60,24 @@ def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[
     raise SystemExit("the Ray head did not start")
 
 
-def measure(
-    recipe: Path, overrides: list[str], mode: str, head: subprocess.Popen[bytes], port: int
-) -> dict[str, float]:
+def measure(recipe: Path, overrides: list[str], mode: str, port: int) -> dict[str, float]:
     """One run from nothing; seconds to the first step, to the end of training, and of CPU."""
     config = load_config(recipe, overrides)
     storage, plan = survey(config, f"bench-{mode}-{uuid.uuid4().hex[:8]}")
-    started, started_unix = time.monotonic(), time.time()
+    started, started_unix, cpu_before = time.monotonic(), time.time(), machine_cpu_seconds()
     if mode == "torchrun":
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             file.write(plan.model_dump_json())
             file.flush()
             num_workers = config.workers.num_workers
             command = [str(BIN / "torchrun"), f"--nproc-per-node={num_workers}", "-m", "tercet.worker", file.name]
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            cpu = 0.0
-            while child.poll() is None:
-                cpu = max(cpu, tree_cpu_seconds(child.pid))
-                time.sleep(0.2)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() - started
     else:
-        before = tree_cpu_seconds(head.pid)
         flags = [flag for override in overrides for flag in ("--set", override)]
         address = f"http://127.0.0.1:{port}"
         if tercet_main(["submit", str(recipe), "--run-id", plan.run_id, "--address", address, *flags]):
             raise SystemExit("the job failed")
-        cpu = tree_cpu_seconds(head.pid) - before
         events = [json.loads(line) for line in storage.read(f"runs/{plan.run_id}/events.jsonl").splitlines()]
         end = next(event["unix_seconds"] for event in events if event["event"] == "train finished") - started_unix
     log = json.loads(storage.read(training_key(plan.run_id)))
@@ -93,7 +85,7 @@ def measure(
         "to_first_step_seconds": log["first_step_unix_seconds"] - started_unix,
         "to_end_of_training_seconds": end,
         "training_seconds": log["seconds"]["training"],
-        "cpu_seconds": cpu,
+        "cpu_seconds": machine_cpu_seconds() - cpu_before,
     }
 
 
@@ -119,7 +111,7 @@ def main() -> None:
             for _ in range(arguments.runs):
                 for mode, measured in results.items():
                     kind = mode.split()[0]
-                    measured.append(measure(arguments.recipe, arguments.overrides, kind, head, dashboard_port))
+                    measured.append(measure(arguments.recipe, arguments.overrides, kind, dashboard_port))
         finally:
             head.send_signal(signal.SIGTERM)
             head.wait(60)
