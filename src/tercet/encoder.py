@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
     return model
 
 
-def _hub_folder(config: ModelConfig) -> Any:
-    from pathlib import Path
-
+def _hub_folder(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(config.name_or_path, revision=config.revision, local_files_only=True))

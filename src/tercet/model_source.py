@@ -5,16 +5,15 @@ Reads JSON and the header of the weights; imports no machine-learning library, s
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tercet.config import ModelConfig
 from tercet.errors import ConfigError, CorruptObject
+from tercet.storage import sha256_of
 
 PACKAGE_SCHEME = "package:"
 
@@ -55,20 +54,12 @@ def check_sha256(folder: Path, expected: str) -> None:
         raise CorruptObject(
             f"{folder}: holds no model.safetensors, but the recipe pins its sha256", hint="check model.sha256"
         )
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    actual = sha256_of(path)
     if actual != expected:
         raise CorruptObject(
             f"{path}: sha256 is {actual}, the recipe pins {expected}",
             hint="these are other weights: reinstall the model, or change model.sha256 on purpose",
         )
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _inside_package(package: str) -> Path:

@@ -20,8 +20,9 @@ BYTES_PER_PARAMETER = 16
 ACTIVATION_BYTES = 2 * 34
 # English text: about four characters a token for WordPiece vocabularies.
 CHARACTERS_PER_TOKEN = 4.0
-# fp32 multiply-adds that one CPU core did here in a whole training step of all-MiniLM-L6-v2 (docs/benchmarks.md). A
-# GPU's rate differs a hundredfold between models, so no time is given for one.
+# Floating-point operations a second on real tokens, roughly, for fp32 on one core: the demo's two workers did 24e9
+# each at their best (docs/log.md, 0.56 steps/s of 32 rows). A GPU's rate differs a hundredfold between models, so no
+# time is given for one.
 CPU_FLOPS_PER_CORE = 30e9
 
 

@@ -14,7 +14,7 @@ import yaml
 from tercet import launch
 from tercet.checkpoint import best_commit, publish_best, read_commits
 from tercet.config import Config
-from tercet.errors import ConfigError, LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.manifest import read_manifest
 from tercet.model_card import model_card
 from tercet.model_source import locate, read_facts
@@ -108,7 +108,7 @@ def read_report(storage: Storage, run_id: str) -> RunReport | None:
     """The report of a run that ended, or None. A damaged one is None too: repeating the run writes it anew."""
     try:
         return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
-    except (ObjectNotFound, ValueError):
+    except (ObjectNotFound, CorruptObject, ValueError):
         return None
 
 
