@@ -1,4 +1,4 @@
-"""What a person wrote: a recipe, as frozen sections.
+"""What a person wrote: a recipe, read and checked.
 
 A recipe is YAML. All of its errors are reported at once, each with file:line:column and, for an unknown key, the
 nearest known one. `--set section.key=value` changes a value from the command line and is checked the same way.
@@ -11,125 +11,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from tercet import recipe_yaml
 from tercet.errors import ConfigError
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and without room for unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class StorageConfig(Section):
-    """Where datasets, runs and models lie."""
-
-    uri: str = "./tercet-store"
-    """A local folder, or `s3://bucket/prefix`. Credentials come from the environment, never from a recipe."""
-    endpoint_url: str | None = None
-    """For an S3 server other than AWS; without it, `AWS_ENDPOINT_URL` counts."""
-
-
-class DatasetConfig(Section):
-    """Which dataset version to train on."""
-
-    name: str
-    """The name given to `tercet shard --name`."""
-    version: str = "latest"
-    """A version id, or `latest`. The run is fixed to the version found at submission."""
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    name_or_path: str
-    """A hub name, a local folder, or `package:NAME` for a model that a Python package carries."""
-    revision: str | None = None
-    """The commit on the hub. Pin it: a branch moves under a nightly run."""
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of `model.safetensors`, checked before use."""
-    trust_remote_code: bool = False
-    """Run Python code from the model's own repository. Read that code at the pinned revision first."""
-    max_seq_length: PositiveInt | None = None
-    """Tokens; longer texts are cut. Without it, the model's own limit."""
-    pooling: Literal["cls", "mean", "max", "lasttoken"] | None = None
-    """Checked against the loaded model, so that a changed model on the hub cannot go unnoticed."""
-    dense_features: PositiveInt | None = None
-    """Width of the Dense layer after pooling; checked against the loaded model."""
-    config_kwargs: dict[str, Any] = {}
-    """Passed to the model's own configuration."""
-
-
-class TripletLossConfig(Section):
-    """`max(d(a, p) - d(a, n) + margin, 0)`: Hermans et al. 2017, arXiv 1703.07737."""
-
-    name: Literal["TripletLoss"]
-    distance_metric: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
-    triplet_margin: PositiveFloat = 5.0
-
-
-class RankingLossConfig(Section):
-    """Cross-entropy of the positive among all candidates of the batch: Henderson et al. 2017, arXiv 1705.00652."""
-
-    name: Literal["MultipleNegativesRankingLoss"]
-    scale: PositiveFloat = 20.0
-    gather_across_devices: bool = True
-    """Take the negatives from the whole global batch, so that the number of workers does not change the loss."""
-
-
-LossConfig = Annotated[TripletLossConfig | RankingLossConfig, Field(discriminator="name")]
-
-
-class TrainingConfig(Section):
-    """The experiment: everything here changes the final weights."""
-
-    seed: int = Field(default=42, ge=0, lt=2**32)
-    num_epochs: PositiveInt = 1
-    global_batch_size: PositiveInt = 32
-    """Rows a step, over all workers and accumulation steps."""
-    gradient_accumulation_steps: PositiveInt = 1
-    learning_rate: PositiveFloat = 2e-5
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_ratio: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of all steps over which the learning rate rises from 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this norm; 0 switches it off."""
-    no_duplicates: bool = True
-    """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative."""
-    max_train_rows: PositiveInt | None = None
-    """Use only this many rows of the train split, chosen by the seed: for a short try."""
-    log_every_steps: PositiveInt = 10
-
-
-class EvaluationConfig(Section):
-    """How a model is measured, and what best means."""
-
-    metric: Literal["ndcg@10", "mrr@10", "triplet_accuracy"] = "ndcg@10"
-    """Best checkpoint = the highest value on the eval split."""
-    batch_size: PositiveInt = 64
-    """Texts at a time, on each worker."""
-
-
-class WorkersConfig(Section):
-    """Where it runs. Nothing here changes the experiment, only its speed."""
-
-    num_workers: PositiveInt = 1
-    use_gpu: bool | Literal["auto"] = "auto"
-    """`auto`: a GPU for each worker where the cluster has any."""
-    cpus_per_worker: PositiveInt = 1
-    max_failures: int = Field(default=3, ge=0)
-    """How often Ray may restart the workers, from the newest complete checkpoint."""
-    start_timeout_seconds: PositiveInt = 600
-    """How long to wait for the cluster to have room for all workers."""
-    cache_dir: str | None = None
-    """Where a worker keeps shards; without it `TERCET_CACHE_DIR`, else `~/.cache/tercet`."""
+from tercet.loss_config import LossConfig
+from tercet.sections import (
+    DatasetConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Section,
+    StorageConfig,
+    TrainingConfig,
+    WorkersConfig,
+)
 
 
 class Config(Section):

@@ -1,25 +1,15 @@
-"""The model and its loss, by name."""
+"""The model, checked against what the recipe says of it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric
 
-from tercet.config import LossConfig, ModelConfig, TripletLossConfig
 from tercet.errors import ConfigError
 from tercet.model_source import check_sha256, locate
-
-_DISTANCES = {
-    "euclidean": TripletDistanceMetric.EUCLIDEAN,
-    "cosine": TripletDistanceMetric.COSINE,
-    "manhattan": TripletDistanceMetric.MANHATTAN,
-}
+from tercet.sections import ModelConfig
 
 
 def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransformer:
@@ -77,17 +67,3 @@ def _check_architecture(config: ModelConfig, model: SentenceTransformer) -> None
                 f"model.dense_features={config.dense_features}, but the loaded model has {width or 'no Dense layer'}",
                 hint="pin the revision",
             )
-
-
-def make_loss(config: LossConfig, model: SentenceTransformer) -> Any:
-    """The loss named in the recipe, around the model."""
-    if isinstance(config, TripletLossConfig):
-        return losses.TripletLoss(
-            model, distance_metric=_DISTANCES[config.distance_metric], triplet_margin=config.triplet_margin
-        )
-    return losses.MultipleNegativesRankingLoss(
-        # sentence-transformers 6.2 asks for the rank of a process group even where there is none to gather from.
-        model,
-        scale=config.scale,
-        gather_across_devices=config.gather_across_devices and torch.distributed.is_initialized(),
-    )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.checkpoint import Commit, fetch
-from tercet.config import ModelConfig
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
+from tercet.sections import ModelConfig
 from tercet.storage import Storage, open_storage
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import tempfile
 from typing import Any
 
 from tercet.checkpoint import Commit
-from tercet.config import WorkersConfig
 from tercet.errors import ConfigError, PlanError, TercetError, TrainingError
 from tercet.plan import TrainPlan
+from tercet.sections import WorkersConfig
 
 # The driver's environment does not reach Ray's workers by itself.
 PASSED_ENVIRONMENT = ("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_")

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from tercet.config import ModelConfig
 from tercet.errors import ConfigError, CorruptObject
+from tercet.sections import ModelConfig
 from tercet.storage import sha256_of
 
 PACKAGE_SCHEME = "package:"

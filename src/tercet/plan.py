@@ -7,8 +7,9 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
-from tercet.config import Config, TripletLossConfig
+from tercet.config import Config
 from tercet.errors import PlanError
+from tercet.loss_config import TripletLossConfig
 from tercet.manifest import Manifest
 from tercet.model_source import ModelFacts
 from tercet.sampling import num_steps_per_epoch

@@ -51,9 +51,10 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
 
-    from tercet.encoder import load_model, make_loss
+    from tercet.encoder import load_model
     from tercet.evaluation import load_splits, make_evaluator
     from tercet.guards import FiniteLoss, WeightsMove, finite
+    from tercet.loss import make_loss
     from tercet.sampling import RankBatches, subset
     from tercet.trainer import Record, TercetTrainer
 

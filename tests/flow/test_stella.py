@@ -9,9 +9,10 @@ import pytest
 from flow.conftest import REPOSITORY, check, run_command
 from flow.workers import commits, make_plan, model_folder, training_log, weights, worker_command
 from tercet.checkpoint import best_commit, publish_best
-from tercet.config import ModelConfig, TripletLossConfig
 from tercet.errors import ConfigError
+from tercet.loss_config import TripletLossConfig
 from tercet.plan import TrainPlan
+from tercet.sections import ModelConfig
 from tercet.storage import open_storage
 
 RECIPE = REPOSITORY / "ray_jobs/recipes/stella_triplet.yaml"

@@ -10,9 +10,9 @@ import sys
 from tercet import launch
 from tercet.checkpoint import Commit
 from tercet.cli import main
-from tercet.config import WorkersConfig
 from tercet.evaluation import evaluate_test
 from tercet.plan import TrainPlan
+from tercet.sections import WorkersConfig
 from tercet.worker import run_worker
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tercet.config import ModelConfig
 from tercet.errors import ConfigError, CorruptObject
 from tercet.model_source import ModelFacts, locate, read_facts
+from tercet.sections import ModelConfig
 
 
 def safetensors(shapes: dict[str, list[int]]) -> bytes:
