@@ -32,12 +32,13 @@ PART_WAIT_SECONDS = 600.0
 
 # What the trainer needs to go on, and who loads the model does not.
 TRAINER_STATE_FILES = (
-    "optimizer.pt",
+    "optimizer-",
     "scheduler.pt",
     "scaler.pt",
     "trainer_state.json",
     "training_args.bin",
     "rng_state",
+    "trained_weights.safetensors",
 )
 
 

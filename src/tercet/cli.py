@@ -64,11 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     shard.add_argument("--to", default=DEFAULT_STORAGE, metavar="URI", help="storage (%(default)s)")
     shard.add_argument("--endpoint-url", help="of an S3 server other than AWS")
     shard.add_argument("--name", required=True, help="of the dataset")
-    for column in ("anchor", "positive", "negative"):
-        shard.add_argument(
-            f"--{column}", default=None, metavar="COLUMN", help=f"column that holds the {column} ({column})"
-        )
-    shard.add_argument("--pairs", action="store_true", help="there is no negative column")
+    for name in ("anchor", "positive"):
+        shard.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"column that holds the {name} ({name})")
+    kind = shard.add_mutually_exclusive_group()
+    kind.add_argument("--negative", action="append", metavar="COLUMN", help="column of negatives; repeat it for more")
+    kind.add_argument("--pairs", action="store_true", help="there is no negative column")
     shard.add_argument(
         "--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor"
     )
@@ -129,12 +129,13 @@ def _shard(arguments: argparse.Namespace) -> None:
     from tercet.shards import build_version
     from tercet.storage import open_storage
 
-    names = ("anchor", "positive") if arguments.pairs else ("anchor", "positive", "negative")
+    names = [] if arguments.pairs else list(dict.fromkeys(arguments.negative or ["negative"]))
+    negatives = {f"negative_{n}" if len(names) > 1 else "negative": name for n, name in enumerate(names, start=1)}
     result = build_version(
         arguments.sources,
         open_storage(arguments.to, arguments.endpoint_url),
         arguments.name,
-        columns={name: getattr(arguments, name) or name for name in names},
+        columns={"anchor": arguments.anchor, "positive": arguments.positive, **negatives},
         group=arguments.group,
         max_bad_rows=arguments.max_bad_rows,
         rows_per_shard=arguments.rows_per_shard,
@@ -144,9 +145,8 @@ def _shard(arguments: argparse.Namespace) -> None:
     manifest = result.manifest
     for bad_row in result.first_bad_rows:
         print(f"bad row: {bad_row}", file=sys.stderr)
-    print(
-        f"{manifest.dataset} {manifest.version}  {'was published already' if result.already_published else 'published'}"
-    )
+    state = "was published already" if result.already_published else "published"
+    print(f"{manifest.dataset} {manifest.version}  {state}")
     _print_manifest(manifest)
 
 
@@ -164,7 +164,7 @@ def _print_manifest(manifest: Manifest) -> None:
         num_bytes = sum(shard.num_bytes for shard in shards)
         print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {_size(num_bytes):>10}")
     for column, statistics in manifest.text_statistics.items():
-        print(f"  {column:<9} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
+        print(f"  {column:<10} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
     bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest.bad_rows.items())
     print(f"  bad rows   {bad or 'none'}{' (in quarantine.jsonl beside the version)' if bad else ''}")
     if manifest.num_duplicate_rows:
@@ -174,11 +174,9 @@ def _print_manifest(manifest: Manifest) -> None:
 
 
 def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+    from tercet.memory import size_text
+
+    return size_text(num_bytes)
 
 
 def _datasets_list(arguments: argparse.Namespace) -> None:
@@ -237,15 +235,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         else f"{_size(plan.checkpoint_bytes)} a checkpoint, "
         f"{_size(plan.checkpoint_bytes * (len(plan.evaluation_steps) - 1) + plan.checkpoint_bytes / 3)} in all, "
         f"in {plan.config.storage.uri}",
-        "memory": unknown
-        if plan.memory_bytes_per_worker is None
-        else f"about {_size(plan.memory_bytes_per_worker)} a worker",
+        "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
+        "memory": unknown if plan.memory is None else plan.memory.text(),
         "time": "not known for a GPU"
         if plan.training_seconds is None
         else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
     }
+    if plan.memory_warning is not None:
+        lines["warning"] = plan.memory_warning
     for name, value in lines.items():
-        print(f"{name:<11}{value}")
+        print(f"{name:<13}{value}")
 
 
 def _steps(steps: tuple[int, ...]) -> str:

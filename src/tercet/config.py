@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tercet import recipe_yaml
 from tercet.errors import ConfigError
-from tercet.loss_config import LossConfig
+from tercet.loss_config import LEFT_OUT, GuidedLossConfig, LossConfig
 from tercet.sections import (
     DatasetConfig,
     EvaluationConfig,
@@ -66,12 +66,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 def _absolute(config: Config) -> Config:
     """Ray's workers run in a folder of their own, so no relative path may leave this process."""
-    storage, model = config.storage, config.model
+    storage, model, loss = config.storage, config.model, config.loss
     if "://" not in storage.uri:
         storage = storage.model_copy(update={"uri": str(Path(storage.uri).expanduser().absolute())})
     if (folder := Path(model.name_or_path).expanduser()).is_dir():
         model = model.model_copy(update={"name_or_path": str(folder.absolute())})
-    return config.model_copy(update={"storage": storage, "model": model})
+    if isinstance(loss, GuidedLossConfig) and (folder := Path(loss.guide).expanduser()).is_dir():
+        loss = loss.model_copy(update={"guide": str(folder.absolute())})
+    return config.model_copy(update={"storage": storage, "model": model, "loss": loss})
 
 
 def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> list[str]:
@@ -90,13 +92,20 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
                 lines.append(f"{where}: `{dotted}` is missing")
             case "string_type" if isinstance(item["input"], int | float):
                 lines.append(f"{where}: `{dotted}` is a text: write it in quotes, not as the number {item['input']!r}")
+            case "tuple_type":
+                lines.append(f"{where}: `{dotted}` is a list: write it in brackets, [...], not {item['input']!r}")
+            case "value_error":
+                lines.append(f"{where}: `{dotted}`: {item['ctx']['error']}")
             case "union_tag_not_found":
                 lines.append(f"{where}: `{dotted}.name` is missing (known: {', '.join(_LOSS_NAMES)})")
             case "union_tag_invalid":
-                known = difflib.get_close_matches(str(item["ctx"]["tag"]), _LOSS_NAMES, n=1, cutoff=0.3)
+                tag = str(item["ctx"]["tag"])
+                known = difflib.get_close_matches(tag, _LOSS_NAMES, n=1, cutoff=0.3)
                 guess = f"; did you mean `{known[0]}`?" if known else ""
-                where = marks.where((*loc, "name"), file)
-                lines.append(f"{where}: unknown loss `{item['ctx']['tag']}`{guess} (known: {', '.join(_LOSS_NAMES)})")
+                problem = (
+                    f"`{tag}` cannot be used: {LEFT_OUT[tag]}" if tag in LEFT_OUT else f"unknown loss `{tag}`{guess}"
+                )
+                lines.append(f"{marks.where((*loc, 'name'), file)}: {problem} (known: {', '.join(_LOSS_NAMES)})")
             case _:
                 value = "" if isinstance(item["input"], dict | list) else f", not {item['input']!r}"
                 lines.append(f"{where}: `{dotted}`: {item['msg'][0].lower()}{item['msg'][1:]}{value}")
@@ -117,6 +126,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
             section = _LOSSES[_LOSS_NAMES.index(str(part))]
         elif part in section.model_fields:
             annotation = section.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                section = annotation
+            for kind in get_args(annotation) or (annotation,):  # a section, or `Section | None`
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    section = kind
     return list(section.model_fields)

@@ -24,6 +24,8 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,
             config_kwargs=dict(config.config_kwargs) or None,
+            # transformers 5 otherwise keeps the type of the files: fp16 weights would lose most of a small step.
+            model_kwargs={"dtype": "float32"},
         )
     except (OSError, ValueError, ImportError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
@@ -39,8 +41,23 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
         check_sha256(_hub_folder(config), config.sha256)
     if config.max_seq_length is not None:
         model.max_seq_length = config.max_seq_length
+    if config.prompts is not None:
+        model.prompts = {**model.prompts, "query": config.prompts.query, "document": config.prompts.document}
     _check_architecture(config, model)
     return model
+
+
+def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The recipe's model, as it lies in a folder that tercet wrote: the same code and limits, other weights."""
+    return config.model_copy(update={"name_or_path": str(folder), "revision": None, "sha256": None})
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """The pooler of BERT and its kin, which the Pooling module does not use: without a gradient it has no optimizer
+    state, which FSDP2 misses on resume, and weight decay would shrink it under ZeRO."""
+    for name, parameter in model.named_parameters():
+        if ".pooler." in name:
+            parameter.requires_grad_(False)
 
 
 def _hub_folder(config: ModelConfig) -> Path:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from tercet.checkpoint import Commit, fetch
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
-from tercet.sections import ModelConfig
 from tercet.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -38,7 +37,10 @@ def load_splits(plan: TrainPlan, storage: Storage) -> dict[str, Dataset]:
 
 
 def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> Any:
-    """Both evaluators for one split. A query's relevant texts are all positives of its anchor in the whole dataset."""
+    """Both evaluators for one split. A query's relevant texts are all positives of its anchor in the whole dataset; a
+    row with several negatives is as many triplets.
+
+    Where there is a process group, every rank must call the result, and all of them get the same metrics."""
     from sentence_transformers.util import cos_sim
 
     from tercet.evaluators import EncodeOnceEvaluator, RetrievalEvaluator, TripletsEvaluator
@@ -67,12 +69,13 @@ def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> A
             score_functions={"cosine": cos_sim},
         )
     ]
-    if "negative" in rows.column_names:
+    negatives = [name for name in rows.column_names if name == "negative" or name.startswith("negative_")]
+    if negatives:
         evaluators.append(
             TripletsEvaluator(
-                anchors=list(rows["anchor"]),
-                positives=list(rows["positive"]),
-                negatives=list(rows["negative"]),
+                anchors=list(rows["anchor"]) * len(negatives),
+                positives=list(rows["positive"]) * len(negatives),
+                negatives=[text for name in negatives for text in rows[name]],
                 batch_size=batch_size,
                 write_csv=False,
                 similarity_fn_names=["cosine"],
@@ -103,7 +106,7 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
     """Metrics on the test split of the base model (commit None) or of a committed one.
 
     Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
-    from tercet.encoder import load_model
+    from tercet.encoder import load_model, stored_model
 
     quiet_libraries()
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
@@ -114,8 +117,3 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
             fetch(storage, commit, Path(folder), commit.model_files())
             config = stored_model(config, Path(folder))
         return evaluate(load_model(config), splits, "test", plan.config.evaluation.batch_size)
-
-
-def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The recipe's model, as it lies in a folder that tercet wrote: the same code and limits, other weights."""
-    return config.model_copy(update={"name_or_path": str(folder), "revision": None, "sha256": None})

@@ -1,19 +1,27 @@
-"""The evaluators of sentence-transformers 6.2, changed in one thing: no text is encoded twice in one evaluation.
+"""The evaluators of sentence-transformers 6.2, changed in two things.
 
-A split's positives are in the retrieval corpus already when the triplets are compared, and its anchors were the
-queries.
+No text is encoded twice in one evaluation: a split's positives are in the retrieval corpus already when the triplets
+are compared, and its anchors were the queries.
+
+Where there is a process group, its ranks share the work. Every rank must run the evaluator, on the same data: where
+weights are sharded (ZeRO-3, FSDP2) a forward pass is collective, and one rank with a pass more or less is a hang. So
+each rank makes the same number of passes, and every one of them ends with the same embeddings and metrics, bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
     SequentialEvaluator,
     TripletEvaluator,
 )
+from sentence_transformers.util import batch_to_device
+from torch.distributed.fsdp import FSDPModule
 
 
 class Encodings:
@@ -29,25 +37,104 @@ class Encodings:
         self._embeddings.clear()
 
     def of(self, model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
-        """Shape (len(texts), embedding width); only the texts not seen yet are encoded."""
+        """Shape (len(texts), embedding width), fp32; only the texts not seen yet are encoded, shared by all ranks."""
         new = [text for text in dict.fromkeys(texts) if (role, text) not in self._rows]
         if new:
-            encode = model.encode_query if role == "query" else model.encode_document
             start = sum(len(block) for block in self._embeddings)
-            self._embeddings.append(encode(new, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True))
+            self._embeddings.append(_encode(model, new, role, batch_size))
             self._rows.update({(role, text): start + index for index, text in enumerate(new)})
         self._embeddings = [torch.cat(self._embeddings)]
         return self._embeddings[0][[self._rows[role, text] for text in texts]]
 
 
+def num_sharing_ranks(model: Any) -> int:
+    """How many ranks run this evaluation together: 1 without a process group.
+
+    And 1 inside of sentence-transformers' `distributed_evaluation`. There one rank runs the evaluator, and the others
+    wait for slices of what it encodes: they would not take part in anything that is asked of them here."""
+    if not (dist.is_available() and dist.is_initialized()) or model._distributed_inference is not None:
+        return 1
+    return int(dist.get_world_size())
+
+
+def _encode(model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
+    """Shape (len(texts), embedding width), fp32, the same bits on every rank.
+
+    Longest text first, the texts are dealt to the ranks like cards, so that the batches which run at the same time are
+    about equally long. The ranks that come out one short encode the shortest text again, for nothing."""
+    encode = model.encode_query if role == "query" else model.encode_document
+    num_ranks = num_sharing_ranks(model)
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # stable, so the same on every rank
+    texts_per_rank = math.ceil(len(texts) / num_ranks)
+    dealt = order + [order[-1]] * (texts_per_rank * num_ranks - len(texts))
+    own = texts if num_ranks == 1 else [texts[index] for index in dealt[dist.get_rank() :: num_ranks]]
+    embeddings = encode(own, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float()
+    if num_ranks == 1:
+        return embeddings
+    place = {index: (turn % num_ranks) * texts_per_rank + turn // num_ranks for turn, index in enumerate(order)}
+    return _gather(embeddings)[[place[index] for index in range(len(texts))]]
+
+
+def _gather(own: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks, which are of one shape, one after the other."""
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own.contiguous())
+    return torch.cat(gathered)
+
+
+def _pass_without_inference_mode(model: Any) -> None:
+    """FSDP2 makes the tensors that it gathers weights into in the first pass. Were that one of `encode`, which is in
+    inference mode, the model could not be trained any more: "Inference tensors cannot be saved for backward"."""
+    model.eval()
+    with torch.no_grad():
+        model(batch_to_device(model.preprocess(["a"]), model.device))
+
+
 class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
-    """Replaces `InformationRetrievalEvaluator.embed_inputs`, which encodes whatever it is given."""
+    """Replaces two methods of `InformationRetrievalEvaluator`: one encodes whatever it is given, the other compares
+    every query with the corpus on every rank."""
 
     encodings: Encodings
+    queries_ids: list[str]
+    queries: list[str]
+
+    def compute_all_metrics(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[int, float]]]:
+        """Metrics by score function, name and k. Each is a mean over queries, so ranks share the queries."""
+        num_ranks = num_sharing_ranks(model)
+        scores: dict[str, dict[str, dict[int, float]]]
+        if num_ranks == 1:
+            scores = super().compute_all_metrics(model, *args, **kwargs)
+            return scores
+        # Before the queries are shared: every rank must ask for the same texts. The corpus stays whole.
+        device = self.embed_inputs(model, self.queries, "query").device
+        everything: tuple[list[str], list[str]] = self.queries_ids, self.queries
+        own = slice(dist.get_rank(), None, num_ranks)
+        num_own = len(everything[0][own])
+        try:
+            # A rank without a query takes one that counts for nothing.
+            self.queries_ids, self.queries = (values[own] or values[:1] for values in everything)
+            scores = super().compute_all_metrics(model, *args, **kwargs)
+        finally:
+            self.queries_ids, self.queries = everything
+        return _mean_over_ranks(scores, num_own, device)
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> torch.Tensor:
         """Shape (len(sentences), embedding width)."""
         return self.encodings.of(model, list(sentences), encode_fn_name, self.batch_size)
+
+
+def _mean_over_ranks(
+    scores: dict[str, dict[str, dict[int, float]]], num_queries: int, device: torch.device
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Means over all queries, from each rank's over its own."""
+    values = [value for by_name in scores.values() for by_k in by_name.values() for value in by_k.values()]
+    sums = torch.tensor([[num_queries * value for value in (1.0, *values)]], dtype=torch.float64, device=device)
+    num_all, *totals = _gather(sums).sum(dim=0).tolist()
+    means = (total / num_all for total in totals)
+    return {
+        function: {name: {k: next(means) for k in by_k} for name, by_k in by_name.items()}
+        for function, by_name in scores.items()
+    }
 
 
 class TripletsEvaluator(TripletEvaluator):  # type: ignore[misc]
@@ -57,7 +144,7 @@ class TripletsEvaluator(TripletEvaluator):  # type: ignore[misc]
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> Any:
         """NumPy array of shape (len(sentences), embedding width)."""
-        return self.encodings.of(model, list(sentences), encode_fn_name, self.batch_size).float().cpu().numpy()
+        return self.encodings.of(model, list(sentences), encode_fn_name, self.batch_size).cpu().numpy()
 
 
 class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
@@ -69,10 +156,12 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
         for evaluator in evaluators:
             evaluator.encodings = self._encodings
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics by name, of all evaluators."""
+        if isinstance(model, FSDPModule):
+            _pass_without_inference_mode(model)
         try:
-            metrics: dict[str, float] = super().__call__(*args, **kwargs)
+            metrics: dict[str, float] = super().__call__(model, *args, **kwargs)
         finally:
             self._encodings.clear()
         return metrics

@@ -77,26 +77,36 @@ def _inside_package(package: str) -> Path:
 
 
 def read_facts(folder: Path) -> ModelFacts | None:
-    """From config.json and the header of model.safetensors; None when they do not say.
+    """From config.json and the headers of the weights' files; None when they do not say.
 
     Raises ConfigError when the weights are no safetensors file."""
     transformer = next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
-    if transformer is None or not (transformer / "model.safetensors").is_file():
+    weights = _weight_files(transformer) if transformer else []
+    if transformer is None or not weights:
         return None
     config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
-    shapes = _tensor_shapes(transformer / "model.safetensors")
+    shapes = {name: shape for path in weights for name, shape in _tensor_shapes(path).items()}
     limits = folder / "sentence_bert_config.json"
     max_seq_length = json.loads(limits.read_text(encoding="utf-8")).get("max_seq_length") if limits.is_file() else None
     try:
         return ModelFacts(
             num_parameters=sum(math.prod(shape) for shape in shapes.values()),
-            num_embedding_parameters=sum(math.prod(shape) for name, shape in shapes.items() if "embeddings" in name),
+            num_embedding_parameters=sum(math.prod(shape) for name, shape in shapes.items() if "embed" in name),
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=int(config["hidden_size"]),
             max_seq_length=max_seq_length or config.get("max_position_embeddings"),
         )
     except KeyError:
         return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file, or those that its index names when the weights are cut in pieces; none when one of them is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [folder / name for name in names] if all((folder / name).is_file() for name in names) else []
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:

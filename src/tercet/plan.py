@@ -9,16 +9,24 @@ from pydantic import BaseModel, ConfigDict
 
 from tercet.config import Config
 from tercet.errors import PlanError
-from tercet.loss_config import TripletLossConfig
 from tercet.manifest import Manifest
+from tercet.memory import (
+    ADAM_BYTES,
+    SHARE_OF_MEMORY,
+    WEIGHT_BYTES,
+    Memory,
+    available_bytes,
+    choose,
+    fits,
+    memory_of,
+    num_trainable_parameters,
+    size_text,
+)
 from tercet.model_source import ModelFacts
+from tercet.parallelism import override_problems
 from tercet.sampling import num_steps_per_epoch
+from tercet.sections import Parallelism
 
-# fp32 weights, their gradients, and Adam's two moments: Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.
-BYTES_PER_PARAMETER = 16
-# Activations of a layer in 16 bits are about 34 bytes a token and hidden unit: Korthikanti et al. 2022, arXiv
-# 2205.05198, equation 2, without the attention term, which is small for short texts. fp32 doubles it.
-ACTIVATION_BYTES = 2 * 34
 # English text: about four characters a token for WordPiece vocabularies.
 CHARACTERS_PER_TOKEN = 4.0
 # Floating-point operations a second on real tokens, roughly, for fp32 on one core: the demo's two workers did 24e9
@@ -48,13 +56,30 @@ class TrainPlan(BaseModel):
     evaluation_steps: tuple[int, ...]
     """Optimizer steps after which the eval split is measured and a checkpoint written; 0 is the baseline."""
     checkpoint_bytes: int | None
-    memory_bytes_per_worker: int | None
+    parallelism: Parallelism
+    """Settled: never `auto`."""
+    parallelism_reason: str
+    memory: Memory | None
+    """Of one worker; None when the model's files are not on this machine."""
+    memory_bytes_available: int | None
+    """To one worker; None when unknown."""
     training_seconds: float | None
 
     @property
     def metric(self) -> str:
         """What best means."""
         return self.config.evaluation.metric
+
+    @property
+    def memory_warning(self) -> str | None:
+        """For a mode that the recipe names and that probably does not fit: it is not overruled."""
+        workers, available = self.config.workers, self.memory_bytes_available
+        if self.memory is None or available is None or fits(self.memory, workers, available):
+            return None
+        return (
+            f"{self.parallelism} needs {size_text(self.memory.needed_bytes(workers))}, more than {SHARE_OF_MEMORY:.0%} "
+            f"of the {size_text(available)} a worker has: it may run out of memory; try workers.parallelism=auto"
+        )
 
 
 def make_run_id(config: Config, dataset_version: str, today: datetime.date) -> str:
@@ -63,22 +88,37 @@ def make_run_id(config: Config, dataset_version: str, today: datetime.date) -> s
 
 
 def make_plan(
-    config: Config, manifest: Manifest, facts: ModelFacts | None, today: datetime.date, run_id: str | None = None
+    config: Config,
+    manifest: Manifest,
+    facts: ModelFacts | None,
+    today: datetime.date,
+    run_id: str | None = None,
+    memory_bytes_available: int | None = None,
 ) -> TrainPlan:
-    """Derive everything. Raises PlanError naming every combination that cannot work."""
+    """Derive everything. `memory_bytes_available`: a CPU worker's share of its machine, where the recipe does not say.
+
+    Raises PlanError naming every combination that cannot work."""
     training, workers = config.training, config.workers
     num_rows = {split: manifest.num_rows[split] for split in ("train", "eval", "test")}
     num_train_rows = min(num_rows["train"], training.max_train_rows or num_rows["train"])
     steps_per_epoch = num_steps_per_epoch(num_train_rows, training.global_batch_size)
-    problems = _problems(config, manifest, num_rows, num_train_rows, steps_per_epoch)
+    num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
+    rows_per_micro_batch = training.global_batch_size // num_micro_batches
+    columns = manifest.text_columns
+    tokens_per_row = sum(_tokens_per_text(config, manifest, facts))
+    num_tokens = _tokens_kept(config, manifest, facts, rows_per_micro_batch)
+    memory_bytes_available = available_bytes(workers, memory_bytes_available)
+
+    problems = _problems(config, manifest, num_rows, num_train_rows, steps_per_epoch) + _worker_problems(config)
+    try:
+        parallelism, reason = choose(config, facts, num_tokens, memory_bytes_available)
+    except PlanError as error:
+        problems.append((error.message, error.hint))
     if problems:
         raise PlanError("\n".join(problem for problem, _ in problems), hint="; ".join(hint for _, hint in problems))
 
-    num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
     num_steps = steps_per_epoch * training.num_epochs
-    rows_per_micro_batch = training.global_batch_size // num_micro_batches
-    columns = manifest.text_columns
-    tokens_per_row = _tokens_per_row(config, manifest, columns, facts)
+    lora = config.model.lora
     return TrainPlan(
         run_id=run_id or make_run_id(config, manifest.version, today),
         config=config,
@@ -92,9 +132,16 @@ def make_plan(
         warmup_steps=math.ceil(training.warmup_ratio * num_steps),
         rows_per_rank_and_micro_batch=rows_per_micro_batch,
         evaluation_steps=tuple(range(0, num_steps + 1, steps_per_epoch)),
-        # Weights and Adam's two moments, in fp32.
-        checkpoint_bytes=None if facts is None else 12 * facts.num_parameters,
-        memory_bytes_per_worker=None if facts is None else _memory_bytes(facts, rows_per_micro_batch * tokens_per_row),
+        # All weights, and Adam's two moments of those that are trained.
+        checkpoint_bytes=None
+        if facts is None
+        else WEIGHT_BYTES * facts.num_parameters + ADAM_BYTES * num_trainable_parameters(facts, lora),
+        parallelism=parallelism,
+        parallelism_reason=reason,
+        memory=None
+        if facts is None
+        else memory_of(facts, parallelism, workers.num_workers, num_tokens, training, lora, config.loss.is_cached),
+        memory_bytes_available=memory_bytes_available,
         training_seconds=_training_seconds(config, facts, num_steps * training.global_batch_size * tokens_per_row),
     )
 
@@ -130,31 +177,65 @@ def _problems(
                     "add rows with other groups: a split is chosen by a hash of the group",
                 )
             )
-    needs_negative = {
-        f"loss.name={config.loss.name}": isinstance(config.loss, TripletLossConfig),
-        "evaluation.metric=triplet_accuracy": config.evaluation.metric == "triplet_accuracy",
-    }
-    found += [
-        (
-            f"{setting} needs a column `negative`; version {manifest.version} has {', '.join(manifest.text_columns)}",
-            "shard the data with --negative, or choose one that works on pairs",
+    has = f"version {manifest.version} has {', '.join(manifest.text_columns)}"
+    column_problem = config.loss.column_problem(manifest.text_columns)
+    if column_problem is not None:
+        need, hint = column_problem
+        found.append((f"loss.name={config.loss.name} {need}; {has}", hint))
+    has_negative = any(column.startswith("negative") for column in manifest.text_columns)
+    if config.evaluation.metric == "triplet_accuracy" and not has_negative:
+        found.append(
+            (
+                f"evaluation.metric=triplet_accuracy needs a column `negative`; {has}",
+                "shard the data with --negative, or choose one that works on pairs",
+            )
         )
-        for setting, needed in needs_negative.items()
-        if needed and "negative" not in manifest.text_columns
-    ]
     return found
 
 
-def _tokens_per_row(config: Config, manifest: Manifest, columns: tuple[str, ...], facts: ModelFacts | None) -> float:
-    """Mean tokens of one row over all its columns, padding not counted; two special tokens a text."""
+def _worker_problems(config: Config) -> list[tuple[str, str]]:
+    """What the workers, as the recipe asks for them, cannot do."""
+    training, workers = config.training, config.workers
+    found = override_problems(workers.deepspeed)
+    if workers.deepspeed and workers.parallelism in ("ddp", "fsdp2"):
+        found.append(
+            (
+                f"workers.deepspeed is given, but workers.parallelism={workers.parallelism} does not use DeepSpeed",
+                "leave it away, or choose zero1, zero2, zero3 or zero3_offload",
+            )
+        )
+    if workers.parallelism == "fsdp2" and workers.num_workers == 1:
+        found.append(
+            (
+                "workers.parallelism=fsdp2 needs more than one worker: transformers refuses FSDP in a lone process",
+                "raise workers.num_workers, or choose ddp, or zero3_offload where the model does not fit",
+            )
+        )
+    if training.precision in ("tf32", "fp16") and workers.use_gpu is False:
+        found.append(
+            (
+                f"training.precision={training.precision} needs a GPU, but workers.use_gpu is false",
+                "choose fp32 or bf16",
+            )
+        )
+    return found
+
+
+def _tokens_per_text(config: Config, manifest: Manifest, facts: ModelFacts | None) -> list[float]:
+    """Mean tokens of a text of each column, padding not counted; two of them are special."""
     limit = config.model.max_seq_length or (facts.max_seq_length if facts else None) or 512
-    means = [manifest.text_statistics[column].mean_chars / CHARACTERS_PER_TOKEN + 2 for column in columns]
-    return sum(min(mean, limit) for mean in means)
+    means = [manifest.text_statistics[column].mean_chars / CHARACTERS_PER_TOKEN + 2 for column in manifest.text_columns]
+    return [min(mean, limit) for mean in means]
 
 
-def _memory_bytes(facts: ModelFacts, tokens_per_micro_batch: float) -> int:
-    activations = tokens_per_micro_batch * facts.num_layers * facts.hidden_size * ACTIVATION_BYTES
-    return int(BYTES_PER_PARAMETER * facts.num_parameters + activations)
+def _tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None, rows_per_micro_batch: int) -> float:
+    """Tokens whose activations are kept at a time: of a micro-batch, or of a cached loss's mini-batch of texts."""
+    means = _tokens_per_text(config, manifest, facts)
+    kept = rows_per_micro_batch * sum(means)
+    if not config.loss.is_cached:
+        return kept
+    num_texts = min(getattr(config.loss, "mini_batch_size", rows_per_micro_batch), rows_per_micro_batch)
+    return min(getattr(config.loss, "mini_batch_num_tokens", None) or num_texts * max(means), kept)
 
 
 def _training_seconds(config: Config, facts: ModelFacts | None, num_tokens: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -55,12 +56,24 @@ class Events:
 
 
 def survey(config: Config, run_id: str | None = None, today: datetime.date | None = None) -> tuple[Storage, TrainPlan]:
-    """Look at storage and derive the plan. Starts nothing and writes nothing."""
+    """Look at storage and derive the plan. Starts nothing and writes nothing.
+
+    The memory of CPU workers is taken for this machine's, shared among them. That is right for a Ray of this machine
+    alone; on a cluster it is a guess, which `workers.memory_gib_per_worker` replaces."""
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
     folder = locate(config.model)
     today = today or datetime.datetime.now(datetime.timezone.utc).date()
-    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id)
+    memory_bytes = _physical_memory_bytes()
+    share = None if memory_bytes is None else memory_bytes // config.workers.num_workers
+    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id, share)
+
+
+def _physical_memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return None
 
 
 def run(config: Config, run_id: str | None = None) -> RunReport:
@@ -132,6 +145,10 @@ def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
         earlier = TrainPlan.model_validate_json(storage.read(_plan_key(plan.run_id)))
     except ObjectNotFound:
         return
+    except ValueError:
+        raise ConfigError(
+            f"run {plan.run_id} was planned by another version of tercet", hint="choose a new --run-id"
+        ) from None
     same = earlier.config.experiment_hash() == plan.config.experiment_hash()
     if not same or earlier.dataset_version != plan.dataset_version:
         raise ConfigError(

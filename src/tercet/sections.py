@@ -33,6 +33,28 @@ class DatasetConfig(Section):
     """A version id, or `latest`. The run is fixed to the version found at submission."""
 
 
+class PromptsConfig(Section):
+    """What stands before a text, for models that were trained with it. Saved in the published model, which then puts
+    them there by itself in `encode_query` and `encode_document`."""
+
+    query: str = ""
+    """Before an anchor."""
+    document: str = ""
+    """Before a positive and a negative."""
+
+
+class LoraConfig(Section):
+    """Train small matrices beside frozen weights: Hu et al. 2021, arXiv 2106.09685. The published model is merged, and
+    the adapter lies beside it."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one, such as query and value."""
+
+
 class ModelConfig(Section):
     """The base model."""
 
@@ -52,6 +74,10 @@ class ModelConfig(Section):
     """Width of the Dense layer after pooling; checked against the loaded model."""
     config_kwargs: dict[str, Any] = {}
     """Passed to the model's own configuration."""
+    prompts: PromptsConfig | None = None
+    """Without it, the model's own."""
+    lora: LoraConfig | None = None
+    """Without it, every weight is trained."""
 
 
 class TrainingConfig(Section):
@@ -69,6 +95,11 @@ class TrainingConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """What the forward and backward pass compute in; the weights that are trained and saved are fp32 in any case. tf32
+    and fp16 need a GPU, bf16 one that has it, or a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     no_duplicates: bool = True
     """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative."""
     max_train_rows: PositiveInt | None = None
@@ -85,10 +116,22 @@ class EvaluationConfig(Section):
     """Texts at a time, on each worker."""
 
 
+Parallelism = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+
+
 class WorkersConfig(Section):
-    """Where it runs. Nothing here changes the experiment, only its speed."""
+    """Where it runs. Nothing here changes the experiment, only its speed and memory."""
 
     num_workers: PositiveInt = 1
+    parallelism: Literal["auto"] | Parallelism = "auto"
+    """How weights, gradients and optimizer state lie on the workers: whole on each (ddp), the optimizer state sharded
+    (zero1), the gradients too (zero2), the weights too (zero3, fsdp2), and kept in host memory (zero3_offload). `auto`:
+    the fastest that fits."""
+    deepspeed: dict[str, Any] = {}
+    """Laid over the DeepSpeed settings that tercet derives, by DeepSpeed's own names."""
+    memory_gib_per_worker: PositiveFloat | None = None
+    """Memory of one worker's GPU, for `parallelism: auto`. Without it, a CPU worker's share of this machine; for GPUs
+    it is then unknown, and taken for enough."""
     use_gpu: bool | Literal["auto"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any."""
     cpus_per_worker: PositiveInt = 1

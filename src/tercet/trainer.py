@@ -1,23 +1,30 @@
-"""The trainer: SentenceTransformerTrainer, with tercet's order of rows, checkpoints and guards."""
+"""The trainer: SentenceTransformerTrainer, with tercet's order of rows and checkpoints, in every parallelism."""
 
 # ruff: noqa: ARG002 - a callback is given more than it needs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from sentence_transformers import SentenceTransformerTrainer
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
+from tercet import optimizer_state
 from tercet.checkpoint import Commit, Uploader
 from tercet.evaluation import named
 from tercet.guards import finite
+from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
+from tercet.sections import Parallelism
+from tercet.sharding import check_saved, check_wrapped, full_weights
 
 logger = logging.getLogger("tercet")
 
@@ -31,11 +38,30 @@ class EpochLoader(DataLoader):  # type: ignore[misc]
 
 
 class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Replaces three methods of sentence-transformers 6.2."""
+    """Replaces what follows of sentence-transformers 6.2 and transformers 5.23, each for the reason it gives."""
 
-    def __init__(self, batches: RankBatches, **kwargs: Any) -> None:
-        self._batches = batches
+    def __init__(
+        self,
+        batches: RankBatches,
+        parallelism: Parallelism,
+        save_whole: Callable[[dict[str, Any], Path], None] | None,
+        loss_runs_backward: bool,
+        **kwargs: Any,
+    ) -> None:
+        """save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
+        loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching)."""
+        self._batches, self._parallelism = batches, parallelism
+        self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         super().__init__(**kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """After `Trainer.create_accelerator_and_postprocess`: on CPUs accelerate 1.15 falls back from FSDP to DDP
+        without a word, though it can do it, so it is told to."""
+        super().create_accelerator_and_postprocess()
+        if self._parallelism == "fsdp2" and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Instead of `BaseTrainer.get_train_dataloader`: a batch sampler that already knows its rank. The original's is
@@ -52,11 +78,104 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Instead of `BaseTrainer.add_model_card_callback`: nothing. It encodes examples for a card that tercet
         replaces with its own, which has the results on the test split."""
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Instead of `BaseTrainer._save`, which believes that only process zero calls it; transformers 5.23 calls it on
-        every rank. The model belongs to rank 0; the others own their random state alone."""
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Instead of `BaseTrainer.evaluation_loop`, which shares the evaluator's work over ranks for DDP alone, and
+        lets every rank do all of it otherwise. Here every rank runs the evaluator, which shares the encoding (see
+        evaluators.py), so that sharded models meet in each forward pass."""
+        output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.evaluator is not None:
+            metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Around `Trainer._prepare_for_training`: checks what came out, and loads tercet's own state instead of each
+        library's. The weights were loaded with the model."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        check_wrapped(self.model_wrapped, self._parallelism, self.args.world_size)
+        if self._loss_runs_backward and is_zero(self._parallelism):
+            self.accelerator.deepspeed_engine_wrapped = OneReduction(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Instead of `BaseTrainer._load_from_checkpoint`, which does not know sharded models: nothing. The worker loads
+        the checkpoint's weights when it makes the model."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Instead of `Trainer.save_model` and `BaseTrainer._save`, which drops the gathered weights and writes what one
+        rank holds. Every rank takes part in the gathering; rank 0 writes, and checks that nothing is missing."""
+        folder = Path(output_dir or self.args.output_dir)
+        weights = full_weights(self.model) if self._save_whole is not None else None
+        if not self.args.should_save:
+            return
+        if self._save_whole is None:
+            self.model.save_pretrained(str(folder), create_model_card=False)
+            check_saved(folder, self.model)
+        else:
+            assert weights is not None
+            self._save_whole(weights, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Instead of `Trainer._save_optimizer_and_scheduler`: one format for every parallelism."""
+        pieces = optimizer_state.pieces(self, self._parallelism)
+        optimizer_state.save(pieces, Path(output_dir), self.args.process_index, self.args.world_size)
         if self.args.should_save:
-            super()._save(output_dir, state_dict)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Instead of `Trainer._load_optimizer_and_scheduler`, likewise."""
+        if checkpoint is not None:
+            optimizer_state.load(optimizer_state.pieces(self, self._parallelism, create=True), Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Around `Trainer._load_rng_state`, which leaves a rank as it is that was not there when the checkpoint was
+        written: such a rank draws from the seed, the step and its own number."""
+        if checkpoint is not None and not any(Path(checkpoint).glob(_rng_file(self.args))):
+            # Python's own numbers stay alike on all ranks: MatryoshkaLoss draws its dimensions from them.
+            set_seed((self.args.seed + self.state.global_step) % 2**32)
+            torch.manual_seed((self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index) % 2**32)
+            return
+        super()._load_rng_state(checkpoint)
+
+
+def _rng_file(args: Any) -> str:
+    return "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+
+
+class OneReduction:
+    """In place of accelerate's DeepSpeedEngineWrapper, for losses that run several backward passes a micro-batch.
+
+    DeepSpeed reduces gradients in each backward pass: with such a loss ZeRO-2 crashes and ZeRO-3 is silently wrong.
+    Here they add up on each rank, and are reduced once, before the step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        # Called for each gradient that enters the model. DeepSpeed takes the loss's own passes for a user's, and
+        # divides by gradient_accumulation_steps what transformers divided already.
+        engine._backward_prologue_per_tensor = lambda gradient: gradient
+        self._open: contextlib.ExitStack | None = None
+
+    def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """Called by accelerate for each micro-batch; `sync_gradients` on the last one of a step."""
+        if self._open is None:
+            self._open = contextlib.ExitStack()
+            self._open.enter_context(self.engine.coalesce_grad_reduction())
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+        if sync_gradients:
+            self._open.close()
+            self._open = None
+            self.engine.set_gradient_accumulation_boundary(is_boundary=True)  # closing went back to the first one's
+            self.engine.step()
+
+    def get_global_grad_norm(self) -> Any:
+        """As a plain number."""
+        norm = self.engine.get_global_grad_norm()
+        return norm.item() if hasattr(norm, "item") else norm
 
 
 class Record(TrainerCallback):  # type: ignore[misc]

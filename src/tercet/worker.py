@@ -7,6 +7,7 @@ There is no Ray in it. It also runs by itself, or under torchrun:
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from tercet.checkpoint import Commit, Uploader, fetch, fetch_newest
 from tercet.errors import TercetError
+from tercet.parallelism import deepspeed_settings, fsdp_settings, is_zero, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
 from tercet.storage import Storage, open_storage
@@ -51,14 +53,17 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
 
-    from tercet.encoder import load_model
     from tercet.evaluation import load_splits, make_evaluator
     from tercet.guards import FiniteLoss, WeightsMove, finite
-    from tercet.loss import make_loss
+    from tercet.loss import load_guide, make_loss
+    from tercet.model import make_model, save_whole
     from tercet.sampling import RankBatches, subset
+    from tercet.sharding import prepare_process
     from tercet.trainer import Record, TercetTrainer
 
     config = plan.config
+    prepare_process(plan.parallelism, use_cpu(plan))
+    guide = load_guide(config.loss)  # before the arguments: transformers would shard it for ZeRO-3
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder:
         # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
@@ -72,8 +77,11 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         splits = load_splits(plan, storage)
         chosen = subset(plan.num_rows["train"], config.training.max_train_rows, config.training.seed)
         train = splits["train"] if len(chosen) == len(splits["train"]) else splits["train"].select(chosen)
+        commit = _resume_point(storage, plan, rank, Path(folder) / "resume")
+        resume_dir = Path(folder) / "resume" if commit else None
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
-        model = load_model(config.model, device=str(args.device))
+        model = make_model(config.model, str(args.device), resume_dir)
+        args.prompts = column_prompts(plan.columns, model.prompts)
         trainer = TercetTrainer(
             batches=RankBatches(
                 num_rows=len(train),
@@ -84,15 +92,17 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
                 seed=config.training.seed,
                 text_ids=text_ids(train) if config.training.no_duplicates else None,
             ),
+            parallelism=plan.parallelism,
+            save_whole=functools.partial(save_whole, config.model) if gathers(plan) else None,
+            loss_runs_backward=config.loss.is_cached,
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=splits["eval"],
-            loss=make_loss(config.loss, model),
+            loss=make_loss(config.loss, model, guide),
             evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
         )
 
-        commit = _resume_point(storage, plan, rank, Path(folder) / "resume")
         uploader = Uploader(storage, plan.run_id, _attempt_id(), rank, world_size)
 
         def on_evaluation(step: int, epoch: float, metrics: dict[str, float]) -> None:
@@ -110,17 +120,17 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
 
         trainer.remove_callback(PrinterCallback)
         record = Record(uploader, plan.num_steps, on_evaluation, on_commit)
-        for callback in (FiniteLoss(), WeightsMove(), record):
+        for callback in (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), record):
             trainer.add_callback(callback)
 
         # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,
         # leaves DistributedDataParallel out without a word, and each rank trains a model of its own.
         args.eval_on_start = commit is None
         if commit is not None:
-            logger.info("resuming from the checkpoint of step %d", commit.step)
+            logger.info("resuming from the checkpoint of step %d (%d workers)", commit.step, commit.world_size)
         seconds = {"worker_start": time.monotonic() - started}
         training_started = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(Path(folder) / "resume") if commit else None)
+        trainer.train(resume_from_checkpoint=str(resume_dir) if resume_dir else None)
         seconds["training"] = time.monotonic() - training_started
         uploader.close()
         seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
@@ -128,6 +138,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
             log = {
                 "resumed_from_step": commit.step if commit else 0,
                 "world_size": world_size,
+                "parallelism": plan.parallelism,
                 "device": str(args.device),
                 "seconds": finite(seconds, "time"),
                 "first_step_unix_seconds": record.first_step_unix_seconds,
@@ -137,13 +148,30 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         _wait_for_all_ranks()
 
 
-def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
-    """The plan in the words of transformers' TrainingArguments."""
+def use_cpu(plan: TrainPlan) -> bool:
+    """Whether this process trains on its CPU."""
     import torch
 
-    training = plan.config.training
-    use_cpu = plan.config.workers.use_gpu is False or not torch.cuda.is_available()
-    return {
+    return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
+
+
+def gathers(plan: TrainPlan) -> bool:
+    """Whether the trained model cannot be written as it is: sharded, or with an adapter to merge. ZeRO-1 and 2 lay all
+    weights into one flat tensor, which safetensors refuses to write in parts."""
+    return plan.parallelism != "ddp" or plan.config.model.lora is not None
+
+
+def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
+    """The prompts for training: those that the model uses to encode queries and documents."""
+    role = {column: "query" if column == "anchor" else "document" for column in columns}
+    found = {column: prompts.get(name) or "" for column, name in role.items()}
+    return {column: prompt for column, prompt in found.items() if prompt} or None
+
+
+def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
+    """The plan in the words of transformers' TrainingArguments."""
+    training, on_cpu = plan.config.training, use_cpu(plan)
+    arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
         "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
@@ -155,10 +183,10 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
-        "use_cpu": use_cpu,
+        "use_cpu": on_cpu,
         # accelerate takes a backend as the promise of a process group, which a lone process has not.
-        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if use_cpu else "nccl",
-        "dataloader_pin_memory": not use_cpu,
+        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
+        "dataloader_pin_memory": not on_cpu,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "logging_strategy": "steps",
@@ -168,6 +196,18 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if training.precision == "tf32":
+        arguments["tf32"] = True
+    if is_zero(plan.parallelism):  # autocast is among DeepSpeed's settings
+        arguments["deepspeed"] = deepspeed_settings(plan.config, plan.parallelism, plan.rows_per_rank_and_micro_batch)
+    elif training.precision in ("bf16", "fp16"):
+        arguments[training.precision] = True
+    if plan.parallelism == "fsdp2":
+        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings(plan.config)}
+    elif training.gradient_checkpointing:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return arguments
 
 
 def text_ids(rows: Any) -> npt.NDArray[np.int64]:

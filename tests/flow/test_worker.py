@@ -156,7 +156,8 @@ def test_a_checkpoint_holds_what_its_commit_lists(trained: Path) -> None:
         folder = model_folder(trained, commit)
         on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert on_disk - set(commit.files) == {"rank-0.json", "rank-1.json"}
-        assert {"optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(commit.files)
+        optimizers = {f"optimizer-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
+        assert {*optimizers, "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(commit.files)
         assert "model.safetensors" in commit.model_files()
         assert not any(name.startswith(("optimizer", "rng_state", "trainer_state")) for name in commit.model_files())
 

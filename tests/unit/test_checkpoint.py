@@ -33,7 +33,7 @@ FILES = {
     "model.safetensors": b"weights",
     "modules.json": b"[]",
     "1_Pooling/config.json": b"{}",
-    "optimizer.pt": b"moments",
+    "optimizer-00000-of-00001.safetensors": b"moments",
     "scheduler.pt": b"rate",
     "trainer_state.json": b"{}",
     "training_args.bin": b"arguments",
@@ -97,7 +97,7 @@ def test_commit_is_written_last(storage: Recording, tmp_path: Path) -> None:
     assert storage.written[-2:] == [f"{commit.folder}/rank-0.json", f"runs/r1/checkpoints/00000010/{COMMIT}"]
     assert {key.removeprefix(f"{commit.folder}/") for key in storage.written[:-2]} == set(FILES)
     assert set(commit.files) == set(FILES)
-    assert commit.files["optimizer.pt"].num_bytes == len(b"moments")
+    assert commit.files["optimizer-00000-of-00001.safetensors"].num_bytes == len(b"moments")
     assert read_commits(storage, RUN) == [commit]
 
 
@@ -166,7 +166,7 @@ def test_the_newest_whole_one_is_found_and_the_damage_is_told(
 
 def test_a_missing_file_is_damage_too(storage: Recording, tmp_path: Path) -> None:
     before, newest = committed(storage, tmp_path, 10), committed(storage, tmp_path, 20)
-    storage.delete(f"{newest.folder}/optimizer.pt")
+    storage.delete(f"{newest.folder}/optimizer-00000-of-00001.safetensors")
     assert fetch_newest(storage, RUN, tmp_path / "here") == before
 
 

@@ -14,7 +14,7 @@ import made
 from tercet import cli, errors, run
 from tercet.cli import main
 from tercet.config import Config
-from tercet.manifest import Manifest, publish
+from tercet.manifest import Manifest, publish, read_manifest
 from tercet.report import as_json
 from tercet.storage import open_storage
 
@@ -136,6 +136,60 @@ def test_shard_of_pairs_under_other_names(tmp_path: Path, store: str, capsys: py
     assert "negative" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "columns"),
+    [
+        (["--negative", "wrong"], ["negative"]),
+        (["--negative", "wrong", "--negative", "far"], ["negative_1", "negative_2"]),
+        (["--negative", "far", "--negative", "far"], ["negative"]),
+    ],
+)
+def test_shard_of_several_negatives(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str], flags: list[str], columns: list[str]
+) -> None:
+    lines = [
+        json.dumps({"anchor": f"a {n:03}", "positive": f"p {n:03}", "wrong": f"w {n:03}", "far": f"far {n:03}"})
+        for n in range(100)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert main(["shard", str(tmp_path / "rows.jsonl"), "--to", store, "--name", "n", *flags]) == 0
+    capsys.readouterr()
+    assert main(["datasets", "show", "n", "--storage", store]) == 0
+    averages = [line for line in capsys.readouterr().out.splitlines() if "characters on average" in line]
+    width = {"wrong": "5.0", "far": "7.0"}
+    shown = {column: width[flag] for column, flag in zip(columns, flags[1::2], strict=False)}
+    assert [line.split()[:2] for line in averages] == [
+        ["anchor", "5.0"],
+        ["positive", "5.0"],
+        *([column, chars] for column, chars in shown.items()),
+    ]
+    assert len({line.index("characters") for line in averages}) == 1
+    assert read_manifest(open_storage(store), "n").columns == ("anchor", "positive", *columns)
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"far": None}, {"far": ""}, {"far": " \u200b"}], ids=["none", "null", "empty", "blank"]
+)
+def test_a_row_must_have_every_negative(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str], bad: dict[str, str | None]
+) -> None:
+    good = [{"anchor": f"a {n}", "positive": f"p {n}", "negative": f"n {n}", "far": f"far {n}"} for n in range(100)]
+    lines = [*good, {"anchor": "a", "positive": "p", "negative": "n", **bad}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shard = ["shard", str(tmp_path / "rows.jsonl"), "--to", store, "--name", "n", "--negative", "negative"]
+    assert main([*shard, "--negative", "far"]) == 0
+    shown = capsys.readouterr()
+    assert "bad rows   1 " in shown.out
+    assert "negative_2" in shown.err
+    assert sum(read_manifest(open_storage(store), "n").num_rows.values()) == 100
+
+
+def test_pairs_have_no_negative(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["shard", rows(tmp_path / "rows.jsonl", 9), "--name", "p", "--pairs", "--negative", "negative"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_shard_of_too_many_bad_rows(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     shard = ["shard", rows(tmp_path / "rows.jsonl", 90, bad=10), "--to", store, "--name", "poems"]
     assert main(shard) == 3
@@ -171,6 +225,35 @@ def test_plan(dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str]
     assert shown["evaluation"].startswith("by ndcg@10 after steps 0, 10, 20,")
     assert main(["plan", recipe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 20
+
+
+def test_plan_of_memory_and_parallelism(
+    dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*overrides: str) -> dict[str, str]:
+        assert main(["plan", recipe, *(word for text in overrides for word in ("--set", f"workers.{text}"))]) == 0
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    assert shown()["memory"] == shown()["storage"] == "not known before the model is on this machine"
+    assert shown()["parallelism"].startswith("ddp  (auto: how much memory the model needs is not known")
+    monkeypatch.setattr(run, "locate", lambda _: Path("somewhere"))
+    monkeypatch.setattr(run, "read_facts", lambda _: made.FACTS)
+    assert shown()["memory"] == (
+        "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 765.0 KiB = about 780.6 KiB a worker"
+    )
+    assert "warning" not in shown()
+    tight = shown("memory_gib_per_worker=0.0001", "parallelism=zero3_offload")
+    assert tight["parallelism"] == "zero3_offload  (as the recipe says)"
+    assert tight["memory"].endswith(" a worker; host memory 23.4 KiB")
+    assert tight["warning"].startswith("zero3_offload needs ")
+    on_cpu = shown("use_gpu=false", "num_workers=2")
+    monkeypatch.setattr(run, "_physical_memory_bytes", lambda: 6 * 2**30)
+    assert shown("use_gpu=false", "num_workers=2").keys() == on_cpu.keys()
+    fits = shown("use_gpu=false", "num_workers=2")["parallelism"]
+    assert fits == "ddp  (auto: it fits, with 3.0 GiB a worker, and nothing is faster)"
+    monkeypatch.setattr(run, "_physical_memory_bytes", lambda: None)
+    assert "the memory of a worker is not known" in shown("use_gpu=false")["parallelism"]
+    assert dataset.num_rows
 
 
 def test_plan_starts_and_writes_nothing(dataset: Manifest, recipe: str, store: str) -> None:

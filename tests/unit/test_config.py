@@ -47,8 +47,8 @@ r.yaml:10:3: unknown key `loss.triplet_margn`; did you mean `triplet_margin`?
 --set training.seeed=1: unknown key `training.seeed`; did you mean `seed`?
 r.yaml:13:3: `training.num_epochs`: input should be greater than 0, not 0
 r.yaml:14:3: `training.weight_decay`: input should be a finite number, not nan
-r.yaml:16:3: unknown key `workers.zzz`; known here: num_workers, use_gpu, cpus_per_worker, max_failures, \
-start_timeout_seconds, cache_dir"""
+r.yaml:16:3: unknown key `workers.zzz`; known here: num_workers, parallelism, deepspeed, memory_gib_per_worker, \
+use_gpu, cpus_per_worker, max_failures, start_timeout_seconds, cache_dir"""
 
 GOOD: dict[str, Any] = {
     "name": "x",
@@ -91,14 +91,82 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
         ("{triplet_margin: 1}", "r.yaml:4:1: `loss.name` is missing (known: TripletLoss, "),
         (
             "{name: TripletLoss, q: 1}",
-            "r.yaml:4:27: unknown key `loss.q`; known here: name, distance_metric, triplet_margin",
+            "r.yaml:4:27: unknown key `loss.q`; known here: name, matryoshka, distance_metric, triplet_margin",
         ),
-        ("{name: TripletLoss, scale: 1}", "r.yaml:4:27: unknown key `loss.scale`"),  # a parameter of the other loss
+        ("{name: TripletLoss, scale: 1}", "r.yaml:4:27: unknown key `loss.scale`"),  # a parameter of another loss
+        (
+            "{name: CachedMultipleNegativesRankingLos}",
+            "r.yaml:4:8: unknown loss `CachedMultipleNegativesRankingLos`; "
+            "did you mean `CachedMultipleNegativesRankingLoss`?",
+        ),
+        ("{name: MSELoss}", "r.yaml:4:8: `MSELoss` cannot be used: it needs a teacher's scores or embeddings as label"),
+        ("TripletLoss", "r.yaml:4:1: `loss`: input should be a valid dictionary"),
+        (
+            "{name: CachedMultipleNegativesRankingLoss, mini_batch: 8}",
+            "r.yaml:4:50: unknown key `loss.mini_batch`; did you mean `mini_batch_size`?",
+        ),
+        ("{name: GISTEmbedLoss}", "r.yaml:4:1: `loss.guide` is missing"),
+        (
+            "{name: MultipleNegativesRankingLoss, scale: 0}",
+            "r.yaml:4:44: `loss.scale`: input should be greater than 0, not 0",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, similarity_fct: cosine}",
+            "r.yaml:4:44: `loss.similarity_fct`: input should be 'cos_sim', 'dot_score', 'euclidean_sim' or ",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, directions: query_to_doc}",
+            "r.yaml:4:44: `loss.directions` is a list: write it in brackets, [...], not 'query_to_doc'",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, directions: [doc_to_query]}",
+            "r.yaml:4:44: `loss.directions`: needs query_to_doc: no other direction has the positive",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8], dims_per_stp: 1}}",
+            "r.yaml:4:51: unknown key `loss.matryoshka.dims_per_stp`; did you mean `dims_per_step`?",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8], q: 1}}",
+            "r.yaml:4:51: unknown key `loss.matryoshka.q`; known here: dims, weights, dims_per_step",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8, 0]}}",
+            "r.yaml:4:50: `loss.matryoshka.dims.1`: input should be greater than 0, not 0",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8, 4], weights: [1]}}",
+            "r.yaml:4:54: `loss.matryoshka.weights`: one weight for each of dims: there are 1 for 2",
+        ),
+        ("{name: TripletLoss, matryoshka: {}}", "r.yaml:4:27: `loss.matryoshka.dims` is missing"),
+        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka`: input should be a valid dictionary"),
     ],
 )
 def test_a_wrong_loss(tmp_path: Path, loss: str, message: str) -> None:
     text = f"name: x\ndataset: {{name: d}}\nmodel: {{name_or_path: m}}\nloss: {loss}\n"
     assert refused(tmp_path, text).startswith(message)
+
+
+def test_every_error_of_a_loss_has_its_own_line(tmp_path: Path) -> None:
+    text = """\
+name: x
+dataset: {name: d}
+model: {name_or_path: m}
+loss:
+  name: CachedMultipleNegativesRankingLoss
+  mini_batch_size: 0
+  matryoshka:
+    dims: [8, 8]
+    weihgts: [1, 1]
+"""
+    message = refused(tmp_path, text, "loss.hardness_mode=all_negatives", "loss.matryoshka.dims_per_step=0")
+    assert sorted(message.splitlines()) == [
+        "--set loss.matryoshka.dims_per_step=0: `loss.matryoshka.dims_per_step`: input should be greater than 0, not 0",
+        "r.yaml:4:1: `loss.hardness_strength`: must be above 0 with all_negatives",
+        "r.yaml:6:3: `loss.mini_batch_size`: input should be greater than 0, not 0",
+        "r.yaml:8:5: `loss.matryoshka.dims`: 8 is given twice",
+        "r.yaml:9:5: unknown key `loss.matryoshka.weihgts`; did you mean `weights`?",
+    ]
 
 
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
@@ -110,7 +178,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, key: str, numbe
 def test_a_recipe_of_a_few_lines_is_enough(tmp_path: Path) -> None:
     made = accepted(tmp_path, GOOD, "training.learning_rate=2e-5", "loss.triplet_margin=1")
     assert made.training.learning_rate == 2e-5
-    assert made.loss.model_dump() == {"name": "TripletLoss", "distance_metric": "euclidean", "triplet_margin": 1.0}
+    assert made.loss.model_dump(exclude_none=True) == {
+        "name": "TripletLoss",
+        "distance_metric": "euclidean",
+        "triplet_margin": 1.0,
+    }
 
 
 def test_the_given_loss_decides_the_parameters(tmp_path: Path) -> None:
@@ -121,7 +193,9 @@ def test_the_given_loss_decides_the_parameters(tmp_path: Path) -> None:
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    made = accepted(tmp_path, {**GOOD, "storage": {"uri": "./here"}, "model": {"name_or_path": "model"}})
+    gist = {"name": "GISTEmbedLoss", "guide": "model"}
+    made = accepted(tmp_path, {**GOOD, "storage": {"uri": "./here"}, "model": {"name_or_path": "model"}, "loss": gist})
+    assert made.loss.model_dump()["guide"] == str(tmp_path / "model")
     assert made.storage.uri == str(tmp_path / "here")
     assert made.model.name_or_path == str(tmp_path / "model")
     assert accepted(tmp_path, GOOD).storage.uri == str(tmp_path / "tercet-store")
@@ -157,6 +231,8 @@ ANOTHER: dict[str, dict[str, Any]] = {
         "pooling": "cls",
         "dense_features": 8,
         "config_kwargs": {"a": 1},
+        "prompts": {"query": "q: "},
+        "lora": {"rank": 4},
     },
     "training": {
         "seed": 7,
@@ -168,6 +244,8 @@ ANOTHER: dict[str, dict[str, Any]] = {
         "warmup_ratio": 0.2,
         "weight_decay": 0.1,
         "max_grad_norm": 0.0,
+        "precision": "bf16",
+        "gradient_checkpointing": True,
         "no_duplicates": False,
         "max_train_rows": 10,
         "log_every_steps": 3,
@@ -196,6 +274,7 @@ def test_the_hash_changes_with_every_field_of_the_experiment(section: str, key: 
         {"name": "TripletLoss", "triplet_margin": 1},
         {"name": "MultipleNegativesRankingLoss", "scale": 10},
         {"name": "MultipleNegativesRankingLoss", "gather_across_devices": False},
+        {"name": "MultipleNegativesRankingLoss", "matryoshka": {"dims": [8]}},
     ],
     ids=str,
 )
@@ -217,7 +296,7 @@ def test_the_hash_ignores_where_it_runs() -> None:
 
 def test_the_hash_is_the_same_in_every_version() -> None:
     """Otherwise a run that is submitted again after an update of tercet would not resume."""
-    assert config().experiment_hash() == "e4a6e582"
+    assert config().experiment_hash() == "370c47fc"
 
 
 def test_the_schema_beside_the_recipes_is_in_sync() -> None:

@@ -90,6 +90,20 @@ def test_the_demo_model_is_the_one_its_recipe_pins() -> None:
     )
 
 
+def test_weights_cut_in_pieces(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    pieces = {"model-1.safetensors": {"model.embed_tokens.weight": [100, 8]}, "model-2.safetensors": {"norm": [8]}}
+    for name, shapes in pieces.items():
+        (folder / name).write_bytes(safetensors(shapes))
+    index = {"weight_map": {tensor: name for name, shapes in pieces.items() for tensor in shapes}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    facts = read_facts(folder)
+    assert facts is not None
+    assert (facts.num_parameters, facts.num_embedding_parameters) == (808, 800)
+    (folder / "model-2.safetensors").unlink()
+    assert read_facts(folder) is None
+
+
 def test_pinned_weights(folder: Path) -> None:
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
     assert located(str(folder), sha256=sha256) == folder

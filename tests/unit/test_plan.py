@@ -55,16 +55,116 @@ def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
     known = plan(workers={"use_gpu": False})
     assert known.checkpoint_bytes == 12 * 1000
     # Three texts of 40 / 4 + 2 tokens a row, 10 rows, 2 layers of width 16.
-    assert known.memory_bytes_per_worker == 16 * 1000 + 10 * 36 * 2 * 16 * 68
+    assert known.memory is not None
+    assert known.memory.total_bytes == 16 * 1000 + 10 * 36 * 2 * 16 * 68
     assert known.training_seconds == pytest.approx(6 * 600 * 20 * 10 * 36 / 30e9)
     unknown = make_plan(config(), manifest(), None, TODAY)
-    assert (unknown.checkpoint_bytes, unknown.memory_bytes_per_worker, unknown.training_seconds) == (None, None, None)
+    assert (unknown.checkpoint_bytes, unknown.memory, unknown.training_seconds) == (None, None, None)
     assert plan(workers={"use_gpu": True}).training_seconds is None
 
 
 def test_longer_texts_are_cut() -> None:
     cut = plan(model={"max_seq_length": 4}, workers={"use_gpu": False})
-    assert cut.memory_bytes_per_worker == 16 * 1000 + 10 * 12 * 2 * 16 * 68
+    assert cut.memory is not None
+    assert cut.memory.activations_bytes == 10 * 12 * 2 * 16 * 68
+
+
+def test_micro_batches_and_the_mini_batches_of_a_cached_loss_decide_the_activations() -> None:
+    def activations(**sections: Any) -> float:
+        memory = plan(**sections).memory
+        assert memory is not None
+        return memory.activations_bytes / (2 * 16 * 68)
+
+    assert activations() == 10 * 36
+    assert activations(training={"gradient_accumulation_steps": 5}) == 2 * 36
+    assert activations(workers={"num_workers": 5}) == 2 * 36
+    cached = {"name": "CachedMultipleNegativesRankingLoss"}
+    assert activations(loss={**cached, "mini_batch_size": 3}) == 3 * 12  # texts of one column, not rows
+    assert activations(loss={**cached, "mini_batch_size": 99}) == 10 * 12
+    assert activations(loss={**cached, "mini_batch_num_tokens": 50}) == 50
+
+
+def test_a_cached_loss_counts_where_gradients_are_sharded() -> None:
+    workers = {"num_workers": 2, "parallelism": "zero2"}
+    cached, plain = (
+        plan(loss={"name": name}, workers=workers).memory
+        for name in ("CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss")
+    )
+    assert cached is not None
+    assert plain is not None
+    assert cached.gradients_bytes - plain.gradients_bytes == 4 * 1000 / 2
+
+
+def test_an_adapter_has_a_small_state() -> None:
+    adapter = 18 * 4 * 16 * 2  # rank 4, two layers of width 16
+    made = plan(model={"lora": {"rank": 4}})
+    assert made.checkpoint_bytes == 4 * 1000 + 8 * adapter
+    assert made.memory is not None
+    assert made.memory.optimizer_bytes == 8 * adapter
+
+
+def test_the_parallelism_is_settled() -> None:
+    made = plan()
+    assert (made.parallelism, made.memory_bytes_available, made.memory_warning) == ("ddp", None, None)
+    assert "workers.memory_gib_per_worker" in made.parallelism_reason
+    named = plan(workers={"parallelism": "zero3", "num_workers": 2})
+    assert (named.parallelism, named.parallelism_reason) == ("zero3", "as the recipe says")
+
+
+def test_the_recipe_knows_the_memory_better_than_this_machine() -> None:
+    def available(share: int | None, **workers: Any) -> int | None:
+        return make_plan(
+            config(workers=workers), manifest(), FACTS, TODAY, memory_bytes_available=share
+        ).memory_bytes_available
+
+    assert available(2**30, use_gpu=False) == 2**30
+    assert available(2**30, use_gpu=False, memory_gib_per_worker=1.5) == 3 * 2**29
+    assert available(2**30, use_gpu=True) is None  # the memory of this machine is no GPU's
+    assert available(2**30) is None
+
+
+def test_a_mode_that_is_named_is_not_overruled_but_warned_of() -> None:
+    tight = {"num_workers": 2, "memory_gib_per_worker": 0.1}
+    made = plan(workers={**tight, "parallelism": "zero1"})
+    assert made.parallelism == "zero1"
+    assert made.memory_warning is not None
+    assert made.memory_warning.startswith("zero1 needs 19")
+    assert "more than 90% of the 102.4 MiB a worker has" in made.memory_warning
+    assert plan(workers=tight).memory_warning is None
+
+
+def test_a_model_that_fits_nowhere() -> None:
+    small = {"memory_gib_per_worker": 0.0001}
+    error = refused(manifest(eval_=0), workers=small)
+    assert len(error.message.splitlines()) == 2  # beside the other problem
+    assert "the model fits no worker" in error.message
+    assert "model.lora" in error.hint
+    assert plan(workers={**small, "parallelism": "ddp"}).memory_warning is not None
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
+def test_deepspeed_settings_for_what_is_not_deepspeed(parallelism: str) -> None:
+    workers = {"num_workers": 2, "parallelism": parallelism, "deepspeed": {"steps_per_print": 1}}
+    error = refused(workers=workers)
+    assert f"workers.deepspeed is given, but workers.parallelism={parallelism}" in error.message
+    assert "zero2" in error.hint
+    assert plan(workers={**workers, "parallelism": "zero1"}).parallelism == "zero1"
+
+
+def test_one_worker() -> None:
+    assert "parallelism=fsdp2 needs more than one worker" in refused(workers={"parallelism": "fsdp2"}).message
+    assert plan(workers={"parallelism": "fsdp2", "num_workers": 2}).parallelism == "fsdp2"
+    for parallelism in ("zero1", "zero2", "zero3"):
+        made = plan(workers={"parallelism": parallelism})
+        assert made.parallelism_reason == "as the recipe says; with one worker nothing is sharded"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_a_precision_that_no_cpu_has(precision: str) -> None:
+    error = refused(training={"precision": precision}, workers={"use_gpu": False})
+    assert error.message == f"training.precision={precision} needs a GPU, but workers.use_gpu is false"
+    assert plan(training={"precision": precision}).config.training.precision == precision
+    assert plan(training={"precision": "bf16"}, workers={"use_gpu": False}).config.training.precision == "bf16"
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
@@ -92,6 +192,40 @@ def test_what_needs_a_negative() -> None:
     assert loss.endswith("has anchor, positive")
     metric = refused(pairs, evaluation={"metric": "triplet_accuracy"}).message
     assert metric.startswith("evaluation.metric=triplet_accuracy needs a column `negative`;")
+
+
+@pytest.mark.parametrize(
+    ("loss", "negatives", "need", "advice"),
+    [
+        ({"name": "TripletLoss"}, ("negative_1", "negative_2"), "takes one negative a row", "with one --negative"),
+        ({"name": "AnglELoss"}, (), "needs a column `negative`", "with --negative"),
+        (
+            {"name": "MegaBatchMarginLoss"},
+            ("negative",),
+            "takes no negatives but other rows' positives",
+            "without --negative",
+        ),
+        (
+            {"name": "MultipleNegativesRankingLoss", "hardness_mode": "hard_negatives", "hardness_strength": 5},
+            (),
+            "with hardness_mode=hard_negatives needs a column `negative`",
+            "with --negative",
+        ),
+    ],
+)
+def test_columns_that_the_loss_does_not_take(
+    loss: dict[str, Any], negatives: tuple[str, ...], need: str, advice: str
+) -> None:
+    columns = ("anchor", "positive", *negatives)
+    found = manifest(columns=(*columns, "group"))
+    error = refused(found, loss=loss)
+    assert error.message == f"loss.name={loss['name']} {need}; version {found.version} has {', '.join(columns)}"
+    assert error.hint.startswith(f"shard the data {advice}, or ")
+
+
+def test_several_negatives() -> None:
+    columns = ("anchor", "positive", "negative_1", "negative_2")
+    assert make_plan(config(), manifest(columns=columns), FACTS, TODAY).columns == columns
 
 
 def test_every_problem_is_listed() -> None:

@@ -1,0 +1,188 @@
+"""The optimizer's state in storage: one format for every parallelism and any number of workers.
+
+Each rank writes what it holds, and nothing is gathered: pieces of flattened parameters, in one safetensors file a rank.
+
+    optimizer-00000-of-00002.safetensors    tensors named `<parameter>|<moment>|<start>`, `start` in elements
+                                            and `<parameter>|step`, a scalar
+
+A rank that resumes reads the ranges that it holds now, from whichever files have them, so a run may go on with another
+number of workers or another parallelism. Every element must be there exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tercet.errors import CorruptObject
+from tercet.parallelism import is_zero
+from tercet.sections import Parallelism
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank holds of one parameter's state: `moments` are flat views (shape (num_elements,)) that can be
+    written to; `state` holds the step."""
+
+    name: str
+    start: int
+    moments: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    owner: int | None
+    """The rank that saves it where several hold the same."""
+
+
+def file_name(rank: int, world_size: int) -> str:
+    """Of one rank's file."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> None:
+    """Write this rank's share."""
+    tensors: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        if piece.owner in (None, rank):
+            tensors[f"{piece.name}|step"] = (
+                torch.as_tensor(piece.state["step"], dtype=torch.float32).cpu().reshape(()).clone()
+            )
+            for moment, view in piece.moments.items():
+                tensors[f"{piece.name}|{moment}|{piece.start}"] = view.detach().cpu().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / file_name(rank, world_size))
+
+
+def load(pieces: Iterator[Piece], folder: Path) -> None:
+    """Fill this rank's share. Raises CorruptObject when an element is missing or there twice."""
+    files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*-of-*.safetensors"))]
+    found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+    steps: dict[str, float] = {}
+    for file in files:
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            name, moment, *start = key.split("|")
+            if moment == "step":
+                steps[name] = float(file.get_tensor(key))
+            else:
+                found.setdefault((name, moment), []).append((int(start[0]), file, key))
+    for piece in pieces:
+        if piece.name not in steps:
+            raise CorruptObject(
+                f"{folder}: holds no optimizer state of {piece.name}",
+                hint="the checkpoint is of another model, or a file of it is missing",
+            )
+        _set_step(piece, steps[piece.name], folder)
+        for moment, view in piece.moments.items():
+            _fill(view, piece.start, found.get((piece.name, moment), []), f"{folder}: {piece.name} {moment}")
+
+
+def _set_step(piece: Piece, step: float, folder: Path) -> None:
+    current = piece.state.get("step")
+    if current is not None and float(current) not in (0.0, step):
+        raise CorruptObject(
+            f"{folder}: {piece.name} is at optimizer step {step:g}, others at {float(current):g}",
+            hint="DeepSpeed keeps one step for all parameters: resume with workers.parallelism=ddp or fsdp2",
+        )
+    piece.state["step"] = torch.tensor(step, dtype=torch.float32, device=_step_device(piece))
+
+
+def _step_device(piece: Piece) -> torch.device:
+    # A fused optimizer keeps its step beside the moments.
+    return next(iter(piece.moments.values())).device
+
+
+def _fill(view: torch.Tensor, start: int, sources: list[tuple[int, Any, str]], what: str) -> None:
+    position, end = start, start + view.numel()
+    for source_start, file, key in sorted(sources, key=lambda source: source[0]):
+        stored = file.get_slice(key)
+        source_end = source_start + stored.get_shape()[0]
+        if source_end <= position or source_start >= end:
+            continue
+        if source_start > position or (source_start < position and position > start):
+            break
+        last = min(end, source_end)
+        view[position - start : last - start].copy_(stored[position - source_start : last - source_start])
+        position = last
+    if position != end:
+        raise CorruptObject(
+            f"{what}: element {position} is not there exactly once", hint="the checkpoint is not complete"
+        )
+
+
+def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iterator[Piece]:
+    """What this rank holds. `create`: make an empty state where there is none yet, to be filled.
+
+    transformers 5.23, accelerate 1.15, DeepSpeed 0.19.8; see the functions below for what is read of each."""
+    optimizer = trainer.optimizer.optimizer
+    named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    if is_zero(parallelism):
+        of_zero = _zero3 if trainer.model_wrapped.zero_optimization_stage() == 3 else _zero12
+        yield from of_zero(optimizer, named, create)
+    else:
+        yield from _torch(optimizer, named, trainer.args.process_index, trainer.args.world_size, create)
+
+
+def _torch(
+    optimizer: torch.optim.Optimizer, named: list[tuple[str, Any]], rank: int, world_size: int, create: bool
+) -> Iterator[Piece]:
+    """DDP: each rank holds everything, so they take turns to save. FSDP2: slices of the first dimension."""
+    for index, (name, parameter) in enumerate(named):
+        state = optimizer.state[parameter]
+        if create:
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+        elif not state:
+            continue  # a parameter that never had a gradient
+        owner: int | None = index % world_size
+        start = 0
+        moments = {moment: state[moment] for moment in MOMENTS}
+        if isinstance(parameter, torch.distributed.tensor.DTensor):
+            rows_per_rank = -(-parameter.shape[0] // world_size)  # as torch.chunk cuts
+            start = min(rank * rows_per_rank, parameter.shape[0]) * parameter[0:1].numel() if parameter.ndim else 0
+            moments = {moment: tensor.to_local() for moment, tensor in moments.items()}
+            owner = None
+        name = name.replace("_checkpoint_wrapped_module.", "")  # of FSDP2 with gradient checkpointing
+        yield Piece(name, start, {moment: _flat(tensor) for moment, tensor in moments.items()}, state, owner)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
+
+
+def _zero12(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
+    """DeepSpeed lays the parameters of a group end to end and cuts that into one partition a rank; `_hp_mapping` says
+    which elements of a parameter lie where in this rank's partition, and is None where none do."""
+    states = [optimizer.optimizer.state[flat] for flat in optimizer.single_partition_of_fp32_groups]
+    if create:
+        for flat, state in zip(optimizer.single_partition_of_fp32_groups, states, strict=True):
+            state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+    for name, parameter in named:
+        if (mapping := parameter._hp_mapping) is None:
+            continue
+        state = states[mapping.param_group_index]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        moments = {moment: state[moment].narrow(0, here.start, here.numel) for moment in MOMENTS}
+        yield Piece(name, there.start, moments, state, None)
+
+
+def _zero3(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
+    """Each parameter is cut into equal parts, the last one filled up; `grad_position` says in which flat group, and
+    where in it, this rank's part lies."""
+    groups = optimizer.fp32_partitioned_groups_flat
+    if create:
+        for flat in groups:
+            optimizer.optimizer.state[flat].update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+    for name, parameter in named:
+        index, offset, num_elements = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        state = optimizer.optimizer.state[groups[index]]
+        start = optimizer._get_param_partition_rank(parameter) * num_elements
+        num_real = max(min(num_elements, parameter.ds_numel - start), 0)
+        if num_real:
+            moments = {moment: state[moment].narrow(0, offset, num_real) for moment in MOMENTS}
+            yield Piece(name, start, moments, state, None)
