@@ -36,6 +36,12 @@ DERIVED = {
     "zero_force_ds_cpu_optimizer": "tercet's own optimizer",
 }
 
+# Sections of DeepSpeed 0.19 whose names stand in other files than its constants.py.
+_OTHER_SECTIONS = {
+    *("zero_optimization", "steps_per_print", "comms_logger", "flops_profiler", "activation_checkpointing", "aio"),
+    *("tensorboard", "wandb", "comet", "csv_monitor", "checkpoint", "data_types", "compile", "timers"),
+}
+
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -115,8 +121,10 @@ def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
         for name, source in DERIVED.items()
         if _has(overrides, name)
     ]
+    if not isinstance(overrides.get("zero_optimization", {}), dict):
+        problems.append(("workers.deepspeed: `zero_optimization` is a section", "write its settings below it"))
     for prefix, known in _known_names(overrides).items():
-        given = overrides if not prefix else overrides.get(prefix, {})
+        given = overrides if not prefix else overrides[prefix]
         for name in given:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -132,9 +140,7 @@ def _known_names(overrides: dict[str, Any]) -> dict[str, set[str]]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     top = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
-    known = {
-        "": top | {name.split(".")[0] for name in DERIVED} | {"zero_optimization", "comms_logger", "steps_per_print"}
-    }
+    known = {"": top | {name.split(".")[0] for name in DERIVED} | _OTHER_SECTIONS}
     if isinstance(overrides.get("zero_optimization"), dict):
         fields = DeepSpeedZeroConfig.model_fields
         known["zero_optimization"] = {*fields, *(field.alias for field in fields.values() if field.alias)}
