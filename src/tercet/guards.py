@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
-from tercet.sharding import local_values
+from tercet.sharding import local_values, reshard
 
 # After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
 LEARNED_NOTHING_STEPS = 5
@@ -86,5 +86,6 @@ def _of_all_ranks(fingerprint: torch.Tensor) -> list[torch.Tensor]:
 
 def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
     """One sum of squares per parameter, in double precision on the parameter's own device."""
+    reshard(model)
     with torch.no_grad():
         return torch.stack([local_values(p).double().square().sum().cpu() for p in model.parameters()])

@@ -29,8 +29,9 @@ def make_model(config: ModelConfig, device: str, resume_dir: Path | None = None)
 def save_whole(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a servable model from the gathered weights of a trained one. Raises CorruptObject unless it is complete.
 
-    They are put into a model of its own, made on the CPU for the purpose: no rank's shards are touched."""
-    with unsharded():
+    They are put into a model of its own, made on the CPU for the purpose: no rank's shards are touched. Loading it may
+    draw random numbers; those of training stay as they are."""
+    with unsharded(), torch.random.fork_rng(devices=[]):
         model = make_model(config, "cpu")
     fill(model, weights)
     if config.lora is None:

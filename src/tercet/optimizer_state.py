@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tercet.errors import CorruptObject
+from tercet.errors import CorruptObject, TrainingError
 from tercet.parallelism import is_zero
 from tercet.sections import Parallelism
+from tercet.sharding import reshard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -120,6 +121,7 @@ def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iter
 
     transformers 5.23, accelerate 1.15, DeepSpeed 0.19.8; see the functions below for what is read of each."""
     optimizer = trainer.optimizer.optimizer
+    reshard(trainer.model)
     named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     if is_zero(parallelism):
         of_zero = _zero3 if trainer.model_wrapped.zero_optimization_stage() == 3 else _zero12
@@ -132,7 +134,13 @@ def _torch(
     optimizer: torch.optim.Optimizer, named: list[tuple[str, Any]], rank: int, world_size: int, create: bool
 ) -> Iterator[Piece]:
     """DDP: each rank holds everything, so they take turns to save. FSDP2: slices of the first dimension."""
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for index, (name, parameter) in enumerate(named):
+        if id(parameter) not in optimized:
+            raise TrainingError(
+                f"{name} is trained, but the optimizer does not know it: its state cannot be saved",
+                hint="this is a fault of tercet or of the installed libraries",
+            )
         state = optimizer.state[parameter]
         if create:
             for moment in MOMENTS:

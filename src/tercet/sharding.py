@@ -101,6 +101,15 @@ def _sizes(parameter: Any) -> tuple[int, int]:
     return parameter.numel(), parameter.numel()
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """FSDP2 leaves the root's parameters gathered after an evaluation; put them back to what each rank holds."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_values(parameter: Any) -> torch.Tensor:
     """What this rank holds of a parameter; no communication."""
     if hasattr(parameter, "ds_id"):

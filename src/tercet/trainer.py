@@ -130,6 +130,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         if checkpoint is not None:
             optimizer_state.load(optimizer_state.pieces(self, self._parallelism, create=True), Path(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            # The schedule sets a rate after each step only: the first one would run at the rate of step 0.
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Around `Trainer._load_rng_state`, which leaves a rank as it is that was not there when the checkpoint was

@@ -1,0 +1,259 @@
+"""Every parallelism on two CPU workers: it is what it says, weights are the same, models are complete, runs go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+
+import tiny_model
+from flow.conftest import check, run_command
+from flow.workers import (
+    commits,
+    final_weights,
+    largest_difference,
+    model_folder,
+    training_log,
+    weights,
+    worker_command,
+    write_plan,
+)
+from tercet.checkpoint import best_commit, publish_best
+from tercet.storage import open_storage
+
+DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
+OTHERS = ("ddp", "fsdp2")
+MODES = (*OTHERS, *DEEPSPEED)
+LOSSES: dict[str, dict[str, Any]] = {
+    "ranking": {"name": "MultipleNegativesRankingLoss"},
+    "triplet": {"name": "TripletLoss", "distance_metric": "cosine", "triplet_margin": 0.5},
+    "cached": {"name": "CachedMultipleNegativesRankingLoss", "mini_batch_size": 3},
+    "matryoshka": {
+        "name": "MultipleNegativesRankingLoss",
+        "matryoshka": {"dims": [48, 24, 8], "dims_per_step": 2},
+    },
+}
+# A run of one mode on so many workers that goes on as another. The weights are compared with those of `ddp`.
+GOES_ON_AS = [
+    ("ddp", 2, "zero3", 2),
+    ("zero2", 2, "fsdp2", 2),
+    ("fsdp2", 2, "zero1", 2),
+    ("zero3", 2, "ddp", 1),
+    ("fsdp2", 2, "zero2", 1),
+    ("ddp", 1, "fsdp2", 2),
+    ("zero1", 1, "zero3_offload", 2),
+]
+
+
+class Runs:
+    """Tiny runs, as many as possible in one start of the processes. DeepSpeed leaves traces in a process, so the other
+    modes have one of their own."""
+
+    def __init__(self, folder: Path, store: Path, environment: dict[str, str]) -> None:
+        self.folder, self.store, self.environment = folder, store, environment
+        self._plans: dict[tuple[bool, int], list[Path]] = {}
+
+    def add(self, run_id: str, mode: str, model: Path, num_workers: int = 2, **sections: Any) -> Path:
+        """Plan a run; `go` starts it."""
+        # The gradient of a key's bias is zero but for rounding, which Adam turns into steps of the learning rate.
+        training = {"num_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.002}
+        training |= sections.pop("training", {})
+        workers = {"num_workers": num_workers, "parallelism": mode}
+        path = write_plan(self.folder, run_id, model, self.store, training=training, workers=workers, **sections)
+        self._plans.setdefault((mode in DEEPSPEED, num_workers), []).append(path)
+        return path
+
+    def go(self) -> str:
+        """Run everything that was added; returns what it printed."""
+        output = ""
+        for plans in self._plans.values():
+            command = worker_command(*plans)
+            output += check(run_command(command, self.environment, self.folder, timeout=400)).stdout
+        self._plans.clear()
+        return output
+
+    def rewind(self, run_id: str, to: str, step: int) -> None:
+        """A copy of a finished run, as it was when it died after the checkpoint of `step`."""
+        target = self.store / "runs" / to
+        shutil.copytree(self.store / "runs" / run_id, target)
+        (target / "training.json").unlink()
+        for folder in (target / "checkpoints").iterdir():
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+            else:
+                commit = folder / "COMMIT"
+                commit.write_text(commit.read_text().replace(f"runs/{run_id}/", f"runs/{to}/"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, store: Path, environment: dict[str, str]) -> Runs:
+    return Runs(tmp_path_factory.mktemp("parallelism"), store, environment)
+
+
+@pytest.fixture(scope="module")
+def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With dropout, and a pooler whose weights are drawn when the model is loaded."""
+    folder = tmp_path_factory.mktemp("model") / "dropout"
+    return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dense_features=48, dropout=0.1, pooler=False)
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
+    """Every mode with every loss, `<mode>-<loss>`; and with dropout, `<mode>-dropout`."""
+    for mode in MODES:
+        for loss, section in LOSSES.items():
+            runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=section)
+        runs.add(f"{mode}-dropout", mode, dropout_model_dir, training={"num_epochs": 3})
+    runs.go()
+    return runs.store
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("loss", [*LOSSES, "dropout"])
+def test_every_mode_ends_with_the_weights_of_ddp(trained: Path, mode: str, loss: str) -> None:
+    """Evaluated in each epoch, with a Dense module, over two accumulation steps, negatives across ranks. The wrapped
+    model's type and its shards are checked by the worker itself, which fails otherwise."""
+    assert training_log(trained, f"{mode}-{loss}")["parallelism"] == mode
+    assert largest_difference(final_weights(trained, f"ddp-{loss}"), final_weights(trained, f"{mode}-{loss}")) < 1e-5
+    expected, found = commits(trained, f"ddp-{loss}"), commits(trained, f"{mode}-{loss}")
+    for left, right in zip(expected, found, strict=True):
+        assert right.metrics == pytest.approx(left.metrics, abs=1e-4)
+        assert largest_difference(_weights(trained, left), _weights(trained, right)) < 1e-5
+
+
+def _weights(store: Path, commit: Any) -> dict[str, torch.Tensor]:
+    return weights(model_folder(store, commit))
+
+
+def test_gradient_caching_changes_nothing(trained: Path) -> None:
+    assert largest_difference(final_weights(trained, "ddp-ranking"), final_weights(trained, "ddp-cached")) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_best_is_not_last_and_complete(trained: Path, mode: str) -> None:
+    """What is published is the best step's model: loadable by plain sentence-transformers, every tensor whole."""
+    found = commits(trained, f"{mode}-dropout")
+    best = best_commit(found, "ndcg@10")
+    assert best is not None
+    # The last one is made the worse one on paper: what counts is the committed metric, not the order.
+    worse = [commit.model_copy(update={"metrics": {**commit.metrics, "ndcg@10": -commit.step}}) for commit in found]
+    best = best_commit(worse, "ndcg@10")
+    assert best is not None
+    assert best.step == min(commit.step for commit in found)
+    published = publish_best(open_storage(str(trained)), f"{mode}-dropout", best, "# A card")
+    folder = trained / published.folder
+    assert largest_difference(weights(folder), weights(model_folder(trained, best))) == 0.0
+    assert largest_difference(weights(folder), final_weights(trained, f"{mode}-dropout")) > 1e-3
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert all(file.get_tensor(key).numel() > 0 for key in file.keys())  # noqa: SIM118 - not a dict
+    model = SentenceTransformer(str(folder), device="cpu")
+    reference = SentenceTransformer(str(model_folder(trained, _same_step(trained, best.step))), device="cpu")
+    assert torch.allclose(
+        model.encode("a text", convert_to_tensor=True), reference.encode("a text", convert_to_tensor=True), atol=1e-4
+    )
+
+
+def _same_step(store: Path, step: int) -> Any:
+    return next(commit for commit in commits(store, "ddp-dropout") if commit.step == step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
+    """Weights once, by rank 0; the optimizer's state cut among the ranks; a state of random numbers each."""
+    for commit in commits(trained, f"{mode}-ranking"):
+        parts = [
+            json.loads((model_folder(trained, commit) / f"rank-{rank}.json").read_text()).keys() for rank in (0, 1)
+        ]
+        assert {"optimizer-00001-of-00002.safetensors", "rng_state_1.pth"} == parts[1] - parts[0]
+        assert {"optimizer-00000-of-00002.safetensors", "rng_state_0.pth", "model.safetensors"} <= parts[0]
+        sizes = [commit.files[f"optimizer-0000{rank}-of-00002.safetensors"].num_bytes for rank in (0, 1)]
+        assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, dropout_model_dir: Path) -> None:
+    """In every mode, with dropout, from amid the schedule."""
+    for mode in MODES:
+        runs.rewind(f"{mode}-dropout", f"{mode}-again", step=11)
+        runs.add(f"{mode}-again", mode, dropout_model_dir, training={"num_epochs": 3})
+    assert runs.go().count("resuming from the checkpoint of step 11") == 2 * len(MODES)
+    for mode in MODES:
+        whole, again = final_weights(trained, f"{mode}-dropout"), final_weights(trained, f"{mode}-again")
+        assert largest_difference(whole, again) == 0.0, mode
+        assert commits(trained, f"{mode}-again")[0].metrics == commits(trained, f"{mode}-dropout")[0].metrics
+
+
+def test_a_run_goes_on_in_another_mode_and_with_another_number_of_workers(
+    runs: Runs, trained: Path, tiny_model_dir: Path
+) -> None:
+    loss = LOSSES["ranking"]
+    for mode in ("ddp", "zero1"):
+        runs.add(f"{mode}-alone", mode, tiny_model_dir, 1, loss=loss)
+    runs.go()
+    for before, num_before, after, num_after in GOES_ON_AS:
+        first = f"{before}-ranking" if num_before == 2 else f"{before}-alone"
+        runs.rewind(first, f"{before}{num_before}-{after}{num_after}", step=11)
+        runs.add(f"{before}{num_before}-{after}{num_after}", after, tiny_model_dir, num_after, loss=loss)
+    output = runs.go()
+    assert "resuming from the checkpoint of step 11 (1 workers)" in output
+    for before, num_before, after, num_after in GOES_ON_AS:
+        run_id = f"{before}{num_before}-{after}{num_after}"
+        assert training_log(trained, run_id)["resumed_from_step"] == 11
+        difference = largest_difference(final_weights(trained, "ddp-ranking"), final_weights(trained, run_id))
+        assert difference < 2e-5, run_id
+
+
+def test_lora_precision_and_gradient_checkpointing_in_every_mode(
+    runs: Runs, trained: Path, tiny_model_dir: Path
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "lora": {"model": {"lora": {"rank": 4, "target_modules": ["query", "value"]}}},
+        "recomputed": {"training": {"gradient_checkpointing": True}},
+        "bf16": {"training": {"precision": "bf16"}},
+    }
+    for mode in MODES:
+        for name, sections in changes.items():
+            runs.add(f"{mode}-{name}", mode, tiny_model_dir, loss=LOSSES["ranking"], **sections)
+    runs.go()
+    exact = final_weights(trained, "ddp-ranking")
+    for mode in MODES:
+        assert largest_difference(exact, final_weights(trained, f"{mode}-recomputed")) < 1e-5, mode
+        lora = final_weights(trained, f"{mode}-lora")
+        assert largest_difference(final_weights(trained, "ddp-lora"), lora) < 1e-5, mode
+        folder = model_folder(trained, commits(trained, f"{mode}-lora")[0])
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+        moved = {name for name in exact if not torch.equal(lora[name], weights(tiny_model_dir)[name])}
+        assert {name.rsplit(".", 2)[-2] for name in moved} == {"query", "value", "linear"}, mode
+        rough = final_weights(trained, f"{mode}-bf16")
+        assert {value.dtype for value in rough.values()} == {torch.float32}
+        assert 0.0 < largest_difference(exact, rough) < 0.1, mode
+        # Values that bf16 could hold would mean that the weights themselves were trained in it.
+        assert any(not torch.equal(value, value.bfloat16().float()) for value in rough.values())
+
+
+def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
+    sections: dict[str, Any] = {"model": {"lora": {"rank": 4, "target_modules": ["query", "value"]}}}
+    for mode in ("ddp", "zero3"):
+        runs.rewind(f"{mode}-lora", f"{mode}-lora-again", step=11)
+        runs.add(f"{mode}-lora-again", mode, tiny_model_dir, loss=LOSSES["ranking"], **sections)
+    runs.go()
+    for mode in ("ddp", "zero3"):
+        again = final_weights(trained, f"{mode}-lora-again")
+        assert largest_difference(final_weights(trained, f"{mode}-lora"), again) == 0.0, mode
+
+
+def test_ray_runs_every_mode_to_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
+    plans = [runs.add(f"{mode}-ray", mode, tiny_model_dir, loss=LOSSES["ranking"]) for mode in MODES]
+    script = [sys.executable, str(Path(__file__).with_name("train_on_ray.py")), *map(str, plans)]
+    check(run_command(script, runs.environment, runs.folder, timeout=500))
+    for mode in MODES:
+        assert (
+            largest_difference(final_weights(trained, f"{mode}-ranking"), final_weights(trained, f"{mode}-ray")) == 0.0
+        )
