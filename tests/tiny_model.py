@@ -238,7 +238,7 @@ def tiny_stella(folder: Path) -> Path:
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
-def recipe(model: Path | str, storage: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
+def recipe(model: Path | str, storage: Path | str, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A recipe that learns the task. `sections` are laid over it, key by key; a `loss` replaces the whole section."""
     document: dict[str, Any] = {
         "name": "tiny",
@@ -254,7 +254,7 @@ def recipe(model: Path | str, storage: Path | str, **sections: dict[str, Any]) -
     return document
 
 
-def write_recipe(path: Path, model: Path | str, storage: Path | str, **sections: dict[str, Any]) -> Path:
+def write_recipe(path: Path, model: Path | str, storage: Path | str, /, **sections: dict[str, Any]) -> Path:
     """`recipe` as a YAML file."""
     path.write_text(yaml.safe_dump(recipe(model, storage, **sections), sort_keys=False), encoding="utf-8")
     return path

@@ -3,7 +3,8 @@
 Each rank writes what it holds, and nothing is gathered: pieces of flattened parameters, in one safetensors file a rank.
 
     optimizer-00000-of-00002.safetensors    tensors named `<parameter>|<moment>|<start>`, `start` in elements
-                                            and `<parameter>|step`, a scalar
+                                            and `<parameter>|step`, a scalar; 0 and no moments for a parameter
+                                            that never had a gradient
 
 A rank that resumes reads the ranges that it holds now, from whichever files have them, so a run may go on with another
 number of workers or another parallelism. Every element must be there exactly once.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tercet.errors import CorruptObject, TrainingError
@@ -37,8 +38,6 @@ class Piece:
     start: int
     moments: dict[str, torch.Tensor]
     state: dict[str, Any]
-    owner: int | None
-    """The rank that saves it where several hold the same."""
 
 
 def file_name(rank: int, world_size: int) -> str:
@@ -50,37 +49,64 @@ def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> N
     """Write this rank's share."""
     tensors: dict[str, torch.Tensor] = {}
     for piece in pieces:
-        if piece.owner in (None, rank):
-            tensors[f"{piece.name}|step"] = (
-                torch.as_tensor(piece.state["step"], dtype=torch.float32).cpu().reshape(()).clone()
-            )
-            for moment, view in piece.moments.items():
-                tensors[f"{piece.name}|{moment}|{piece.start}"] = view.detach().cpu().clone()
+        step = torch.as_tensor(piece.state.get("step", 0), dtype=torch.float32)
+        tensors[f"{piece.name}|step"] = step.cpu().reshape(()).clone()
+        for moment, view in piece.moments.items():
+            tensors[f"{piece.name}|{moment}|{piece.start}"] = view.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / file_name(rank, world_size))
 
 
 def load(pieces: Iterator[Piece], folder: Path) -> None:
-    """Fill this rank's share. Raises CorruptObject when an element is missing or there twice."""
-    files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*-of-*.safetensors"))]
+    """Fill this rank's share. A parameter that never had a gradient gets zeros and step 0, which is how Adam begins.
+
+    Raises CorruptObject when a file is missing or damaged, or an element is missing or there twice."""
     found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
     steps: dict[str, float] = {}
-    for file in files:
+    for file in _open_all(folder):
         for key in file.keys():  # noqa: SIM118 - not a dict
             name, moment, *start = key.split("|")
             if moment == "step":
-                steps[name] = float(file.get_tensor(key))
+                step = float(file.get_tensor(key))
+                if steps.setdefault(name, step) != step:
+                    raise CorruptObject(
+                        f"{folder}: {name} is at optimizer step {steps[name]:g} in one file and {step:g} in another",
+                        hint="the files are of several checkpoints: use another checkpoint",
+                    )
             else:
                 found.setdefault((name, moment), []).append((int(start[0]), file, key))
     for piece in pieces:
         if piece.name not in steps:
             raise CorruptObject(
                 f"{folder}: holds no optimizer state of {piece.name}",
-                hint="the checkpoint is of another model, or a file of it is missing",
+                hint="the checkpoint is of another model: was it another recipe?",
             )
+        if steps[piece.name] == 0 and not any((piece.name, moment) in found for moment in piece.moments):
+            piece.state.setdefault("step", torch.tensor(0.0, device=_step_device(piece)))
+            for view in piece.moments.values():
+                view.zero_()
+            continue
         _set_step(piece, steps[piece.name], folder)
         for moment, view in piece.moments.items():
             _fill(view, piece.start, found.get((piece.name, moment), []), f"{folder}: {piece.name} {moment}")
+
+
+def _open_all(folder: Path) -> list[Any]:
+    paths = sorted(folder.glob("optimizer-*-of-*.safetensors"))
+    num_files = int(paths[0].stem.rpartition("-")[2]) if paths else 1
+    wanted = {file_name(rank, num_files) for rank in range(num_files)}
+    if differing := sorted(wanted ^ {path.name for path in paths}):
+        raise CorruptObject(
+            f"{folder}: the optimizer's state is not {num_files} files of one checkpoint: see {', '.join(differing)}",
+            hint="use another checkpoint",
+        )
+    files = []
+    for path in paths:
+        try:
+            files.append(safe_open(path, "pt"))
+        except (OSError, SafetensorError) as error:
+            raise CorruptObject(f"{path} cannot be read: {error}", hint="use another checkpoint") from error
+    return files
 
 
 def _set_step(piece: Piece, step: float, folder: Path) -> None:
@@ -102,18 +128,19 @@ def _fill(view: torch.Tensor, start: int, sources: list[tuple[int, Any, str]], w
     position, end = start, start + view.numel()
     for source_start, file, key in sorted(sources, key=lambda source: source[0]):
         stored = file.get_slice(key)
-        source_end = source_start + stored.get_shape()[0]
-        if source_end <= position or source_start >= end:
+        first, last = max(source_start, start), min(source_start + stored.get_shape()[0], end)
+        if first >= last:
             continue
-        if source_start > position or (source_start < position and position > start):
+        if first != position:
             break
-        last = min(end, source_end)
-        view[position - start : last - start].copy_(stored[position - source_start : last - source_start])
+        view[first - start : last - start].copy_(stored[first - source_start : last - source_start])
         position = last
-    if position != end:
-        raise CorruptObject(
-            f"{what}: element {position} is not there exactly once", hint="the checkpoint is not complete"
-        )
+    else:
+        if position == end:
+            return
+        first = end
+    fault = "missing" if first > position else "there twice"
+    raise CorruptObject(f"{what}: element {min(first, position)} is {fault}", hint="use another checkpoint")
 
 
 def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iterator[Piece]:
@@ -133,9 +160,13 @@ def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iter
 def _torch(
     optimizer: torch.optim.Optimizer, named: list[tuple[str, Any]], rank: int, world_size: int, create: bool
 ) -> Iterator[Piece]:
-    """DDP: each rank holds everything, so they take turns to save. FSDP2: slices of the first dimension."""
+    """FSDP2: slices of the first dimension. DDP: each rank holds everything; to save, each takes an equal share of all
+    elements, to load it fills everything (`create`)."""
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for index, (name, parameter) in enumerate(named):
+    num_elements = sum(parameter.numel() for _, parameter in named)
+    first, last = num_elements * rank // world_size, num_elements * (rank + 1) // world_size
+    offset = 0
+    for name, parameter in named:
         if id(parameter) not in optimized:
             raise TrainingError(
                 f"{name} is trained, but the optimizer does not know it: its state cannot be saved",
@@ -145,18 +176,23 @@ def _torch(
         if create:
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
-        elif not state:
-            continue  # a parameter that never had a gradient
-        owner: int | None = index % world_size
-        start = 0
-        moments = {moment: state[moment] for moment in MOMENTS}
-        if isinstance(parameter, torch.distributed.tensor.DTensor):
+        offset += parameter.numel()
+        if not state:  # never had a gradient
+            yield Piece(_plain(name), 0, {}, {})
+        elif isinstance(parameter, torch.distributed.tensor.DTensor):
             rows_per_rank = -(-parameter.shape[0] // world_size)  # as torch.chunk cuts
-            start = min(rank * rows_per_rank, parameter.shape[0]) * parameter[0:1].numel() if parameter.ndim else 0
-            moments = {moment: tensor.to_local() for moment, tensor in moments.items()}
-            owner = None
-        name = name.replace("_checkpoint_wrapped_module.", "")  # of FSDP2 with gradient checkpointing
-        yield Piece(name, start, {moment: _flat(tensor) for moment, tensor in moments.items()}, state, owner)
+            start = min(rank * rows_per_rank, parameter.shape[0]) * parameter[0:1].numel()
+            yield Piece(_plain(name), start, {moment: _flat(state[moment].to_local()) for moment in MOMENTS}, state)
+        else:
+            begin = offset - parameter.numel()
+            start, end = (0, parameter.numel()) if create else (max(first - begin, 0), min(last, offset) - begin)
+            if start < end:
+                moments = {moment: _flat(state[moment])[start:end] for moment in MOMENTS}
+                yield Piece(_plain(name), start, moments, state)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")  # of FSDP2 with gradient checkpointing
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,7 +212,7 @@ def _zero12(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Itera
         state = states[mapping.param_group_index]
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         moments = {moment: state[moment].narrow(0, here.start, here.numel) for moment in MOMENTS}
-        yield Piece(name, there.start, moments, state, None)
+        yield Piece(name, there.start, moments, state)
 
 
 def _zero3(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
@@ -193,4 +229,4 @@ def _zero3(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterat
         num_real = max(min(num_elements, parameter.ds_numel - start), 0)
         if num_real:
             moments = {moment: state[moment].narrow(0, offset, num_real) for moment in MOMENTS}
-            yield Piece(name, start, moments, state, None)
+            yield Piece(name, start, moments, state)

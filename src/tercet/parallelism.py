@@ -11,11 +11,15 @@ import difflib
 import os
 from typing import Any
 
+from pydantic import ValidationError
+
 from tercet.config import Config
 from tercet.memory import BUCKET_ELEMENTS
 from tercet.sections import Parallelism
 
 ZERO_STAGES: dict[Parallelism, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+_OWN = "what tercet itself relies on"
 
 # Of the recipe alone. A dotted name also covers what lies below it.
 DERIVED = {
@@ -26,20 +30,28 @@ DERIVED = {
     "zero_optimization.stage": "workers.parallelism",
     "zero_optimization.offload_optimizer.device": "workers.parallelism",
     "zero_optimization.offload_param.device": "workers.parallelism",
+    "zero_optimization.cpu_offload": "workers.parallelism",
+    "zero_optimization.cpu_offload_param": "workers.parallelism",
     "bf16": "training.precision",
+    "bfloat16": "training.precision",
     "fp16": "training.precision",
     "torch_autocast.enabled": "training.precision",
     "torch_autocast.dtype": "training.precision",
+    "data_types.param_dtype": "training.precision",
     "optimizer": "training.learning_rate and training.weight_decay",
     "scheduler": "training.lr_scheduler",
-    "zero_allow_untested_optimizer": "tercet's own optimizer",
-    "zero_force_ds_cpu_optimizer": "tercet's own optimizer",
+    "zero_allow_untested_optimizer": _OWN,
+    "zero_force_ds_cpu_optimizer": _OWN,
+    "managed_gradient_accumulation": _OWN,
+    "gradient_allreduce_op": _OWN,
 }
 
-# Sections of DeepSpeed 0.19 whose names stand in other files than its constants.py.
-_OTHER_SECTIONS = {
-    *("zero_optimization", "steps_per_print", "comms_logger", "flops_profiler", "activation_checkpointing", "aio"),
-    *("tensorboard", "wandb", "comet", "csv_monitor", "checkpoint", "data_types", "compile", "timers"),
+# What else DeepSpeed 0.19 reads at the top level and a run may set.
+FREE = {
+    *("zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "aio", "compile", "checkpoint"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_python_gc", "log_level"),
+    *("steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers"),
+    *("comms_logger", "tensorboard", "wandb", "comet", "csv_monitor"),
 }
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
@@ -109,48 +121,56 @@ def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:
 
 
 def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong with `workers.deepspeed`: pairs of problem and hint. Imports DeepSpeed for its own list of names,
-    and only when there is something to check."""
-    if not overrides:
-        return []
+    """What is wrong with `workers.deepspeed`: pairs of problem and hint. Imports DeepSpeed for its own check of the
+    ZeRO settings, and only when there are some."""
     problems = [
         (
             f"workers.deepspeed: `{name}` follows from {source} and cannot be set here",
-            f"change {source} instead",
+            "leave it away" if source == _OWN else f"change {source} instead",
         )
         for name, source in DERIVED.items()
         if _has(overrides, name)
     ]
-    if not isinstance(overrides.get("zero_optimization", {}), dict):
-        problems.append(("workers.deepspeed: `zero_optimization` is a section", "write its settings below it"))
-    for prefix, known in _known_names(overrides).items():
-        given = overrides if not prefix else overrides[prefix]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                dotted = f"{prefix}.{name}" if prefix else name
-                guess = f"did you mean `{close[0]}`?" if close else "see DeepSpeed's list of settings"
-                problems.append((f"workers.deepspeed: DeepSpeed knows no `{dotted}`", guess))
+    known = FREE | {name for name in DERIVED if "." not in name}
+    problems += [_unknown(name, known) for name in overrides if name not in known]
+    zero = overrides.get("zero_optimization", {})
+    return problems + (_zero_problems(zero) if isinstance(zero, dict) and zero else [])
+
+
+def _zero_problems(zero: dict[str, Any]) -> list[tuple[str, str]]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    problems = [_unknown(f"zero_optimization.{name}", known) for name in zero if name not in known]
+    try:
+        DeepSpeedZeroConfig(
+            **{name: value for name, value in zero.items() if f"zero_optimization.{name}" not in DERIVED}
+        )
+    except ValidationError as error:
+        for item in error.errors():
+            dotted = ".".join(["zero_optimization", *map(str, item["loc"])])
+            if item["loc"] and item["loc"][0] in known:  # the others were found above, with a guess
+                problem = f"workers.deepspeed: DeepSpeed refuses `{dotted}`={item['input']!r}: {item['msg']}"
+                problems.append((problem, "see DeepSpeed's list of settings"))
     return problems
 
 
-def _known_names(overrides: dict[str, Any]) -> dict[str, set[str]]:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime import constants
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    top = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
-    known = {"": top | {name.split(".")[0] for name in DERIVED} | _OTHER_SECTIONS}
-    if isinstance(overrides.get("zero_optimization"), dict):
-        fields = DeepSpeedZeroConfig.model_fields
-        known["zero_optimization"] = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    return known
+def _unknown(dotted: str, known: set[str]) -> tuple[str, str]:
+    section, dot, name = dotted.rpartition(".")
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    guess = f"did you mean `{section}{dot}{close[0]}`?" if close else "see DeepSpeed's list of settings"
+    return f"workers.deepspeed: `{dotted}` is unknown to DeepSpeed, or of no use here", guess
 
 
 def _has(settings: dict[str, Any], dotted: str) -> bool:
+    """Whether a setting is given, or replaced together with the section that it is in (`section: null`)."""
     value: Any = settings
     for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
+        if not isinstance(value, dict):
+            return True
+        if part not in value:
             return False
         value = value[part]
     return True

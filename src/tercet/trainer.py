@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from sentence_transformers import SentenceTransformerTrainer
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -62,6 +63,10 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and self.args.bf16:
+            # As in the other modes: fp32 weights, sums and embeddings. accelerate would have bf16 for all of them.
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def get_train_dataloader(self) -> DataLoader:
         """Instead of `BaseTrainer.get_train_dataloader`: a batch sampler that already knows its rank. The original's is

@@ -60,7 +60,7 @@ class Runs:
         self.folder, self.store, self.environment = folder, store, environment
         self._plans: dict[tuple[bool, int], list[Path]] = {}
 
-    def add(self, run_id: str, mode: str, model: Path, num_workers: int = 2, **sections: Any) -> Path:
+    def add(self, run_id: str, mode: str, model: Path, num_workers: int = 2, /, **sections: Any) -> Path:
         """Plan a run; `go` starts it."""
         # The gradient of a key's bias is zero but for rounding, which Adam turns into steps of the learning rate.
         training = {"num_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.002}
@@ -230,10 +230,10 @@ def test_lora_precision_and_gradient_checkpointing_in_every_mode(
         folder = model_folder(trained, commits(trained, f"{mode}-lora")[0])
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()
         moved = {name for name in exact if not torch.equal(lora[name], weights(tiny_model_dir)[name])}
-        assert {name.rsplit(".", 2)[-2] for name in moved} == {"query", "value", "linear"}, mode
+        assert {name.rsplit(".", 2)[-2] for name in moved} == {"query", "value", "2_Dense/linear"}, mode
         rough = final_weights(trained, f"{mode}-bf16")
         assert {value.dtype for value in rough.values()} == {torch.float32}
-        assert 0.0 < largest_difference(exact, rough) < 0.1, mode
+        assert 1e-4 < largest_difference(exact, rough) < 0.1, mode  # fp32 modes differ by 1e-6
         # Values that bf16 could hold would mean that the weights themselves were trained in it.
         assert any(not torch.equal(value, value.bfloat16().float()) for value in rough.values())
 

@@ -25,7 +25,7 @@ def make_plan(recipe: Path, run_id: str, overrides: tuple[str, ...] = ()) -> Tra
     return survey(load_config(recipe, overrides), run_id)[1]
 
 
-def write_plan(folder: Path, run_id: str, model: Path, store: Path, **sections: Any) -> Path:
+def write_plan(folder: Path, run_id: str, model: Path, store: Path, /, **sections: Any) -> Path:
     """A recipe of tiny_model as a plan file."""
     recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", model, store, **sections)
     path = folder / f"{run_id}.json"
