@@ -215,17 +215,17 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(plan.model_dump_json(indent=1))
         return
-    training, workers = plan.config.training, plan.config.workers
-    rows = plan.num_rows
+    training, workers, rows = plan.config.training, plan.config.workers, plan.num_rows
     unknown = "not known before the model is on this machine"
     lines = {
         "run": plan.run_id,
         "data": f"{plan.config.dataset.name} {plan.dataset_version}: train {rows['train']:,}  eval {rows['eval']:,}  "
         f"test {rows['test']:,} rows; columns {', '.join(plan.columns)}",
+        **({"mix": f"\n{'':13}".join(plan.shares)} if plan.shares else {}),
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
         "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
-        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each epoch left out (they fill no batch)",
+        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass left out (they fill no batch)",
         "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
         f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
         "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "

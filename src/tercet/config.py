@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from tercet import recipe_yaml
 from tercet.errors import ConfigError
@@ -36,17 +36,35 @@ class Config(Section):
     """Names the model that comes out; letters, digits, dot, dash and underscore."""
     storage: StorageConfig = StorageConfig()
     dataset: DatasetConfig
+    """Trained on, and measured on: its eval and test splits say whether the model is better."""
+    mix: tuple[DatasetConfig, ...] = ()
+    """More datasets to train on, of which the train split alone is used. Each batch comes from one dataset."""
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
 
+    @field_validator("mix")
+    @classmethod
+    def _each_dataset_once(cls, mix: tuple[DatasetConfig, ...], info: ValidationInfo) -> tuple[DatasetConfig, ...]:
+        names = [part.name for part in (*filter(None, [info.data.get("dataset")]), *mix)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} is given twice; to use its rows more often, raise its weight")
+        return mix
+
     def experiment_hash(self) -> str:
         """Eight hex digits over what decides the result. Storage and workers are left out: a run that moves to more
-        workers is the same run, and resumes."""
+        workers is the same run, and resumes. So is the mix where there is none, and the weight 1 of the dataset, which
+        earlier versions did not have: their runs keep their hash."""
         content = self.model_dump(mode="json", exclude={"storage", "workers"})
-        content["dataset"].pop("version")
+        for part in (content["dataset"], *content["mix"]):
+            part.pop("version")
+        if not content["mix"]:
+            del content["mix"]
+        if content["dataset"]["weight"] == 1:
+            del content["dataset"]["weight"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.checkpoint import Commit, fetch
+from tercet.mix import load_splits
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
-from tercet.storage import Storage, open_storage
+from tercet.storage import open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 # Beyond this many texts the corpus is cut: encoding it would take longer than training. Positives of the split itself
 # always stay in.
 MAX_CORPUS_TEXTS = 100_000
-
-
-def load_splits(plan: TrainPlan, storage: Storage) -> dict[str, Dataset]:
-    """The three splits of the plan's dataset version, memory-mapped, with the plan's columns."""
-    from tercet.dataset import default_cache_dir, load_split
-    from tercet.manifest import read_manifest
-
-    manifest = read_manifest(storage, plan.config.dataset.name, plan.dataset_version)
-    cache = plan.config.workers.cache_dir
-    cache_dir = Path(cache) if cache else default_cache_dir()
-    return {name: load_split(storage, manifest, name, cache_dir, list(plan.columns)) for name in plan.num_rows}
 
 
 def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> Any:

@@ -46,9 +46,8 @@ def model_card(plan: TrainPlan, metrics: RunMetrics, log_history: list[dict[str,
 
 # {plan.config.name}
 
-`{base}`, fine-tuned by tercet on {plan.num_train_rows:,} rows of `{plan.config.dataset.name}` (version
-`{plan.dataset_version}`). Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}: the best by {plan.metric}
-on the eval split.
+`{base}`, fine-tuned by tercet on {_trained_on(plan)}.
+Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}: the best by {plan.metric} on the eval split.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -77,6 +76,16 @@ Test was measured once, on the model reloaded from storage.
 {recipe_yaml.strip()}
 ```
 """
+
+
+def _trained_on(plan: TrainPlan) -> str:
+    """Each dataset with its version; its weight too, where there are several or it is not 1."""
+    several = len(plan.datasets) > 1
+    parts = []
+    for part in plan.datasets:
+        weight = f", weight {part.weight:g}" if several or part.weight != 1 else ""
+        parts.append(f"{part.num_train_rows:,} rows of `{part.name}` (version `{part.version}`{weight})")
+    return ",\n".join(parts) + (f".\nEval and test are of `{plan.datasets[0].name}`" if several else "")
 
 
 def _result_rows(metrics: RunMetrics) -> str:

@@ -186,7 +186,7 @@ def _torch(
         else:
             begin = offset - parameter.numel()
             start, end = (0, parameter.numel()) if create else (max(first - begin, 0), min(last, offset) - begin)
-            if start < end:
+            if start < end or (parameter.numel() == 0 and rank == 0):
                 moments = {moment: _flat(state[moment])[start:end] for moment in MOMENTS}
                 yield Piece(_plain(name), start, moments, state)
 

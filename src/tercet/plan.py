@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import math
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from tercet.config import Config
+from tercet.dataset_plan import PlannedDataset, dataset_problems, plan_dataset
 from tercet.errors import PlanError
 from tercet.manifest import Manifest
 from tercet.memory import (
@@ -24,7 +27,6 @@ from tercet.memory import (
 )
 from tercet.model_source import ModelFacts
 from tercet.parallelism import override_problems
-from tercet.sampling import num_steps_per_epoch
 from tercet.sections import Parallelism
 
 # English text: about four characters a token for WordPiece vocabularies.
@@ -43,12 +45,14 @@ class TrainPlan(BaseModel):
     run_id: str
     config: Config
     dataset_version: str
+    """Of the dataset that the model is measured on, as are the columns and the rows of each split."""
     columns: tuple[str, ...]
     num_rows: dict[str, int]
+    datasets: tuple[PlannedDataset, ...]
+    """What is trained on: that dataset, then the mix."""
     num_train_rows: int
-    """Rows of the train split that take part (see training.max_train_rows)."""
+    """Of all datasets together, as are the dropped rows and the steps."""
     num_dropped_rows: int
-    """Rows an epoch leaves out because they do not fill a global batch; other ones in each epoch."""
     steps_per_epoch: int
     num_steps: int
     warmup_steps: int
@@ -71,6 +75,12 @@ class TrainPlan(BaseModel):
         return self.config.evaluation.metric
 
     @property
+    def shares(self) -> tuple[str, ...]:
+        """What each dataset gives to an epoch, in words; nothing where a single one gives its rows once."""
+        alone = len(self.datasets) == 1 and self.datasets[0].weight == 1
+        return () if alone else tuple(dataset.text() for dataset in self.datasets)
+
+    @property
     def memory_warning(self) -> str | None:
         """For a mode that the recipe names and that probably does not fit: it is not overruled."""
         workers, available = self.config.workers, self.memory_bytes_available
@@ -82,9 +92,12 @@ class TrainPlan(BaseModel):
         )
 
 
-def make_run_id(config: Config, dataset_version: str, today: datetime.date) -> str:
+def make_run_id(config: Config, dataset_versions: Sequence[str], today: datetime.date) -> str:
     """The same recipe on the same data on the same UTC day is the same run: submitting it again resumes."""
-    return f"{today:%Y%m%d}-{config.name}-{config.experiment_hash()}-{dataset_version[:8]}"
+    data = dataset_versions[0]
+    if len(dataset_versions) > 1:
+        data = hashlib.sha256("\n".join(dataset_versions).encode()).hexdigest()
+    return f"{today:%Y%m%d}-{config.name}-{config.experiment_hash()}-{data[:8]}"
 
 
 def make_plan(
@@ -94,22 +107,31 @@ def make_plan(
     today: datetime.date,
     run_id: str | None = None,
     memory_bytes_available: int | None = None,
+    mix: Sequence[Manifest] = (),
 ) -> TrainPlan:
     """Derive everything. `memory_bytes_available`: a CPU worker's share of its machine, where the recipe does not say.
+    `mix`: the manifest of each dataset in the recipe's `mix`.
 
     Raises PlanError naming every combination that cannot work."""
     training, workers = config.training, config.workers
     num_rows = {split: manifest.num_rows[split] for split in ("train", "eval", "test")}
-    num_train_rows = min(num_rows["train"], training.max_train_rows or num_rows["train"])
-    steps_per_epoch = num_steps_per_epoch(num_train_rows, training.global_batch_size)
+    manifests = (manifest, *mix)
+    datasets = tuple(
+        plan_dataset(config, part.weight, found)
+        for part, found in zip((config.dataset, *config.mix), manifests, strict=True)
+    )
+    steps_per_epoch = sum(dataset.steps_per_epoch for dataset in datasets)
     num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
     rows_per_micro_batch = training.global_batch_size // num_micro_batches
-    columns = manifest.text_columns
-    tokens_per_row = sum(_tokens_per_text(config, manifest, facts))
-    num_tokens = _tokens_kept(config, manifest, facts, rows_per_micro_batch)
+    tokens_per_epoch = sum(
+        dataset.steps_per_epoch * training.global_batch_size * sum(_tokens_per_text(config, found, facts))
+        for dataset, found in zip(datasets, manifests, strict=True)
+    )
+    num_tokens = max(_tokens_kept(config, found, facts, rows_per_micro_batch) for found in manifests)
     memory_bytes_available = available_bytes(workers, memory_bytes_available)
 
-    problems = _problems(config, manifest, num_rows, num_train_rows, steps_per_epoch) + _worker_problems(config)
+    problems = _problems(config, manifest) + _worker_problems(config)
+    problems += [problem for dataset in datasets for problem in dataset_problems(config, dataset)]
     try:
         parallelism, reason = choose(config, facts, num_tokens, memory_bytes_available)
     except PlanError as error:
@@ -120,13 +142,14 @@ def make_plan(
     num_steps = steps_per_epoch * training.num_epochs
     lora = config.model.lora
     return TrainPlan(
-        run_id=run_id or make_run_id(config, manifest.version, today),
+        run_id=run_id or make_run_id(config, [dataset.version for dataset in datasets], today),
         config=config,
         dataset_version=manifest.version,
-        columns=columns,
+        columns=manifest.text_columns,
         num_rows=num_rows,
-        num_train_rows=num_train_rows,
-        num_dropped_rows=num_train_rows - steps_per_epoch * training.global_batch_size,
+        datasets=datasets,
+        num_train_rows=sum(dataset.num_train_rows for dataset in datasets),
+        num_dropped_rows=sum(dataset.num_dropped_rows for dataset in datasets),
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         warmup_steps=math.ceil(training.warmup_ratio * num_steps),
@@ -142,13 +165,11 @@ def make_plan(
         if facts is None
         else memory_of(facts, parallelism, workers.num_workers, num_tokens, training, lora, config.loss.is_cached),
         memory_bytes_available=memory_bytes_available,
-        training_seconds=_training_seconds(config, facts, num_steps * training.global_batch_size * tokens_per_row),
+        training_seconds=_training_seconds(config, facts, tokens_per_epoch * training.num_epochs),
     )
 
 
-def _problems(
-    config: Config, manifest: Manifest, num_rows: dict[str, int], num_train_rows: int, steps_per_epoch: int
-) -> list[tuple[str, str]]:
+def _problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
     training, workers = config.training, config.workers
     found = []
     num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
@@ -161,15 +182,8 @@ def _problems(
                 f"make it a multiple of {num_micro_batches}, such as {nearest}",
             )
         )
-    if steps_per_epoch == 0:
-        found.append(
-            (
-                f"{num_train_rows} train rows do not fill one global batch of {training.global_batch_size}",
-                "lower training.global_batch_size or add rows",
-            )
-        )
     for split in ("eval", "test"):
-        if num_rows[split] == 0:
+        if manifest.num_rows[split] == 0:
             found.append(
                 (
                     f"dataset {manifest.dataset} version {manifest.version} has no {split} rows, "
@@ -177,16 +191,12 @@ def _problems(
                     "add rows with other groups: a split is chosen by a hash of the group",
                 )
             )
-    has = f"version {manifest.version} has {', '.join(manifest.text_columns)}"
-    column_problem = config.loss.column_problem(manifest.text_columns)
-    if column_problem is not None:
-        need, hint = column_problem
-        found.append((f"loss.name={config.loss.name} {need}; {has}", hint))
     has_negative = any(column.startswith("negative") for column in manifest.text_columns)
     if config.evaluation.metric == "triplet_accuracy" and not has_negative:
         found.append(
             (
-                f"evaluation.metric=triplet_accuracy needs a column `negative`; {has}",
+                "evaluation.metric=triplet_accuracy needs a column `negative`; "
+                f"{manifest.dataset} {manifest.version} has {', '.join(manifest.text_columns)}",
                 "shard the data with --negative, or choose one that works on pairs",
             )
         )
@@ -211,6 +221,8 @@ def _worker_problems(config: Config) -> list[tuple[str, str]]:
                 "raise workers.num_workers, or choose ddp, or zero3_offload where the model does not fit",
             )
         )
+    if training.precision == "fp16" and workers.parallelism == "fsdp2":
+        found.append(("training.precision=fp16 does not go with workers.parallelism=fsdp2", "choose bf16, or zero3"))
     if training.precision in ("tf32", "fp16") and workers.use_gpu is False:
         found.append(
             (

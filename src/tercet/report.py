@@ -42,6 +42,8 @@ class RunReport(_Document):
     name: str
     dataset: str
     dataset_version: str
+    mix: tuple[str, ...] = ()
+    """Each dataset that was trained on, in words, with version, rows, weight and steps; see TrainPlan.shares."""
     num_rows: dict[str, int]
     num_workers: int
     metric: str
@@ -67,6 +69,7 @@ def screen(report: RunReport, next_commands: list[tuple[str, str]]) -> str:
         f"  data     {report.dataset} {report.dataset_version}: "
         f"train {rows['train']:,}  eval {rows['eval']:,}  test {rows['test']:,} rows"
     )
+    lines += [f"  mix      {part}" for part in report.mix]
     lines.append(f"  trained  {report.num_steps} steps on {report.num_workers} worker{'s' * (report.num_workers > 1)}")
     if report.status == "failed" or report.metrics is None:
         lines += ["", f"  failed in stage `{report.failed_stage}`: {report.error}"]

@@ -61,12 +61,12 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
     The memory of CPU workers is taken for this machine's, shared among them. That is right for a Ray of this machine
     alone; on a cluster it is a guess, which `workers.memory_gib_per_worker` replaces."""
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
+    manifest, *mix = [read_manifest(storage, part.name, part.version) for part in (config.dataset, *config.mix)]
     folder = locate(config.model)
     today = today or datetime.datetime.now(datetime.timezone.utc).date()
     memory_bytes = _physical_memory_bytes()
     share = None if memory_bytes is None else memory_bytes // config.workers.num_workers
-    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id, share)
+    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id, share, mix)
 
 
 def _physical_memory_bytes() -> int | None:
@@ -140,7 +140,7 @@ def _plan_key(run_id: str) -> str:
 
 
 def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
-    """Raises ConfigError when the run id belongs to another recipe or dataset version."""
+    """Raises ConfigError when the run id belongs to another recipe, or to another version of one of its datasets."""
     try:
         earlier = TrainPlan.model_validate_json(storage.read(_plan_key(plan.run_id)))
     except ObjectNotFound:
@@ -150,7 +150,7 @@ def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
             f"run {plan.run_id} was planned by another version of tercet", hint="choose a new --run-id"
         ) from None
     same = earlier.config.experiment_hash() == plan.config.experiment_hash()
-    if not same or earlier.dataset_version != plan.dataset_version:
+    if not same or [part.version for part in earlier.datasets] != [part.version for part in plan.datasets]:
         raise ConfigError(
             f"run {plan.run_id} exists with another {'dataset version' if same else 'recipe'}",
             hint="leave --run-id away, or choose a new one",
@@ -197,6 +197,7 @@ def _report(
         name=plan.config.name,
         dataset=plan.config.dataset.name,
         dataset_version=plan.dataset_version,
+        mix=plan.shares,
         num_rows=plan.num_rows,
         num_workers=plan.config.workers.num_workers,
         metric=plan.metric,

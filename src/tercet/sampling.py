@@ -2,12 +2,17 @@
 
 An epoch is a list of *global* batches, made from (seed, epoch) alone. A rank takes its slice of each, so 1, 2 or 64
 workers see the same global batches, and every rank has the same number of steps. The rows that do not fill a last batch
-(less than one global batch) are left out; each epoch shuffles anew, so each epoch leaves out others.
+(less than one global batch) are left out; each pass over a dataset shuffles anew, so each leaves out others.
+
+Each global batch comes from one dataset, so that in-batch negatives are of its kind. A dataset is an endless row of
+batches, pass after pass, and each epoch takes the next few: with weight 1 one pass, with weight 0.5 half of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,33 +21,58 @@ from tercet.errors import TrainingError
 
 Rows = npt.NDArray[np.int64]
 
-_EPOCH_STREAM, _SUBSET_STREAM = 0, 1
+_PASS_STREAM, _SUBSET_STREAM, _MIX_STREAM = 0, 1, 2
 
 
-def num_steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
-    """Optimizer steps in one epoch: whole global batches only."""
-    return num_rows // global_batch_size
+@dataclass(frozen=True, eq=False)
+class DatasetRows:
+    """One dataset's part in the training."""
+
+    num_rows: int
+    num_steps_per_epoch: int
+    """Global batches that it gives to each epoch."""
+    text_ids: npt.NDArray[np.int64] | None = None
+    """As for `global_batches`; None where texts may repeat in a batch."""
 
 
-def subset(num_rows: int, max_rows: int | None, seed: int) -> Rows:
-    """The rows that take part: all, or `max_rows` of them chosen by the seed, in ascending order."""
+def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1.0) -> int:
+    """Optimizer steps that a dataset gives to one epoch of `weight` passes: whole global batches only."""
+    return round(weight * (num_rows // global_batch_size))
+
+
+def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0) -> Rows:
+    """The rows of a dataset that take part: all, or `max_rows` of them chosen by the seed, in ascending order.
+
+    dataset: its place in the recipe; 0 is the one that the model is measured on."""
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows, dtype=np.int64)
-    return np.sort(np.random.default_rng((seed, _SUBSET_STREAM)).permutation(num_rows)[:max_rows]).astype(np.int64)
+    order = np.random.default_rng((seed, _SUBSET_STREAM, *_place_in_recipe(dataset))).permutation(num_rows)
+    return np.sort(order[:max_rows]).astype(np.int64)
+
+
+def _place_in_recipe(dataset: int) -> tuple[int, ...]:
+    """What tells the random numbers of one dataset from another's. The first has the stream that it has alone."""
+    return (dataset,) if dataset else ()
 
 
 def global_batches(
-    num_rows: int, global_batch_size: int, seed: int, epoch: int, text_ids: npt.NDArray[np.int64] | None = None
+    num_rows: int,
+    global_batch_size: int,
+    seed: int,
+    pass_number: int,
+    text_ids: npt.NDArray[np.int64] | None = None,
+    dataset: int = 0,
 ) -> Rows:
-    """The rows of every global batch of an epoch: shape (num_steps, global_batch_size).
+    """The rows of every global batch of a pass over a dataset: shape (num_steps, global_batch_size).
 
     text_ids: shape (num_rows, num_columns), equal numbers for equal texts. With it, no text occurs in two rows of one
     batch: a row that would repeat one waits for the next batch. Linear in rows, except that each waiting row is looked
-    at again for every batch.
+    at again for every batch. dataset: its place in the recipe.
 
     Raises TrainingError when texts are so frequent that no such order is found. The search is greedy: close to the
     limit it may miss one that exists."""
-    order = np.random.default_rng((seed, _EPOCH_STREAM, epoch)).permutation(num_rows).astype(np.int64)
+    stream = (seed, _PASS_STREAM, pass_number, *_place_in_recipe(dataset))
+    order = np.random.default_rng(stream).permutation(num_rows).astype(np.int64)
     num_steps = num_steps_per_epoch(num_rows, global_batch_size)
     if text_ids is None:
         return order[: num_steps * global_batch_size].reshape(num_steps, global_batch_size)
@@ -142,6 +172,32 @@ def _swap_one_in(
     return False
 
 
+def mixed_batches(datasets: Sequence[DatasetRows], global_batch_size: int, seed: int, epoch: int) -> Iterator[Rows]:
+    """The global batches of an epoch, from 0, each of one dataset. Rows are numbered as if the datasets lay one after
+    another. Several datasets take turns in an order drawn from (seed, epoch).
+
+    Raises as `global_batches`, when the first batch of such a pass is due."""
+    order = np.repeat(np.arange(len(datasets)), [rows.num_steps_per_epoch for rows in datasets])
+    if len(datasets) > 1:
+        order = np.random.default_rng((seed, _MIX_STREAM, epoch)).permutation(order)
+    offsets = list(itertools.accumulate((rows.num_rows for rows in datasets), initial=0))
+    batches = [
+        _batches_from(rows, epoch * rows.num_steps_per_epoch, global_batch_size, seed, dataset)
+        for dataset, rows in enumerate(datasets)
+    ]
+    for dataset in order:
+        yield next(batches[dataset]) + offsets[dataset]
+
+
+def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: int, dataset: int) -> Iterator[Rows]:
+    """The dataset's batches from number `first` on, pass after pass, without end. Holds one pass at a time."""
+    first_pass, skipped = divmod(first, num_steps_per_epoch(rows.num_rows, global_batch_size))
+    for pass_number in itertools.count(first_pass):
+        batches = global_batches(rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset)
+        yield from batches[skipped:]
+        skipped = 0
+
+
 def rank_micro_batches(global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int) -> Rows:
     """One rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
 
@@ -155,15 +211,14 @@ class RankBatches:
 
     def __init__(
         self,
-        num_rows: int,
+        datasets: Sequence[DatasetRows],
         global_batch_size: int,
         gradient_accumulation_steps: int,
         rank: int,
         world_size: int,
         seed: int,
-        text_ids: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self.num_rows, self.global_batch_size, self.seed, self.text_ids = num_rows, global_batch_size, seed, text_ids
+        self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
 
@@ -173,10 +228,9 @@ class RankBatches:
 
     def __len__(self) -> int:
         """Micro-batches in an epoch: the same on every rank."""
-        return num_steps_per_epoch(self.num_rows, self.global_batch_size) * self.gradient_accumulation_steps
+        return sum(rows.num_steps_per_epoch for rows in self.datasets) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = global_batches(self.num_rows, self.global_batch_size, self.seed, self.epoch, self.text_ids)
-        for batch in batches:
+        for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch):
             for micro in rank_micro_batches(batch, self.rank, self.world_size, self.gradient_accumulation_steps):
                 yield micro.tolist()

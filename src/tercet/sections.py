@@ -25,12 +25,15 @@ class StorageConfig(Section):
 
 
 class DatasetConfig(Section):
-    """Which dataset version to train on."""
+    """A dataset version to train on."""
 
     name: str
     """The name given to `tercet shard --name`."""
     version: str = "latest"
     """A version id, or `latest`. The run is fixed to the version found at submission."""
+    weight: PositiveFloat = 1.0
+    """Passes over its train rows in an epoch: with 2 each row is in it twice, with 0.5 half of them are, and the other
+    half in the next."""
 
 
 class PromptsConfig(Section):
@@ -103,7 +106,7 @@ class TrainingConfig(Section):
     no_duplicates: bool = True
     """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative."""
     max_train_rows: PositiveInt | None = None
-    """Use only this many rows of the train split, chosen by the seed: for a short try."""
+    """Use only this many rows of each dataset's train split, chosen by the seed: for a short try."""
     log_every_steps: PositiveInt = 10
 
 

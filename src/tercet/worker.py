@@ -53,11 +53,12 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
 
-    from tercet.evaluation import load_splits, make_evaluator
+    from tercet.evaluation import make_evaluator
     from tercet.guards import FiniteLoss, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
+    from tercet.mix import load_splits, load_train_rows, together
     from tercet.model import make_model, save_whole
-    from tercet.sampling import RankBatches, subset
+    from tercet.sampling import DatasetRows, RankBatches
     from tercet.sharding import prepare_process
     from tercet.trainer import Record, TercetTrainer
 
@@ -75,22 +76,28 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         _check_world_size(plan, world_size)
 
         splits = load_splits(plan, storage)
-        chosen = subset(plan.num_rows["train"], config.training.max_train_rows, config.training.seed)
-        train = splits["train"] if len(chosen) == len(splits["train"]) else splits["train"].select(chosen)
+        train_rows = load_train_rows(plan, storage, splits)
+        train = together(train_rows)
         commit = _resume_point(storage, plan, rank, Path(folder) / "resume")
         resume_dir = Path(folder) / "resume" if commit else None
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
         model = make_model(config.model, str(args.device), resume_dir)
-        args.prompts = column_prompts(plan.columns, model.prompts)
+        args.prompts = column_prompts(tuple(train.column_names), model.prompts)
         trainer = TercetTrainer(
             batches=RankBatches(
-                num_rows=len(train),
+                datasets=[
+                    DatasetRows(
+                        num_rows=len(rows),
+                        num_steps_per_epoch=dataset.steps_per_epoch,
+                        text_ids=text_ids(rows) if config.training.no_duplicates else None,
+                    )
+                    for dataset, rows in zip(plan.datasets, train_rows, strict=True)
+                ],
                 global_batch_size=config.training.global_batch_size,
                 gradient_accumulation_steps=config.training.gradient_accumulation_steps,
                 rank=rank,
                 world_size=world_size,
                 seed=config.training.seed,
-                text_ids=text_ids(train) if config.training.no_duplicates else None,
             ),
             parallelism=plan.parallelism,
             save_whole=functools.partial(save_whole, config.model) if gathers(plan) else None,

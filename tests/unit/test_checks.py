@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from tercet.checks import BAD_KINDS, BadKind, RepeatCounter, normalise, problem_of
+from tercet.checks import BAD_KINDS, BadKind, RepeatCounter, normalise, problem_of, text_hash
 
 COLUMNS = ("anchor", "positive", "negative")
 GOOD: dict[str, object] = {"anchor": "list files", "positive": "ls -a", "negative": "ls -A"}
@@ -68,6 +68,11 @@ def test_kinds_have_no_twins() -> None:
 
 def test_normalise_keeps_case() -> None:
     assert normalise("  A\u00a0 b\r\nC ") == "A b C"
+
+
+def test_texts_have_one_hash_in_every_form() -> None:
+    assert text_hash(" Caf\u00e9  au\nlait") == text_hash("Cafe\u0301 au lait")
+    assert len({text_hash(text) for text in ("ls -a", "ls -A", "ls-a", "l s-a")}) == 4
 
 
 def test_duplicates_and_leaks_are_counted() -> None:

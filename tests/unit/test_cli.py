@@ -221,10 +221,26 @@ def test_plan(dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str]
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["run"] == "mine"
     assert shown["data"].startswith(f"poems {dataset.version}: train 105  eval 20  test 30 rows;")
-    assert shown["steps"].startswith("20 = 2 epochs × 10; warm-up 2; 5 rows of each epoch left out")  # noqa: RUF001
+    assert shown["steps"].startswith("20 = 2 epochs × 10; warm-up 2; 5 rows of each pass left out")  # noqa: RUF001
     assert shown["evaluation"].startswith("by ndcg@10 after steps 0, 10, 20,")
+    assert "mix" not in shown
     assert main(["plan", recipe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 20
+
+
+def test_plan_of_a_mix(dataset: Manifest, recipe: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = publish(open_storage(store), made.mixed_manifest("faq"))
+    ranking = ["--set", "loss={name: MultipleNegativesRankingLoss}"]
+    assert main(["plan", recipe, *ranking, "--set", "mix=[{name: faq, weight: 0.5}]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("mix "))
+    assert [line[13:] for line in lines[first : first + 2]] == [
+        f"poems {dataset.version}: 105 train rows, weight 1, 10 steps an epoch",
+        f"faq {mixed.version}: 50 train rows, weight 0.5, 2 steps an epoch",
+    ]
+    assert lines[first + 1].startswith(" ")
+    assert main(["plan", recipe, "--set", "mix=[{name: fag}]"]) == 3
+    assert "Did you mean 'faq'?" in capsys.readouterr().err
 
 
 def test_plan_of_memory_and_parallelism(
@@ -267,7 +283,7 @@ def test_plan_of_what_cannot_work(dataset: Manifest, recipe: str, capsys: pytest
     assert main(["plan", recipe, "--set", "workers.num_workers=3", "--set", "training.max_train_rows=5"]) == 4
     shown = capsys.readouterr().err
     assert "cannot be shared by 3 workers" in shown
-    assert "5 train rows do not fill" in shown
+    assert "5 train rows of poems do not fill" in shown
     assert "Traceback" not in shown
     assert dataset.num_rows
 

@@ -294,9 +294,45 @@ def test_the_hash_ignores_where_it_runs() -> None:
     assert len(config().experiment_hash()) == 8
 
 
+DOCS = {"name": "docs", "version": "0123456789abcdef", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mix": []},
+        {"mix": [DOCS, {"name": "faq"}]},
+        {"mix": [{**DOCS, "name": "faq"}]},
+        {"mix": [{**DOCS, "weight": 1}]},
+        {"dataset": {"weight": 2}},
+        {"dataset": {"name": "songs"}},
+    ],
+    ids=str,
+)
+def test_the_hash_changes_with_the_mix(changed: dict[str, Any]) -> None:
+    base = config(mix=[DOCS])
+    assert config(**{"mix": [DOCS], **changed}).experiment_hash() != base.experiment_hash()
+    assert config(mix=[{**DOCS, "version": "latest"}]).experiment_hash() == base.experiment_hash()
+
+
+def test_a_dataset_is_mixed_in_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, yaml.safe_dump({**GOOD, "mix": [{"name": "e"}, {"name": "d"}, {"name": "e"}]}))
+    assert message.endswith("`mix`: d, e is given twice; to use its rows more often, raise its weight")
+    assert [part.name for part in accepted(tmp_path, {**GOOD, "mix": [{"name": "e"}, {"name": "f"}]}).mix] == ["e", "f"]
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", ".inf", ".nan"])
+def test_a_weight_is_a_number_above_0(tmp_path: Path, weight: str) -> None:
+    text = yaml.safe_dump(GOOD) + "mix:\n- name: e\n  wieght: 1\n"
+    message = refused(tmp_path, text, f"dataset.weight={weight}")
+    assert f"--set dataset.weight={weight}: `dataset.weight`: input should be " in message
+    assert "unknown key `mix.0.wieght`; did you mean `weight`?" in message
+
+
 def test_the_hash_is_the_same_in_every_version() -> None:
     """Otherwise a run that is submitted again after an update of tercet would not resume."""
     assert config().experiment_hash() == "370c47fc"
+    assert config(dataset={"weight": 1}, mix=[]).experiment_hash() == "370c47fc"
 
 
 def test_the_schema_beside_the_recipes_is_in_sync() -> None:

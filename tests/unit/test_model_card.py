@@ -52,6 +52,20 @@ def test_the_body(text: str) -> None:
     assert "trust_remote_code" not in body
 
 
+def test_what_it_was_trained_on(text: str) -> None:
+    version = made.manifest().version
+    assert f"on 105 rows of `poems` (version `{version}`).\nRun `" in text
+    mix = [{"name": "docs", "weight": 0.5}, {"name": "faq", "weight": 2}]
+    mixed = model_card(made.plan(mix=mix), made.metrics(), [], RECIPE)
+    docs, faq = (made.mixed_manifest(name).version for name in ("docs", "faq"))
+    assert (
+        f"on 105 rows of `poems` (version `{version}`, weight 1),\n50 rows of `docs` (version `{docs}`, weight 0.5),\n"
+        f"50 rows of `faq` (version `{faq}`, weight 2).\nEval and test are of `poems`.\nRun `"
+    ) in mixed
+    twice = model_card(made.plan(dataset={"name": "poems", "weight": 2}), made.metrics(), [], RECIPE)
+    assert f"(version `{version}`, weight 2).\nRun `" in twice
+
+
 def test_remote_code_is_named_where_the_model_needs_it() -> None:
     text = model_card(made.plan(model={"trust_remote_code": True}), made.metrics(), [], RECIPE)
     assert 'SentenceTransformer("path/to/this/folder", trust_remote_code=True)' in text

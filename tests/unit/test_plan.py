@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from made import FACTS, TODAY, config, manifest, plan
+from made import FACTS, TODAY, config, manifest, mixed_manifest, plan
 from tercet.errors import PlanError
 from tercet.manifest import publish, read_manifest
 from tercet.plan import TrainPlan, make_plan, make_run_id
@@ -174,8 +174,8 @@ def test_a_batch_that_cannot_be_shared() -> None:
 
 
 def test_too_few_rows() -> None:
-    assert "9 train rows do not fill one global batch of 10" in refused(manifest(train=9)).message
-    assert "5 train rows do not fill" in refused(training={"max_train_rows": 5}).message
+    assert "9 train rows of poems do not fill one global batch of 10" in refused(manifest(train=9)).message
+    assert "5 train rows of poems do not fill" in refused(training={"max_train_rows": 5}).message
 
 
 @pytest.mark.parametrize("split", ["eval", "test"])
@@ -219,7 +219,7 @@ def test_columns_that_the_loss_does_not_take(
     columns = ("anchor", "positive", *negatives)
     found = manifest(columns=(*columns, "group"))
     error = refused(found, loss=loss)
-    assert error.message == f"loss.name={loss['name']} {need}; version {found.version} has {', '.join(columns)}"
+    assert error.message == f"loss.name={loss['name']} {need}; poems {found.version} has {', '.join(columns)}"
     assert error.hint.startswith(f"shard the data {advice}, or ")
 
 
@@ -241,14 +241,92 @@ def test_every_problem_is_listed() -> None:
 
 def test_the_run_id_is_stable_and_names_day_recipe_and_data() -> None:
     version = manifest().version
-    first = make_run_id(config(), version, TODAY)
+    first = make_run_id(config(), [version], TODAY)
     assert first == f"20260314-made-{config().experiment_hash()}-{version[:8]}" == plan().run_id
-    assert make_run_id(config(workers={"num_workers": 8}), version, TODAY) == first
-    assert make_run_id(config(), version, TODAY + datetime.timedelta(days=1)) != first
-    assert make_run_id(config(training={"seed": 7}), version, TODAY) != first
-    assert make_run_id(config(), manifest(train=106).version, TODAY) != first
+    assert make_run_id(config(workers={"num_workers": 8}), [version], TODAY) == first
+    assert make_run_id(config(), [version], TODAY + datetime.timedelta(days=1)) != first
+    assert make_run_id(config(training={"seed": 7}), [version], TODAY) != first
+    assert make_run_id(config(), [manifest(train=106).version], TODAY) != first
     assert make_plan(config(), manifest(), FACTS, TODAY, run_id="mine").run_id == "mine"
 
 
+def test_the_run_id_names_the_versions_of_a_mix() -> None:
+    mixed = config(mix=[{"name": "docs"}])
+    ids = [make_run_id(mixed, versions, TODAY) for versions in (["a", "b"], ["a", "c"], ["c", "b"], ["b", "a"], ["a"])]
+    assert len(set(ids)) == 5
+    assert ids[0] == make_run_id(mixed, ["a", "b"], TODAY)
+    version, docs = manifest().version, mixed_manifest("docs").version
+    assert plan(mix=[{"name": "docs"}]).run_id == make_run_id(mixed, [version, docs], TODAY)
+
+
+MIX = [{"name": "docs", "weight": 0.5}, {"name": "faq", "weight": 3}]
+
+
+def test_a_mix() -> None:
+    made = plan(mix=MIX)
+    assert [(part.name, part.num_train_rows, part.steps_per_epoch) for part in made.datasets] == [
+        ("poems", 105, 10),
+        ("docs", 50, 2),
+        ("faq", 50, 15),
+    ]
+    assert [part.version for part in made.datasets] == [
+        manifest().version,
+        *(mixed_manifest(name).version for name in ("docs", "faq")),
+    ]
+    assert made.datasets[1].columns == ("anchor", "positive")
+    assert made.columns == ("anchor", "positive", "negative")  # of what is measured
+    assert made.num_rows == {"train": 105, "eval": 20, "test": 30}
+    assert (made.num_train_rows, made.num_dropped_rows) == (205, 5)
+    assert (made.steps_per_epoch, made.num_steps, made.evaluation_steps) == (27, 54, (0, 27, 54))
+    assert [share.split(": ")[1] for share in made.shares] == [
+        "105 train rows, weight 1, 10 steps an epoch",
+        "50 train rows, weight 0.5, 2 steps an epoch",
+        "50 train rows, weight 3, 15 steps an epoch",
+    ]
+
+
+def test_one_dataset_has_shares_only_with_a_weight() -> None:
+    assert plan().shares == ()
+    twice = plan(dataset={"weight": 2})
+    assert (twice.steps_per_epoch, twice.num_train_rows, twice.num_dropped_rows) == (20, 105, 5)
+    assert len(twice.shares) == 1
+
+
+def test_max_train_rows_is_for_each_dataset() -> None:
+    made = plan(mix=MIX, training={"max_train_rows": 30})
+    assert [part.num_train_rows for part in made.datasets] == [30, 30, 30]
+    assert made.steps_per_epoch == 3 + 2 + 9  # 1.5, rounded to the even number
+
+
+def test_a_mix_counts_for_memory_and_time() -> None:
+    workers = {"use_gpu": False}
+    pairs = manifest(columns=("anchor", "positive"))
+    alone = make_plan(config(workers=workers), pairs, FACTS, TODAY)
+    triplets = manifest(50, dataset="docs")
+    recipe = config(workers=workers, mix=[{"name": "docs"}])
+    mixed = make_plan(recipe, pairs, FACTS, TODAY, mix=[triplets])
+    assert mixed.memory == plan(workers=workers).memory != alone.memory  # the larger batch decides
+    assert mixed.training_seconds == pytest.approx(6 * 600 * 2 * 10 * (10 * 24 + 5 * 36) / 30e9)
+
+
+def test_problems_of_a_mix() -> None:
+    recipe = config(loss={"name": "TripletLoss"}, mix=[{"name": "docs"}, {"name": "faq", "weight": 0.05}])
+    mix = [mixed_manifest("docs", 9), manifest(dataset="faq")]
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe, manifest(), FACTS, TODAY, mix=mix)
+    assert caught.value.message.splitlines() == [
+        "9 train rows of docs do not fill one global batch of 10",
+        f"loss.name=TripletLoss needs a column `negative`; docs {mix[0].version} has anchor, positive",
+        "the weight 0.05 of faq, which has 10 global batches, gives no batch to an epoch",
+    ]
+    assert caught.value.hint.endswith("raise it to 0.1 or more")
+
+
+def test_what_a_mix_need_not_have() -> None:
+    made = plan(mix=MIX, evaluation={"metric": "triplet_accuracy"})  # no eval and test rows, and no negatives
+    assert len(made.datasets) == 3
+
+
 def test_a_plan_survives_the_way_to_the_workers() -> None:
-    assert TrainPlan.model_validate_json(plan().model_dump_json()) == plan()
+    for made in (plan(), plan(mix=MIX)):
+        assert TrainPlan.model_validate_json(made.model_dump_json()) == made

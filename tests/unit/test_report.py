@@ -37,6 +37,13 @@ def test_the_screen_of_a_finished_run() -> None:
     assert "\n".join(line.rstrip() for line in shown.splitlines()) == SCREEN
 
 
+def test_the_screen_names_every_dataset_of_a_mix() -> None:
+    shares = ("poems 4e5f6a7b8c9d0e1f: 1,105 train rows, weight 1", "docs 0123456789abcdef: 50 train rows, weight 0.5")
+    shown = screen(made.report(mix=shares), []).splitlines()
+    assert shown[3:5] == [f"  mix      {share}" for share in shares]
+    assert shown[2].startswith("  data     poems 4e5f6a7b8c9d0e1f: ")
+
+
 def test_the_screen_of_a_failed_run() -> None:
     failed = made.report(
         status="failed", failed_stage="train", error="no weight moved", metrics=None, best_uri=None, num_workers=1

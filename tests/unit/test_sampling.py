@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from tercet.errors import TrainingError
-from tercet.sampling import RankBatches, global_batches, num_steps_per_epoch, rank_micro_batches, subset
+from tercet.sampling import (
+    DatasetRows,
+    RankBatches,
+    global_batches,
+    mixed_batches,
+    num_steps_per_epoch,
+    rank_micro_batches,
+    subset,
+)
 
 SEEDS = range(8)
 
@@ -38,7 +47,7 @@ def sha256(batches: npt.NDArray[np.int64]) -> str:
 @pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 100, 1000])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_row_at_most_once_and_only_whole_batches(num_rows: int, seed: int) -> None:
-    batches = global_batches(num_rows, 16, seed, epoch=seed % 3)
+    batches = global_batches(num_rows, 16, seed, seed % 3)
     assert batches.shape == (num_rows // 16, 16) == (num_steps_per_epoch(num_rows, 16), 16)
     assert len(np.unique(batches)) == batches.size
     assert np.isin(batches, np.arange(num_rows)).all()
@@ -75,13 +84,16 @@ def test_rows_that_are_twice_the_same_text_in_themselves() -> None:
 
 @pytest.mark.parametrize("no_duplicates", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_same_global_batches_for_any_number_of_workers(accumulation: int, no_duplicates: bool) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_same_global_batches_for_any_number_of_workers(mixed: bool, accumulation: int, no_duplicates: bool) -> None:
     text_ids = repeating_texts(200, 16, 1) if no_duplicates else None
-    expected = global_batches(200, 16, 42, 3, text_ids)
+    datasets = [DatasetRows(200, 12, text_ids), DatasetRows(40, 3)][: 1 + mixed]
+    expected = list(mixed_batches(datasets, 16, 42, 3))
+    assert len(expected) == 12 + 3 * mixed
     for world_size in (1, 2, 4, 8):
         ranks = []
         for rank in range(world_size):
-            sampler = RankBatches(200, 16, accumulation, rank, world_size, 42, text_ids)
+            sampler = RankBatches(datasets, 16, accumulation, rank, world_size, 42)
             sampler.set_epoch(3)
             micro_batches = list(sampler)
             assert len(micro_batches) == len(sampler) == len(expected) * accumulation
@@ -128,6 +140,91 @@ def test_subset_is_stable_sorted_and_chosen_by_the_seed() -> None:
     assert set(chosen.tolist()) < set(subset(1000, 100, 42).tolist())  # a longer try goes on with the same rows
 
 
+def mix(*parts: tuple[int, float], batch_size: int = 8) -> list[DatasetRows]:
+    """Datasets of so many rows with such weights."""
+    return [DatasetRows(num_rows, num_steps_per_epoch(num_rows, batch_size, weight)) for num_rows, weight in parts]
+
+
+def dataset_of(row: int, datasets: list[DatasetRows]) -> int:
+    ends = itertools.accumulate(rows.num_rows for rows in datasets)
+    return next(number for number, end in enumerate(ends) if row < end)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "weight", "steps"), [(80, 1, 10), (87, 1, 10), (80, 2.5, 25), (80, 0.34, 3), (80, 0.01, 0), (7, 9, 0)]
+)
+def test_the_weight_is_passes_an_epoch(num_rows: int, weight: float, steps: int) -> None:
+    assert num_steps_per_epoch(num_rows, 8, weight) == steps
+
+
+@pytest.mark.parametrize("text_ids", [None, repeating_texts(300, 4, 0)], ids=["plain", "no duplicates"])
+def test_a_dataset_by_itself_has_the_order_it_always_had(text_ids: npt.NDArray[np.int64] | None) -> None:
+    for epoch in range(3):
+        batches = list(mixed_batches([DatasetRows(300, 75, text_ids)], 4, 42, epoch))
+        assert np.array_equal(batches, global_batches(300, 4, 42, epoch, text_ids))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_row_is_used_as_often_as_its_weight_says(seed: int) -> None:
+    datasets = mix((80, 1), (40, 0.4), (56, 2), (24, 1.7))  # 10, 2, 14 and 5 steps of 10, 5, 7 and 3 a pass
+    used: Counter[int] = Counter()
+    for epoch in range(8):
+        batches = list(mixed_batches(datasets, 8, seed, epoch))
+        assert len(batches) == 10 + 2 + 14 + 5
+        for batch in batches:
+            assert len({dataset_of(row, datasets) for row in batch.tolist()}) == 1
+            assert len(set(batch.tolist())) == 8
+        owners = Counter(dataset_of(int(batch[0]), datasets) for batch in batches)
+        assert owners == {0: 10, 1: 2, 2: 14, 3: 5}
+        used.update(row for batch in batches for row in batch.tolist())
+        for dataset, (steps, steps_per_pass) in enumerate([(10, 10), (2, 5), (14, 7), (5, 3)]):
+            # The rows fill their batches, so each pass has every row once: nothing is used twice before all are once.
+            expected = (epoch + 1) * steps / steps_per_pass
+            counts = {used[row] for row in range(200) if dataset_of(row, datasets) == dataset}
+            assert counts <= {int(np.floor(expected)), int(np.ceil(expected))}
+
+
+def test_every_pass_leaves_out_other_rows() -> None:
+    datasets = mix((87, 1), (45, 0.4))
+    used = {row for epoch in range(30) for batch in mixed_batches(datasets, 8, 0, epoch) for row in batch.tolist()}
+    assert used == set(range(87 + 45))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_text_is_twice_in_a_batch_of_a_mix(seed: int) -> None:
+    """The same numbers mean other texts in another dataset."""
+    texts = [repeating_texts(200, 8, seed), repeating_texts(100, 8, seed)]
+    datasets = [DatasetRows(200, 25, texts[0]), DatasetRows(100, 6, texts[1])]
+    for epoch in range(4):
+        for batch in mixed_batches(datasets, 8, seed, epoch):
+            dataset = dataset_of(int(batch[0]), datasets)
+            assert no_text_twice([batch - 200 * dataset], texts[dataset])  # type: ignore[arg-type]
+
+
+def test_datasets_of_a_mix_are_shuffled_apart_and_take_turns() -> None:
+    datasets = mix((80, 1), (80, 1))
+    turns = set()
+    for epoch in range(6):
+        batches = list(mixed_batches(datasets, 8, 42, epoch))
+        first, second = ([batch for batch in batches if (batch[0] >= 80) == dataset] for dataset in (False, True))
+        assert np.array_equal(first, global_batches(80, 8, 42, epoch))  # a mix leaves the first dataset's order alone
+        assert not np.array_equal(np.array(first), np.array(second) - 80)
+        turns.add(tuple(bool(batch[0] >= 80) for batch in batches))
+        again = list(mixed_batches(datasets, 8, 42, epoch))
+        assert np.array_equal(batches, again)
+    assert len(turns) == 6
+    assert tuple([False] * 10 + [True] * 10) not in turns
+    assert subset(100, 10, 42, 1).tolist() != subset(100, 10, 42).tolist() == subset(100, 10, 42, 0).tolist()
+
+
+def test_half_a_pass_goes_on_in_the_next_epoch() -> None:
+    datasets = mix((80, 1), (80, 0.5))
+    epochs = [[batch for batch in mixed_batches(datasets, 8, 7, epoch) if batch[0] >= 80] for epoch in range(4)]
+    for number in (0, 1):
+        whole = global_batches(80, 8, 7, number, dataset=1) + 80
+        assert np.array_equal(np.concatenate(epochs[2 * number : 2 * number + 2]), whole)
+
+
 def test_the_order_never_changes_between_versions() -> None:
     """A run resumes with the rows it has not seen yet: another order would silently repeat some and miss others."""
     text_ids = np.stack([np.arange(1000) // 30, 100 + np.arange(1000) * 7 % 900], axis=1)
@@ -135,8 +232,10 @@ def test_the_order_never_changes_between_versions() -> None:
         "plain": sha256(global_batches(1000, 32, 42, 1))[:16],
         "no duplicates": sha256(global_batches(1000, 16, 42, 1, text_ids))[:16],
         "subset": sha256(subset(1000, 100, 42))[:16],
+        "mix": sha256(np.stack(list(mixed_batches(mix((80, 1), (40, 0.4)), 8, 42, 1))))[:16],
     } == {
         "plain": "96ebe7f885474713",
         "no duplicates": "d240043e8a9f52d4",
         "subset": "365ed218746754ae",
+        "mix": "1c7afc0568c5c61e",
     }
