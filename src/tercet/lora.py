@@ -23,6 +23,12 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
     import peft
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    hint = f"the model's linear layers are {', '.join(sorted(linear))}"
+    # peft is content when one of several names is found.
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise ConfigError(f"model.lora.target_modules: the model has no `{target}`", hint)
     try:
         model.add_adapter(
             peft.LoraConfig(
@@ -35,11 +41,8 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
             )
         )
     except ValueError as error:
-        linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise ConfigError(
-            f"model.lora.target_modules={config.target_modules}: {' '.join(str(error).split())}",
-            hint=f"the model's linear layers are {', '.join(sorted(linear))}",
-        ) from error
+        problem = f"model.lora.target_modules={config.target_modules}: {' '.join(str(error).split())}"
+        raise ConfigError(problem, hint) from error
 
 
 def save_merged(model: SentenceTransformer, folder: Path) -> None:
@@ -70,10 +73,12 @@ def save_merged(model: SentenceTransformer, folder: Path) -> None:
 
 
 def load_trained(model: SentenceTransformer, folder: Path) -> None:
-    """Into the base model with a fresh adapter, what a checkpoint trained. Raises CorruptObject when names differ."""
+    """Into the base model with a fresh adapter, what a checkpoint trained. Raises CorruptObject when names or shapes
+    differ."""
     weights = load_file(folder / TRAINED_WEIGHTS)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if weights.keys() != parameters.keys():
+    # copy_ would broadcast a rank of 1 into any other without an error.
+    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise CorruptObject(
             f"{folder / TRAINED_WEIGHTS} does not hold the weights that this recipe trains",
             hint="was it another recipe?",

@@ -59,8 +59,9 @@ def unsharded() -> Iterator[None]:
 def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: int) -> None:
     """Raises TrainingError unless the wrapped model is what the plan says."""
     found = _parallelism_of(model)
-    wanted = parallelism if parallelism != "ddp" or world_size > 1 else "a lone model"
-    if found != wanted:
+    # One rank by itself is not wrapped; under torchrun or Ray it is.
+    lone = world_size == 1 and parallelism == "ddp" and found == "a lone model"
+    if found != parallelism and not lone:
         raise TrainingError(
             f"the plan says parallelism {parallelism} on {world_size} workers, but the model is trained as {found}",
             hint="this is a fault of tercet or of the installed accelerate; another workers.parallelism is the way out",
@@ -128,11 +129,12 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         value = _whole(parameter)
         if rank == 0:
-            gathered[name.replace("_checkpoint_wrapped_module.", "")] = value.detach().cpu().clone()
+            gathered[name] = value.detach().cpu().clone()
     if rank != 0:
         return None
     gathered.update({name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()})
-    return gathered
+    # FSDP2 with gradient checkpointing wraps modules, buffers' too.
+    return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gathered.items()}
 
 
 def _whole(parameter: Any) -> torch.Tensor:

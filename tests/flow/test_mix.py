@@ -21,12 +21,16 @@ from flow.workers import (
     worker_command,
 )
 from tercet.plan import TrainPlan
+from tercet.report import RunReport
 from tercet.shards import build_version
 from tercet.storage import open_storage
 
 # `pairs` fills 5 global batches of 16, and gives 8 to an epoch.
 MIX = [{"name": "pairs", "weight": 1.6}]
-TRAINING = {"num_epochs": 2, "learning_rate": 0.005}
+# Rounding differs between one and two workers, and training amplifies it: after 44 steps at a rate of 0.005 weights are
+# 3e-5 apart without a mix, too. At a tenth of the rate 38 steps stay below 1e-6.
+TRAINING = {"num_epochs": 2, "learning_rate": 0.0005}
+LARGEST_DIFFERENCE = 2e-6
 SECTIONS: dict[str, dict[str, Any]] = {
     "mixed": {},
     "accumulated": {"training": {**TRAINING, "gradient_accumulation_steps": 2}},
@@ -91,7 +95,10 @@ def losses(store: Path, run_id: str) -> list[float]:
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_number_of_workers_changes_nothing(trained: Path, name: str) -> None:
-    assert largest_difference(final_weights(trained, f"1-{name}"), final_weights(trained, f"2-{name}")) < 2e-5
+    assert (
+        largest_difference(final_weights(trained, f"1-{name}"), final_weights(trained, f"2-{name}"))
+        < LARGEST_DIFFERENCE
+    )
     assert losses(trained, f"2-{name}") == pytest.approx(losses(trained, f"1-{name}"), abs=1e-4)
 
 
@@ -100,13 +107,6 @@ def test_every_planned_step_is_taken(trained: Path) -> None:
         log = training_log(trained, f"{num_workers}-mixed")["log_history"]
         assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 2 * (11 + 8) + 1))
         assert [commit.step for commit in commits(trained, f"{num_workers}-mixed")] == [38, 19]
-
-
-def test_it_learns_from_both(trained: Path) -> None:
-    last = commits(trained, "1-mixed")[0].metrics
-    baseline = json.loads((trained / "runs/1-mixed/evaluations/00000000.json").read_text())
-    assert last["ndcg@10"] > baseline["ndcg@10"] + 0.1
-    assert last["triplet_accuracy"] > baseline["triplet_accuracy"]
 
 
 def test_a_leak_is_refused_before_training(
@@ -131,6 +131,8 @@ def test_a_run_of_a_mix_from_recipe_to_card(
     done = check(run_command(tercet("train", recipe, "--run-id", "whole"), environment, tmp_path))
     assert "  mix      tiny " in done.stdout
     assert "  mix      pairs " in done.stdout
+    report = RunReport.model_validate_json((mixed_store / "runs/whole/report.json").read_bytes())
+    assert report.gain > 0.1
     card = (mixed_store / "runs/whole/best/README.md").read_text()
     assert "85 rows of `pairs` (version `" in card
     assert "`, weight 1.6)" in card
