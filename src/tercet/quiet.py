@@ -12,6 +12,10 @@ logger = logging.getLogger("tercet")
 
 def quiet_libraries() -> None:
     """One process in many: the libraries' progress bars and notices would drown what matters. Errors still show."""
+    import torch
+
+    # accelerate imports DeepSpeed wherever it is installed, which else says in each process that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import datasets
     import transformers
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from tercet.checkpoint import Commit, Uploader, fetch, fetch_newest
 from tercet.errors import TercetError
-from tercet.parallelism import deepspeed_settings, fsdp_settings, is_zero, shards_weights
+from tercet.parallelism import deepspeed_settings, environment, fsdp_settings, is_zero, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
 from tercet.storage import Storage, open_storage
@@ -48,8 +48,9 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     """Train this rank's share. `report` gets the metrics of each evaluation, on every rank.
 
     Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log."""
-    quiet_libraries()
     started = time.monotonic()
+    os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
+    quiet_libraries()
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
 
@@ -193,6 +194,8 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "use_cpu": on_cpu,
         # accelerate takes a backend as the promise of a process group, which a lone process has not.
         "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
+        # The pooler, which nothing uses, is frozen. A model's own code may have more; looking for it costs time.
+        "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",

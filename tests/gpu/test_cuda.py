@@ -53,7 +53,7 @@ def run(
 
 
 def trained_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
-    """Without the key's bias: its gradient is zero but for rounding, which Adam turns into steps of the learning rate."""
+    """Without the key's bias: its gradient is rounding alone, which Adam turns into whole steps."""
     return {name: value for name, value in final_weights(store, run_id).items() if not name.endswith("key.bias")}
 
 
