@@ -178,21 +178,17 @@ def _torch(
                 state[moment] = torch.zeros_like(parameter)
         offset += parameter.numel()
         if not state:  # never had a gradient
-            yield Piece(_plain(name), 0, {}, {})
+            yield Piece(name, 0, {}, {})
         elif isinstance(parameter, torch.distributed.tensor.DTensor):
             rows_per_rank = -(-parameter.shape[0] // world_size)  # as torch.chunk cuts
             start = min(rank * rows_per_rank, parameter.shape[0]) * parameter[0:1].numel()
-            yield Piece(_plain(name), start, {moment: _flat(state[moment].to_local()) for moment in MOMENTS}, state)
+            yield Piece(name, start, {moment: _flat(state[moment].to_local()) for moment in MOMENTS}, state)
         else:
             begin = offset - parameter.numel()
             start, end = (0, parameter.numel()) if create else (max(first - begin, 0), min(last, offset) - begin)
             if start < end or (parameter.numel() == 0 and rank == 0):
                 moments = {moment: _flat(state[moment])[start:end] for moment in MOMENTS}
-                yield Piece(_plain(name), start, moments, state)
-
-
-def _plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")  # of FSDP2 with gradient checkpointing
+                yield Piece(name, start, moments, state)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -102,14 +102,16 @@ def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_a
     return _laid_over(settings, workers.deepspeed)
 
 
-def fsdp_settings(config: Config) -> dict[str, Any]:
-    """transformers' `fsdp_config`. The state goes to storage by tercet's own hand, in one format for all modes."""
+def fsdp_settings() -> dict[str, Any]:
+    """transformers' `fsdp_config`. The state goes to storage by tercet's own hand, in one format for all modes.
+
+    Nothing of activation checkpointing: transformers does it, as in the other modes. accelerate 1.15 would do it
+    without `preserve_rng_state`: dropout would differ between the two forward passes, and gradients would be wrong."""
     return {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "reshard_after_forward": True,
         "state_dict_type": "FULL_STATE_DICT",
-        "activation_checkpointing": config.training.gradient_checkpointing,
     }
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule
 
 from tercet import parallelism as settings
-from tercet.errors import CorruptObject, TrainingError
+from tercet.errors import ConfigError, CorruptObject, TrainingError
 from tercet.sections import Parallelism
 
 
@@ -56,6 +57,33 @@ def unsharded() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = before
 
 
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of an encoder: the modules of each outermost ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    nested = {id(module) for outer in lists for module in outer.modules() if module is not outer}
+    return [
+        layer for outer in lists if id(outer) not in nested for layer in outer if any(True for _ in layer.parameters())
+    ]
+
+
+def unit_classes(model: torch.nn.Module) -> list[str]:
+    """Names of the classes that FSDP2 is to gather one at a time: layers, and what holds the embeddings.
+
+    accelerate 1.15 asks the model for `_no_split_modules`. That is empty in sentence-transformers 6.2: the whole model
+    would be gathered at once, without a word."""
+    units = layers(model)
+    encoder = getattr(model, "transformers_model", None)
+    if encoder is not None:
+        table = encoder.get_input_embeddings()
+        holder = next(module for module in encoder.modules() if any(child is table for child in module.children()))
+        num_uses = sum(p is table.weight for _, p in model.named_parameters(remove_duplicate=False))
+        if not layers(holder):
+            units.append(holder)
+        elif num_uses == 1:  # a tied table cannot be in two units
+            units.append(table)
+    return sorted({type(unit).__name__ for unit in units})
+
+
 def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: int) -> None:
     """Raises TrainingError unless the wrapped model is what the plan says."""
     found = _parallelism_of(model)
@@ -65,6 +93,11 @@ def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: 
         raise TrainingError(
             f"the plan says parallelism {parallelism} on {world_size} workers, but the model is trained as {found}",
             hint="this is a fault of tercet or of the installed accelerate; another workers.parallelism is the way out",
+        )
+    if parallelism == "fsdp2" and any(not isinstance(layer, FSDPModule) for layer in layers(model)):
+        raise TrainingError(
+            "fsdp2 would gather the whole model at once: its layers are not wrapped one by one",
+            hint="this is a fault of tercet or of the installed accelerate; take zero3, which gathers layer by layer",
         )
     if settings.shards_weights(parallelism):
         for name, parameter in model.named_parameters():
@@ -80,9 +113,17 @@ def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: 
                 )
 
 
-def _parallelism_of(model: torch.nn.Module) -> str:
-    from torch.distributed.fsdp import FSDPModule
+def check_recomputes(model: torch.nn.Module) -> None:
+    """Raises ConfigError for a model that does no gradient checkpointing: sentence-transformers 6.2 skips modules that
+    do not support it, all of them if need be."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ConfigError(
+            "training.gradient_checkpointing: nothing in this model does it, so no memory would be saved",
+            hint="leave it away; training.gradient_accumulation_steps lowers the memory of activations too",
+        )
 
+
+def _parallelism_of(model: torch.nn.Module) -> str:
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return "ddp"
     if isinstance(model, FSDPModule):
@@ -103,9 +144,8 @@ def _sizes(parameter: Any) -> tuple[int, int]:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """FSDP2 leaves the root's parameters gathered after an evaluation; put them back to what each rank holds."""
-    from torch.distributed.fsdp import FSDPModule
-
+    """FSDP2 leaves the root's parameters gathered after an evaluation, and in 16 bits where it trains in them; put them
+    back to what each rank holds."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -123,7 +163,9 @@ def local_values(parameter: Any) -> torch.Tensor:
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     """The whole weights and buffers on rank 0's CPU, None on the others. A collective where weights are sharded: every
-    rank must call it. One parameter at a time is gathered, so no device needs room for the model."""
+    rank must call it. One parameter at a time is gathered, so no device needs room for the model. In fp32, whatever the
+    precision of the training: an optimizer's step is often too small for 16 bits."""
+    reshard(model)
     rank = dist.get_rank() if dist.is_initialized() else 0
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -133,17 +175,16 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     if rank != 0:
         return None
     gathered.update({name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()})
-    # FSDP2 with gradient checkpointing wraps modules, buffers' too.
-    return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gathered.items()}
+    return gathered
 
 
 def _whole(parameter: Any) -> torch.Tensor:
     if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            tensor: torch.Tensor = parameter.data.cpu().clone()
-            return tensor
+        # Not by `GatheredParameters`: under autocast DeepSpeed 0.19 gathers in 16 bits, and saved weights were rounded.
+        own = parameter.ds_tensor.detach().to(parameter.device)
+        parts = own.new_empty(own.numel() * parameter.ds_zero_partition_world_size)
+        dist.all_gather_into_tensor(parts, own, group=parameter.ds_process_group)
+        return parts[: parameter.ds_numel].view(parameter.ds_shape)
     if isinstance(parameter, dist.tensor.DTensor):
         return parameter.detach().full_tensor()
     return parameter.detach()

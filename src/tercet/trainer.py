@@ -25,7 +25,7 @@ from tercet.guards import finite
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
 from tercet.sections import Parallelism
-from tercet.sharding import check_saved, check_wrapped, full_weights
+from tercet.sharding import check_recomputes, check_saved, check_wrapped, full_weights, unit_classes
 
 logger = logging.getLogger("tercet")
 
@@ -63,6 +63,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = unit_classes(self.model)
         if self.is_fsdp_enabled and self.args.bf16:
             # As in the other modes: fp32 weights, sums and embeddings. accelerate would have bf16 for all of them.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -98,6 +100,11 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         library's. The weights were loaded with the model."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         check_wrapped(self.model_wrapped, self._parallelism, self.args.world_size)
+        if self.args.gradient_checkpointing:
+            check_recomputes(self.model)
+        if self.is_fsdp_enabled and self.args.bf16:
+            # accelerate does this for DDP alone. FSDP2's units take and give fp32 around weights of 16 bits.
+            self.model.forward = self.accelerator.autocast()(self.model.forward)
         if self._loss_runs_backward and is_zero(self._parallelism):
             self.accelerator.deepspeed_engine_wrapped = OneReduction(self.model_wrapped)
         if resume_from_checkpoint is not None:

@@ -213,8 +213,8 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
     elif training.precision in ("bf16", "fp16"):
         arguments[training.precision] = True
     if plan.parallelism == "fsdp2":
-        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings(plan.config)}
-    elif training.gradient_checkpointing:
+        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings()}
+    if training.gradient_checkpointing:
         arguments["gradient_checkpointing"] = True
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments

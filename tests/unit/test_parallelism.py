@@ -246,13 +246,10 @@ def test_deepspeed_reads_the_settings_as_meant() -> None:
 
 
 def test_fsdp_settings() -> None:
-    plain, checkpointing = (
-        fsdp_settings(made.config(training={"gradient_checkpointing": value})) for value in (False, True)
-    )
-    assert plain["version"] == 2
-    assert plain["reshard_after_forward"] is True
-    assert (plain.pop("activation_checkpointing"), checkpointing.pop("activation_checkpointing")) == (False, True)
-    assert plain == checkpointing
+    found = fsdp_settings()
+    assert found["version"] == 2
+    assert found["reshard_after_forward"] is True
+    assert "activation_checkpointing" not in found  # accelerate's own does not keep the random numbers of dropout
 
 
 @pytest.mark.parametrize("use_cpu", [True, False])

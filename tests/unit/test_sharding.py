@@ -6,15 +6,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, T5EncoderModel
 from transformers.integrations import deepspeed
 
-from tercet.errors import CorruptObject, TrainingError
+from tercet import sharding
+from tercet.errors import ConfigError, CorruptObject, TrainingError
 from tercet.sections import Parallelism
-from tercet.sharding import check_saved, check_wrapped, fill, full_weights, unsharded
+from tercet.sharding import (
+    check_recomputes,
+    check_saved,
+    check_wrapped,
+    fill,
+    full_weights,
+    layers,
+    unit_classes,
+    unsharded,
+)
 
 MODES: tuple[Parallelism, ...] = ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 
@@ -42,14 +54,10 @@ def test_gathered_weights_fill_another_model() -> None:
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_gathered_weights_are_copies_under_plain_names() -> None:
+def test_gathered_weights_are_copies() -> None:
     model = Model()
-    wrapper = torch.nn.Module()
-    wrapper._checkpoint_wrapped_module = model.norm  # as FSDP2 with gradient checkpointing does
-    model.norm = wrapper
     weights = full_weights(model)
     assert weights is not None
-    assert {"norm.weight", "norm.running_mean"} <= weights.keys()
     weights["first.weight"].zero_()
     assert model.first.weight.abs().min() > 0
 
@@ -177,6 +185,64 @@ def test_each_engine_is_only_what_it_is(found: str, wanted: Parallelism) -> None
 def test_weights_that_are_whole_all_the_same() -> None:
     with pytest.raises(TrainingError, match="weight is not sharded by zero3: this rank holds 11 of 11"):
         check_wrapped(DeepSpeedEngine(3, num_local=11), "zero3", 2)
+
+
+# --- what FSDP2 gathers at a time -----------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+ENCODERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "bert": ({"num_hidden_layers": 2}, ["BertEmbeddings", "BertLayer"]),
+    "mpnet": ({"num_hidden_layers": 2}, ["MPNetEmbeddings", "MPNetLayer"]),  # transformers names none for it
+    "distilbert": (
+        {"n_layers": 2, "dim": 8, "n_heads": 2, "hidden_dim": 8, "vocab_size": 20},
+        ["Embeddings", "TransformerBlock"],
+    ),
+    "modernbert": ({"num_hidden_layers": 2, "pad_token_id": 0}, ["ModernBertEmbeddings", "ModernBertEncoderLayer"]),
+    "qwen3": (
+        {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4},
+        ["Embedding", "Qwen3DecoderLayer"],  # the table lies beside the layers
+    ),
+    # Its table is tied to another one, and stays with the rest.
+    "t5": ({"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 20}, ["T5Block"]),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_units_of_every_kind_of_encoder(kind: str) -> None:
+    settings, names = ENCODERS[kind]
+    own = {} if kind in ("distilbert", "t5") else SMALL
+    config = AutoConfig.for_model(kind, **own, **settings)
+    encoder = T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+    model = torch.nn.Sequential(encoder, torch.nn.Linear(8, 8))
+    model.__dict__["transformers_model"] = encoder  # a property in sentence-transformers: no module of its own
+    assert unit_classes(model) == names
+    assert len(layers(model)) == 2
+
+
+def test_layers_of_layers_are_not_taken_apart() -> None:
+    experts = torch.nn.Module()
+    experts.mlp = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([experts, torch.nn.Dropout()])
+    assert layers(model) == [experts]
+
+
+def test_a_model_that_would_be_gathered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its root is wrapped, as accelerate does it by itself."""
+    monkeypatch.setattr(sharding, "FSDPModule", type("FSDPModule", (), {}))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    model.__class__ = type("Wrapped", (torch.nn.Module, sharding.FSDPModule), {})
+    with pytest.raises(TrainingError, match="gather the whole model at once"):
+        check_wrapped(model, "fsdp2", 2)
+
+
+def test_a_model_that_cannot_recompute() -> None:
+    model = Model()
+    with pytest.raises(ConfigError, match="nothing in this model does it"):
+        check_recomputes(model)
+    model.first.gradient_checkpointing = True
+    check_recomputes(model)
 
 
 @pytest.mark.parametrize("raises", [False, True])
