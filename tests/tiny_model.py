@@ -73,9 +73,15 @@ def tiny_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def tiny_bert(
-    folder: Path, texts: Iterable[str], dense_features: int | None = None, dropout: float = 0.0, pooler: bool = True
+    folder: Path,
+    texts: Iterable[str],
+    dense_features: int | None = None,
+    dropout: float = 0.0,
+    pooler: bool = True,
+    normalize: bool = False,
 ) -> Path:
-    """A SentenceTransformer of two BERT layers, mean pooling and, if asked for, a Dense layer. About 25,000 weights.
+    """A SentenceTransformer of two BERT layers, mean pooling and, if asked for, a Dense layer and a Normalize module.
+    About 25,000 weights.
 
     BERT's own pooler is not used. Without it in the file, its weights are drawn at random when the model is loaded."""
     import torch
@@ -96,11 +102,11 @@ def tiny_bert(
     folder.mkdir(parents=True)
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_modules(folder, dense_features)
+    _write_modules(folder, dense_features, normalize)
     return folder
 
 
-def _write_modules(folder: Path, dense_features: int | None) -> None:
+def _write_modules(folder: Path, dense_features: int | None, normalize: bool = False) -> None:
     """Turn a transformers folder into a sentence-transformers one: what reads the tokens, what pools, what projects."""
     import torch
     from safetensors.torch import save_file
@@ -123,6 +129,10 @@ def _write_modules(folder: Path, dense_features: int | None) -> None:
         save_file(
             {f"linear.{name}": value.data for name, value in layer.named_parameters()}, dense / "model.safetensors"
         )
+    if normalize:
+        names.append("sentence_transformer.modules.Normalize")
+        paths.append("3_Normalize")
+        (folder / "3_Normalize").mkdir()
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.{name}"}
         for number, (name, path) in enumerate(zip(names, paths, strict=True))
@@ -246,6 +256,7 @@ def recipe(model: Path | str, storage: Path | str, /, **sections: dict[str, Any]
         "dataset": {"name": "tiny"},
         "model": {"name_or_path": str(model)},
         "loss": {"name": "MultipleNegativesRankingLoss"},
+        "checkpoint": {"keep_last": 100},
         "training": {"num_epochs": 3, "global_batch_size": 16, "learning_rate": 0.005, "log_every_steps": 1},
         "workers": {"num_workers": 1, "use_gpu": False, "max_failures": 0, "start_timeout_seconds": 60},
     }

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from tercet.crash_point import crash_point
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.storage import Storage, sha256_of
 
@@ -32,6 +31,7 @@ PART_WAIT_SECONDS = 600.0
 
 # What the trainer needs to go on, and who loads the model does not.
 TRAINER_STATE_FILES = (
+    "ledger-",
     "optimizer-",
     "scheduler.pt",
     "scaler.pt",
@@ -50,17 +50,33 @@ class FileRecord(BaseModel):
     num_bytes: int
 
 
+class Attempt(BaseModel):
+    """One start of the worker group, and the step that it went on from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    first_step: int
+    world_size: int
+
+
 class Commit(BaseModel):
-    """The document that makes a folder count. `files` maps paths below `folder` (a key in storage) to their records."""
+    """The document that makes a folder count. `files` maps paths below `folder` (a key in storage) to their records.
+
+    `lineage` is of the attempts that the checkpoint goes back to, the one that wrote it last. `metrics` are of this
+    very step; without an evaluation there are none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     step: int
     epoch: float
-    world_size: int
-    attempt: str
+    lineage: tuple[Attempt, ...]
     folder: str
     metrics: dict[str, float]
     files: dict[str, FileRecord]
+
+    @property
+    def attempt(self) -> Attempt:
+        """That wrote it."""
+        return self.lineage[-1]
 
     def model_files(self) -> dict[str, FileRecord]:
         """Only what `SentenceTransformer(folder)` loads."""
@@ -84,6 +100,7 @@ def attempt_folder(run_id: str, step: int, attempt: str) -> str:
 def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> dict[str, FileRecord]:
     """Upload every file below `local_dir`, then this rank's part document."""
     records = upload_files(storage, local_dir, folder)
+    crash_point("mid_upload", int(folder.split("/")[-2]))
     part = {path: record.model_dump() for path, record in records.items()}
     storage.put(f"{folder}/rank-{rank}.json", json.dumps(part, sort_keys=True).encode())
     return records
@@ -105,23 +122,20 @@ def commit_step(
     step: int,
     epoch: float,
     metrics: dict[str, float],
-    attempt: str,
-    world_size: int,
+    lineage: tuple[Attempt, ...],
     wait_seconds: float = PART_WAIT_SECONDS,
 ) -> Commit:
-    """Called by rank 0: wait for every rank's part, then write COMMIT.
+    """Called by rank 0: wait for every rank's part, then write COMMIT. The last of `lineage` is the attempt itself.
 
     When another attempt committed this step before, its commit stands and is returned, unless it is damaged: then it is
     replaced, or no later attempt could ever get past it. Raises StorageUnavailable when a part does not come."""
-    folder = attempt_folder(run_id, step, attempt)
+    folder = attempt_folder(run_id, step, lineage[-1].name)
     files: dict[str, FileRecord] = {}
     deadline = time.monotonic() + wait_seconds
-    for rank in range(world_size):
+    for rank in range(lineage[-1].world_size):
         for path, record in _wait_for_part(storage, f"{folder}/rank-{rank}.json", deadline).items():
             files[path] = FileRecord.model_validate(record)
-    commit = Commit(
-        step=step, epoch=epoch, world_size=world_size, attempt=attempt, folder=folder, metrics=metrics, files=files
-    )
+    commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
     key = f"{_step_prefix(run_id, step)}/{COMMIT}"
     try:
         storage.put_if_absent(key, commit.model_dump_json(indent=1).encode())
@@ -198,53 +212,28 @@ def best_commit(commits: Iterable[Commit], metric: str) -> Commit | None:
     return max((c for c in commits if metric in c.metrics), key=lambda c: (c.metrics[metric], -c.step), default=None)
 
 
-class Uploader:
-    """Uploads and commits off the training path: one background thread on each rank, one checkpoint at a time.
-
-    A failed upload is raised at the next `submit` or at `close`, so a run cannot end well without its checkpoints."""
-
-    def __init__(self, storage: Storage, run_id: str, attempt: str, rank: int, world_size: int) -> None:
-        self._storage, self._run_id, self._attempt = storage, run_id, attempt
-        self._rank, self._world_size = rank, world_size
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="checkpoint-uploader", daemon=True)
-        self._thread.start()
-
-    def submit(
-        self, local_dir: Path, step: int, epoch: float, metrics: dict[str, float], on_commit: Callable[[Commit], None]
-    ) -> None:
-        """Queue a folder; it is deleted once uploaded. Blocks only while an earlier upload is still waiting."""
-        self._raise_error()
-
-        def job() -> None:
-            folder = attempt_folder(self._run_id, step, self._attempt)
-            upload_part(self._storage, local_dir, folder, self._rank)
-            shutil.rmtree(local_dir)
-            if self._rank == 0:
-                on_commit(
-                    commit_step(self._storage, self._run_id, step, epoch, metrics, self._attempt, self._world_size)
-                )
-
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        """Wait until everything is committed. Raises what went wrong in the background."""
-        self._jobs.put(None)
-        self._thread.join()
-        self._raise_error()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._error is None:
-                try:
-                    job()
-                except BaseException as error:  # noqa: BLE001 - carried to the training thread
-                    self._error = error
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
+    """Delete what no one needs any more: every committed checkpoint but the newest `keep_last` and the best, and what
+    dead attempts left up to the newest step. COMMIT goes first, so that no checkpoint is ever there in part."""
+    commits = read_commits(storage, run_id)
+    if not commits:
+        return
+    kept = {commit.folder for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None}
+    for commit in commits:
+        if commit.folder not in kept:
+            storage.delete(f"{_step_prefix(run_id, commit.step)}/{COMMIT}")
+            crash_point("mid_retention", commit.step)
+    keys = storage.list(checkpoints_prefix(run_id))
+    kept_steps = {folder.rpartition("/")[0] for folder in kept}
+    # A COMMIT that could not be read is left to a person, with its files.
+    damaged = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
+        _step_prefix(run_id, commit.step) for commit in commits
+    }
+    depth = checkpoints_prefix(run_id).count("/") + 3
+    for folder in {"/".join(key.split("/")[:depth]) for key in keys if not key.endswith(f"/{COMMIT}")} - kept:
+        step = folder.rpartition("/")[0]
+        if step not in damaged and int(step.rpartition("/")[2]) <= commits[0].step:
+            storage.delete(folder if step in kept_steps else step)
 
 
 def best_prefix(run_id: str) -> str:
@@ -264,6 +253,7 @@ def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Co
         fetch(storage, commit, Path(local), commit.model_files())
         (Path(local) / "README.md").write_text(card, encoding="utf-8")
         best = commit.model_copy(update={"folder": folder, "files": upload_files(storage, Path(local), folder)})
+    crash_point("before_publish")
     storage.put(f"{folder}/{COMMIT}", best.model_dump_json(indent=1).encode())
     return best
 

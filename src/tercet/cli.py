@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true")
     show.set_defaults(call=_runs_show)
 
+    verify = runs.add_parser("verify", parents=[store], help="prove that each pass consumed each row once")
+    verify.add_argument("run_id")
+    verify.set_defaults(call=_runs_verify)
+
     demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
     demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
     demo.add_argument(
@@ -159,10 +163,12 @@ def _show_progress(progress: Progress) -> None:
 
 
 def _print_manifest(manifest: Manifest) -> None:
+    from tercet.memory import size_text
+
     for split in ("train", "eval", "test"):
         shards = manifest.splits.get(split, ())
         num_bytes = sum(shard.num_bytes for shard in shards)
-        print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {_size(num_bytes):>10}")
+        print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {size_text(num_bytes):>10}")
     for column, statistics in manifest.text_statistics.items():
         print(f"  {column:<10} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
     bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest.bad_rows.items())
@@ -171,12 +177,6 @@ def _print_manifest(manifest: Manifest) -> None:
         print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
     if manifest.num_leaked_rows:
         print(f"  warning: {manifest.num_leaked_rows:,} eval or test rows are also in another split")
-
-
-def _size(num_bytes: float) -> str:
-    from tercet.memory import size_text
-
-    return size_text(num_bytes)
 
 
 def _datasets_list(arguments: argparse.Namespace) -> None:
@@ -215,41 +215,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(plan.model_dump_json(indent=1))
         return
-    training, workers, rows = plan.config.training, plan.config.workers, plan.num_rows
-    unknown = "not known before the model is on this machine"
-    lines = {
-        "run": plan.run_id,
-        "data": f"{plan.config.dataset.name} {plan.dataset_version}: train {rows['train']:,}  eval {rows['eval']:,}  "
-        f"test {rows['test']:,} rows; columns {', '.join(plan.columns)}",
-        **({"mix": f"\n{'':13}".join(plan.shares)} if plan.shares else {}),
-        "model": plan.config.model.name_or_path,
-        "loss": plan.config.loss.name,
-        "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
-        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass left out (they fill no batch)",
-        "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
-        f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
-        "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
-        "each with a checkpoint but the first",
-        "storage": unknown
-        if plan.checkpoint_bytes is None
-        else f"{_size(plan.checkpoint_bytes)} a checkpoint, "
-        f"{_size(plan.checkpoint_bytes * (len(plan.evaluation_steps) - 1) + plan.checkpoint_bytes / 3)} in all, "
-        f"in {plan.config.storage.uri}",
-        "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
-        "memory": unknown if plan.memory is None else plan.memory.text(),
-        "time": "not known for a GPU"
-        if plan.training_seconds is None
-        else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
-    }
-    if plan.memory_warning is not None:
-        lines["warning"] = plan.memory_warning
-    for name, value in lines.items():
-        print(f"{name:<13}{value}")
+    from tercet.plan_text import plan_text
 
-
-def _steps(steps: tuple[int, ...]) -> str:
-    shown = [f"{step:,}" for step in steps]
-    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])
+    print(plan_text(plan))
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -302,19 +270,28 @@ def _runs_list(arguments: argparse.Namespace) -> None:
 def _runs_show(arguments: argparse.Namespace) -> None:
     from tercet.errors import ConfigError
     from tercet.report import screen
-    from tercet.run import list_runs, read_report
+    from tercet.run import list_runs, read_report, unknown_run
     from tercet.storage import open_storage
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     report = read_report(storage, arguments.run_id)
     if report is None:
-        known = list_runs(storage)
-        state = "has not ended" if arguments.run_id in known else "does not exist"
-        raise ConfigError(
-            f"run {arguments.run_id} {state} in {storage.uri}",
-            hint=f"runs here: {', '.join(known[:5]) or 'none'}",
-        )
+        if arguments.run_id not in list_runs(storage):
+            raise unknown_run(storage, arguments.run_id)
+        raise ConfigError(f"run {arguments.run_id} has not ended in {storage.uri}", hint="the same command resumes it")
     print(report.model_dump_json(indent=1) if arguments.json else screen(report, []))
+
+
+def _runs_verify(arguments: argparse.Namespace) -> int:
+    from tercet.errors import TrainingError
+    from tercet.run import read_plan
+    from tercet.storage import open_storage
+    from tercet.verify import verify_rows
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    proof = verify_rows(storage, read_plan(storage, arguments.run_id))
+    print(proof.text())
+    return 0 if proof.holds else TrainingError.exit_code
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from tercet import recipe_yaml
 from tercet.errors import ConfigError
 from tercet.loss_config import LEFT_OUT, GuidedLossConfig, LossConfig
 from tercet.sections import (
+    CheckpointConfig,
     DatasetConfig,
     EvaluationConfig,
     ModelConfig,
@@ -42,6 +43,7 @@ class Config(Section):
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()
 
@@ -55,10 +57,10 @@ class Config(Section):
         return mix
 
     def experiment_hash(self) -> str:
-        """Eight hex digits over what decides the result. Storage and workers are left out: a run that moves to more
-        workers is the same run, and resumes. So is the mix where there is none, and the weight 1 of the dataset, which
-        earlier versions did not have: their runs keep their hash."""
-        content = self.model_dump(mode="json", exclude={"storage", "workers"})
+        """Eight hex digits over what decides the result. Storage, workers and checkpoints are left out: a run that
+        moves to more workers is the same run, and resumes. So is the mix where there is none, and the weight 1 of the
+        dataset, which earlier versions did not have: their runs keep their hash."""
+        content = self.model_dump(mode="json", exclude={"storage", "workers", "checkpoint"})
         for part in (content["dataset"], *content["mix"]):
             part.pop("version")
         if not content["mix"]:

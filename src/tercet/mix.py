@@ -40,6 +40,13 @@ def load_train_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Dataset
     return chosen
 
 
+def cache_dir(plan: TrainPlan) -> Path:
+    """Where a worker keeps what it can make or fetch again."""
+    from tercet.dataset import default_cache_dir
+
+    return Path(plan.config.workers.cache_dir) if plan.config.workers.cache_dir else default_cache_dir()
+
+
 def together(datasets: Sequence[Dataset]) -> Dataset:
     """One dataset after the other, in one. A batch has the columns of its own dataset: rows of one may be pairs, those
     of another triplets."""
@@ -56,13 +63,11 @@ def _own_columns(batch: dict[str, list[str | None]]) -> dict[str, list[str | Non
 
 
 def _load(plan: TrainPlan, storage: Storage, dataset: PlannedDataset, splits: tuple[str, ...]) -> dict[str, Dataset]:
-    from tercet.dataset import default_cache_dir, load_split
+    from tercet.dataset import load_split
     from tercet.manifest import read_manifest
 
     manifest = read_manifest(storage, dataset.name, dataset.version)
-    cache = plan.config.workers.cache_dir
-    cache_dir = Path(cache) if cache else default_cache_dir()
-    return {name: load_split(storage, manifest, name, cache_dir, list(dataset.columns)) for name in splits}
+    return {name: load_split(storage, manifest, name, cache_dir(plan), list(dataset.columns)) for name in splits}
 
 
 def _check_nothing_leaks(plan: TrainPlan, splits: dict[str, Dataset], mix: list[Dataset]) -> None:

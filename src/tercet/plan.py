@@ -75,6 +75,16 @@ class TrainPlan(BaseModel):
         return self.config.evaluation.metric
 
     @property
+    def stored_bytes(self) -> int | None:
+        """Of the checkpoints that stay (the newest, the best), of the one being written, and of the published model."""
+        if self.checkpoint_bytes is None:
+            return None
+        every_steps = self.config.checkpoint.every_steps
+        num_checkpoints = len(self.evaluation_steps) - 1 + (self.num_steps // every_steps if every_steps else 0)
+        num_kept = min(num_checkpoints, self.config.checkpoint.keep_last + 2)
+        return num_kept * self.checkpoint_bytes + self.checkpoint_bytes // 3
+
+    @property
     def shares(self) -> tuple[str, ...]:
         """What each dataset gives to an epoch, in words; nothing where a single one gives its rows once."""
         alone = len(self.datasets) == 1 and self.datasets[0].weight == 1

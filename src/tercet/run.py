@@ -104,7 +104,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
             log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
             # Where it was stored and on what it ran is not a reader's business: a card may become public.
-            public_recipe = recipe(plan.config, exclude={"storage", "workers"})
+            public_recipe = recipe(plan.config, exclude={"storage", "workers", "checkpoint"})
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
             storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
@@ -130,6 +130,24 @@ def list_runs(storage: Storage) -> list[str]:
     return sorted({key.split("/")[1] for key in storage.list("runs") if key.endswith("/plan.json")}, reverse=True)
 
 
+def read_plan(storage: Storage, run_id: str) -> TrainPlan:
+    """The plan of a run that was started. Raises ConfigError when there is no such run."""
+    try:
+        return TrainPlan.model_validate_json(storage.read(_plan_key(run_id)))
+    except ObjectNotFound:
+        raise unknown_run(storage, run_id) from None
+    except ValueError:
+        raise ConfigError(
+            f"run {run_id} was planned by another version of tercet", hint="choose a new --run-id"
+        ) from None
+
+
+def unknown_run(storage: Storage, run_id: str) -> ConfigError:
+    """To raise for a run that was never started."""
+    known = ", ".join(list_runs(storage)[:5]) or "none"
+    return ConfigError(f"run {run_id} does not exist in {storage.uri}", hint=f"runs here: {known}")
+
+
 def recipe(config: Config, exclude: set[str] | None = None) -> str:
     """The whole recipe as YAML, defaults included, without the sections named in `exclude`."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True)
@@ -141,14 +159,9 @@ def _plan_key(run_id: str) -> str:
 
 def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
     """Raises ConfigError when the run id belongs to another recipe, or to another version of one of its datasets."""
-    try:
-        earlier = TrainPlan.model_validate_json(storage.read(_plan_key(plan.run_id)))
-    except ObjectNotFound:
+    if not storage.exists(_plan_key(plan.run_id)):
         return
-    except ValueError:
-        raise ConfigError(
-            f"run {plan.run_id} was planned by another version of tercet", hint="choose a new --run-id"
-        ) from None
+    earlier = read_plan(storage, plan.run_id)
     same = earlier.config.experiment_hash() == plan.config.experiment_hash()
     if not same or [part.version for part in earlier.datasets] != [part.version for part in plan.datasets]:
         raise ConfigError(

@@ -1,8 +1,11 @@
 """Pure: (seed, epoch, step, world size) → rows. The one place that decides order.
 
-An epoch is a list of *global* batches, made from (seed, epoch) alone. A rank takes its slice of each, so 1, 2 or 64
+An epoch is a row of *global* batches, made from (seed, epoch) alone. A rank takes its slice of each, so 1, 2 or 64
 workers see the same global batches, and every rank has the same number of steps. The rows that do not fill a last batch
 (less than one global batch) are left out; each pass over a dataset shuffles anew, so each leaves out others.
+
+The place of every row is computed, not stored: a pass is cut into blocks of some 100,000 rows, and any of them is made
+without the ones before it. So memory does not grow with the dataset, and a run resumes at step k by making one block.
 
 Each global batch comes from one dataset, so that in-batch negatives are of its kind. A dataset is an endless row of
 batches, pass after pass, and each epoch takes the next few: with weight 1 one pass, with weight 0.5 half of one.
@@ -11,7 +14,9 @@ batches, pass after pass, and each epoch takes the next few: with weight 1 one p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +25,15 @@ import numpy.typing as npt
 from tercet.errors import TrainingError
 
 Rows = npt.NDArray[np.int64]
+TextIds = Callable[[Rows], npt.NDArray[np.int64]]
+"""Rows → equal numbers for equal texts among them: shape (num_rows,) → (num_rows, num_columns)."""
+
+# A block is what is looked at together to keep a text from being in a batch twice.
+ROWS_PER_BLOCK = 2**17
+MIN_STEPS_PER_BLOCK = 64
 
 _PASS_STREAM, _SUBSET_STREAM, _MIX_STREAM = 0, 1, 2
+_NUM_ROUNDS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +43,8 @@ class DatasetRows:
     num_rows: int
     num_steps_per_epoch: int
     """Global batches that it gives to each epoch."""
-    text_ids: npt.NDArray[np.int64] | None = None
-    """As for `global_batches`; None where texts may repeat in a batch."""
+    text_ids: TextIds | None = None
+    """None where texts may repeat in a batch."""
 
 
 def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1.0) -> int:
@@ -46,13 +58,36 @@ def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0) -> 
     dataset: its place in the recipe; 0 is the one that the model is measured on."""
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows, dtype=np.int64)
-    order = np.random.default_rng((seed, _SUBSET_STREAM, *_place_in_recipe(dataset))).permutation(num_rows)
-    return np.sort(order[:max_rows]).astype(np.int64)
+    return np.sort(shuffled(np.arange(max_rows), num_rows, (seed, _SUBSET_STREAM, dataset)))
 
 
-def _place_in_recipe(dataset: int) -> tuple[int, ...]:
-    """What tells the random numbers of one dataset from another's. The first has the stream that it has alone."""
-    return (dataset,) if dataset else ()
+def shuffled(places: Rows, num_rows: int, stream: tuple[int, ...]) -> Rows:
+    """The rows at these places (each below `num_rows`) of a shuffle of `num_rows` rows that is never made as a whole.
+
+    A Feistel network over pairs of digits (Black & Rogaway 2002, "Ciphers with arbitrary finite domains") is a
+    bijection of [0, a * b); the few results that are no row go through it again until they are one. `stream` is the
+    key."""
+    keys = np.random.default_rng(stream).integers(2**64, size=_NUM_ROUNDS, dtype=np.uint64)
+    high = np.uint64(math.isqrt(max(num_rows - 1, 0)) + 1)
+    low = np.uint64(-(-num_rows // int(high)))
+    found = np.asarray(places).astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = np.divmod(found[outside], low)
+        for number in range(0, _NUM_ROUNDS, 2):
+            # Half of 64 bits, so that the sum does not overflow.
+            left = (left + (splitmix64(right ^ keys[number]) >> np.uint64(32))) % high
+            right = (right + (splitmix64(left ^ keys[number + 1]) >> np.uint64(32))) % low
+        found[outside] = left * low + right
+        outside = found >= num_rows
+    return found.astype(np.int64)
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A hash of each: a bijection of 64 bits in which every bit depends on all (Steele et al. 2014, SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def global_batches(
@@ -60,142 +95,119 @@ def global_batches(
     global_batch_size: int,
     seed: int,
     pass_number: int,
-    text_ids: npt.NDArray[np.int64] | None = None,
+    text_ids: TextIds | None = None,
     dataset: int = 0,
-) -> Rows:
-    """The rows of every global batch of a pass over a dataset: shape (num_steps, global_batch_size).
+    start_step: int = 0,
+) -> Iterator[Rows]:
+    """The rows of the global batches of a pass over a dataset, from batch `start_step` on: each (global_batch_size,).
 
-    text_ids: shape (num_rows, num_columns), equal numbers for equal texts. With it, no text occurs in two rows of one
-    batch: a row that would repeat one waits for the next batch. Linear in rows, except that each waiting row is looked
-    at again for every batch. dataset: its place in the recipe.
+    With text_ids, no text occurs in two rows of one batch: a row that would repeat one changes places with a row of
+    another batch of its block, or with one that is left out. dataset: its place in the recipe.
 
-    Raises TrainingError when texts are so frequent that no such order is found. The search is greedy: close to the
-    limit it may miss one that exists."""
-    stream = (seed, _PASS_STREAM, pass_number, *_place_in_recipe(dataset))
-    order = np.random.default_rng(stream).permutation(num_rows).astype(np.int64)
+    Raises TrainingError, when a block is due, where texts are so frequent that no such order of it is found."""
     num_steps = num_steps_per_epoch(num_rows, global_batch_size)
-    if text_ids is None:
-        return order[: num_steps * global_batch_size].reshape(num_steps, global_batch_size)
-    return _without_duplicates(order, num_steps, global_batch_size, text_ids)
+    steps_per_block = max(ROWS_PER_BLOCK // global_batch_size, MIN_STEPS_PER_BLOCK)
+    for block in range(start_step // steps_per_block, -(-num_steps // steps_per_block)):
+        first, end = block * steps_per_block, min((block + 1) * steps_per_block, num_steps)
+        # The last block has the rows that are left out besides.
+        places = np.arange(first * global_batch_size, num_rows if end == num_steps else end * global_batch_size)
+        rows = shuffled(places, num_rows, (seed, _PASS_STREAM, dataset, pass_number))
+        if text_ids is not None:
+            rows = rows[_without_duplicates(text_ids(rows), end - first, global_batch_size)]
+        batches = rows[: (end - first) * global_batch_size].reshape(end - first, global_batch_size)
+        yield from batches[max(start_step - first, 0) :]
 
 
-def _without_duplicates(order: Rows, num_steps: int, batch_size: int, text_ids: npt.NDArray[np.int64]) -> Rows:
-    batches: list[list[int]] = []
-    waiting: list[int] = []
-    position = 0
-    for _ in range(num_steps):
-        num_new = max(batch_size - len(waiting), 0)
-        candidate = waiting[:batch_size] + order[position : position + num_new].tolist()
-        texts = text_ids[candidate]
-        if len(candidate) == batch_size and _rows_are_disjoint(texts):
-            waiting = waiting[batch_size:]
-            position += num_new
-            batches.append(candidate)
-            continue
-        batch: list[int] = []
-        seen: set[int] = set()
-        still_waiting: list[int] = []
-        for index, row in enumerate(waiting):
-            if len(batch) == batch_size:
-                still_waiting.extend(waiting[index:])
-                break
-            _place(row, text_ids, batch, seen, still_waiting)
-        while len(batch) < batch_size and position < len(order):
-            _place(int(order[position]), text_ids, batch, seen, still_waiting)
-            position += 1
-        waiting = still_waiting
-        batches.append(batch)
-    _fill_by_swapping(batches, batch_size, waiting + order[position:].tolist(), text_ids)
-    return np.array(batches, dtype=np.int64).reshape(num_steps, batch_size)
+def _without_duplicates(texts: npt.NDArray[np.int64], num_batches: int, batch_size: int) -> Rows:
+    """An order of a block in which no text is in two rows of one batch. texts: shape (num_rows, num_columns); what is
+    behind the last batch is left out."""
+    in_order = np.sort(texts[: num_batches * batch_size].reshape(num_batches, -1), axis=1)
+    with_equal_texts = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))
+    block = _Block(texts, num_batches, batch_size)
+    for batch in with_equal_texts.tolist():
+        block.mend(batch)
+    return block.order
 
 
-def _rows_are_disjoint(texts: npt.NDArray[np.int64]) -> bool:
-    return len(np.unique(texts)) == texts.size
+class _Block:
+    """Rows that change places until no batch has a text twice. No swap makes a new repetition."""
 
+    def __init__(self, texts: npt.NDArray[np.int64], num_batches: int, batch_size: int) -> None:
+        self.order = np.arange(len(texts))
+        self._texts, self._num_batches, self._batch_size = texts.copy(), num_batches, batch_size
 
-def _place(row: int, text_ids: npt.NDArray[np.int64], batch: list[int], seen: set[int], waiting: list[int]) -> None:
-    texts = set(text_ids[row].tolist())
-    if seen.isdisjoint(texts):
-        seen |= texts
-        batch.append(row)
-    else:
-        waiting.append(row)
-
-
-def _fill_by_swapping(
-    batches: list[list[int]], batch_size: int, left_over: list[int], text_ids: npt.NDArray[np.int64]
-) -> None:
-    """Fill the last batches, for which only repeating rows are left: give such a row to an earlier batch, and take from
-    that batch a row that fits here."""
-
-    def texts(rows: list[int]) -> set[int]:
-        return set(text_ids[rows].ravel().tolist())
-
-    for batch in batches:
-        while len(batch) < batch_size:
-            if not _swap_one_in(batch, batches, left_over, text_ids, texts(batch)):
+    def mend(self, batch: int) -> None:
+        """Move rows out of a batch until it has no text twice."""
+        texts = self._texts_of(batch)
+        numbers = np.argsort(texts, axis=None, kind="stable")
+        equal = texts.ravel()[numbers[1:]] == texts.ravel()[numbers[:-1]]
+        rows = np.unique(numbers[1:][equal] // texts.shape[1])  # the later one of two; or a row with one text twice
+        for place in (rows + batch * self._batch_size).tolist():
+            if len(self._clashes(place, batch)) > 1 and not self._swap(place, batch):
                 raise TrainingError(
-                    f"found no order of {len(text_ids)} rows in {len(batches)} batches of {batch_size} "
+                    f"found no order of {len(self.order)} rows in {self._num_batches} batches of {self._batch_size} "
                     "without a text twice in one",
                     hint="lower training.global_batch_size, remove repeated texts, or set training.no_duplicates=false",
                 )
 
+    def _swap(self, place: int, batch: int) -> bool:
+        """With a row of the batches behind it, else of those before it, else with one that is left out."""
+        for other in itertools.chain(range(batch + 1, self._num_batches), range(batch)):
+            clashes = self._clashes(place, other)
+            if len(clashes) < 2 and self._swap_with(clashes or self._places(other), place, batch):
+                return True
+        return self._swap_with(range(self._num_batches * self._batch_size, len(self.order)), place, batch)
 
-def _swap_one_in(
-    batch: list[int],
-    batches: list[list[int]],
-    left_over: list[int],
-    text_ids: npt.NDArray[np.int64],
-    batch_texts: set[int],
-) -> bool:
-    for row in left_over:
-        row_texts = set(text_ids[row].tolist())
-        if batch_texts.isdisjoint(row_texts):
-            batch.append(row)
-            left_over.remove(row)
-            return True
-    for row in left_over:
-        row_texts = set(text_ids[row].tolist())
-        for other in batches:
-            if other is batch or len(other) < len(batch):
-                continue
-            clashing = [index for index, at in enumerate(other) if not row_texts.isdisjoint(text_ids[at].tolist())]
-            if len(clashing) > 1:
-                continue
-            for index in clashing or range(len(other)):
-                moved = other[index]
-                if batch_texts.isdisjoint(text_ids[moved].tolist()):
-                    other[index] = row
-                    batch.append(moved)
-                    left_over.remove(row)
-                    return True
-    return False
+    def _swap_with(self, candidates: Sequence[int], place: int, batch: int) -> bool:
+        for there in candidates:
+            if all(clash == place for clash in self._clashes(there, batch)):
+                for values in (self.order, self._texts):
+                    values[[place, there]] = values[[there, place]]
+                return True
+        return False
+
+    def _places(self, batch: int) -> range:
+        return range(batch * self._batch_size, (batch + 1) * self._batch_size)
+
+    def _texts_of(self, batch: int) -> npt.NDArray[np.int64]:
+        return self._texts[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+    def _clashes(self, place: int, batch: int) -> list[int]:
+        """Where in a batch one of the texts of the row at `place` is."""
+        texts = self._texts_of(batch).ravel()
+        # Text by text: a comparison of all with all is ten times slower, for its short last axes.
+        found = np.concatenate([np.flatnonzero(texts == text) for text in self._texts[place]])
+        return sorted({number // self._texts.shape[1] + batch * self._batch_size for number in found.tolist()})
 
 
-def mixed_batches(datasets: Sequence[DatasetRows], global_batch_size: int, seed: int, epoch: int) -> Iterator[Rows]:
-    """The global batches of an epoch, from 0, each of one dataset. Rows are numbered as if the datasets lay one after
-    another. Several datasets take turns in an order drawn from (seed, epoch).
+def mixed_batches(
+    datasets: Sequence[DatasetRows], global_batch_size: int, seed: int, epoch: int, start_step: int = 0
+) -> Iterator[Rows]:
+    """The global batches of an epoch, from 0, each of one dataset, from batch `start_step` of the epoch on. Rows are
+    numbered as if the datasets lay one after another. Several datasets take turns in an order drawn from (seed, epoch).
 
-    Raises as `global_batches`, when the first batch of such a pass is due."""
+    Raises as `global_batches`."""
     order = np.repeat(np.arange(len(datasets)), [rows.num_steps_per_epoch for rows in datasets])
     if len(datasets) > 1:
         order = np.random.default_rng((seed, _MIX_STREAM, epoch)).permutation(order)
+    taken = np.bincount(order[:start_step], minlength=len(datasets))
     offsets = list(itertools.accumulate((rows.num_rows for rows in datasets), initial=0))
     batches = [
-        _batches_from(rows, epoch * rows.num_steps_per_epoch, global_batch_size, seed, dataset)
+        _batches_from(rows, epoch * rows.num_steps_per_epoch + int(taken[dataset]), global_batch_size, seed, dataset)
         for dataset, rows in enumerate(datasets)
     ]
-    for dataset in order:
+    for dataset in order[start_step:]:
         yield next(batches[dataset]) + offsets[dataset]
 
 
 def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: int, dataset: int) -> Iterator[Rows]:
-    """The dataset's batches from number `first` on, pass after pass, without end. Holds one pass at a time."""
-    first_pass, skipped = divmod(first, num_steps_per_epoch(rows.num_rows, global_batch_size))
+    """The dataset's batches from number `first` on, pass after pass, without end. Holds one block at a time."""
+    first_pass, start_step = divmod(first, num_steps_per_epoch(rows.num_rows, global_batch_size))
     for pass_number in itertools.count(first_pass):
-        batches = global_batches(rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset)
-        yield from batches[skipped:]
-        skipped = 0
+        yield from global_batches(
+            rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset, start_step
+        )
+        start_step = 0
 
 
 def rank_micro_batches(global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int) -> Rows:
@@ -221,16 +233,27 @@ class RankBatches:
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
+        self.handed_out: deque[list[int]] = deque()
+        """The rows of the micro-batches that were asked for, until who trains on them takes them out."""
+        self._num_skipped_steps = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0."""
         self.epoch = epoch
+
+    def skip(self, num_steps: int) -> None:
+        """Begin the next epoch that is asked for after so many steps of it. An empty list stands for each micro-batch
+        before: what resumes a run (accelerate's `skip_first_batches`) counts and throws them away."""
+        self._num_skipped_steps = num_steps
 
     def __len__(self) -> int:
         """Micro-batches in an epoch: the same on every rank."""
         return sum(rows.num_steps_per_epoch for rows in self.datasets) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch):
+        num_skipped, self._num_skipped_steps = self._num_skipped_steps, 0
+        yield from ([] for _ in range(num_skipped * self.gradient_accumulation_steps))
+        for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch, num_skipped):
             for micro in rank_micro_batches(batch, self.rank, self.world_size, self.gradient_accumulation_steps):
-                yield micro.tolist()
+                self.handed_out.append(micro.tolist())
+                yield self.handed_out[-1]

@@ -110,6 +110,15 @@ class TrainingConfig(Section):
     log_every_steps: PositiveInt = 10
 
 
+class CheckpointConfig(Section):
+    """What a crash costs, and what storage holds for it. Nothing here changes the experiment."""
+
+    every_steps: PositiveInt | None = None
+    """Between the ends of epochs, each of which has one. A crash costs the steps since the last."""
+    keep_last: int = Field(default=2, ge=2)
+    """So many of the newest stay in storage, and the best. Two, because the newest may turn out to be damaged."""
+
+
 class EvaluationConfig(Section):
     """How a model is measured, and what best means."""
 

@@ -19,13 +19,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from tercet import optimizer_state
-from tercet.checkpoint import Commit, Uploader
+from tercet.checkpoint import Commit
+from tercet.crash_point import crash_point
 from tercet.evaluation import named
 from tercet.guards import finite
+from tercet.ledger import Ledger
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
 from tercet.sections import Parallelism
 from tercet.sharding import check_recomputes, check_saved, check_wrapped, full_weights, unit_classes
+from tercet.uploader import Uploader
 
 logger = logging.getLogger("tercet")
 
@@ -49,10 +52,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_runs_backward: bool,
         **kwargs: Any,
     ) -> None:
-        """save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
+        """batches: the order of rows; `ledger` says which of them were trained on.
+        save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching)."""
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
+        self.ledger = Ledger()
         super().__init__(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -65,6 +70,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = unit_classes(self.model)
+            # Where accelerate looks for a last norm to gather by itself. Among the model's own modules it would find
+            # Normalize, which has no weights, and fail.
+            self.model.base_model_prefix = "transformers_model"
         if self.is_fsdp_enabled and self.args.bf16:
             # As in the other modes: fp32 weights, sums and embeddings. accelerate would have bf16 for all of them.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -90,10 +98,25 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         lets every rank do all of it otherwise. Here every rank runs the evaluator, which shares the encoding (see
         evaluators.py), so that sharded models meet in each forward pass."""
         output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        crash_point("in_evaluation", self.state.global_step)
         if self.evaluator is not None:
             metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """After `Trainer._init_training_state`: a run that resumes amid an epoch begins there, instead of making the
+        order of the rows before and throwing it away."""
+        num_epochs, num_micro_batches = super()._init_training_state(*args, **kwargs)
+        self._batches.skip(num_micro_batches // self.args.gradient_accumulation_steps)
+        return num_epochs, num_micro_batches
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Around `Trainer.training_step`: writes down which rows the micro-batch was made of."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        crash_point("after_backward", self.state.global_step + 1)
+        self.ledger.consume(self._batches.handed_out.popleft())
+        return loss
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Around `Trainer._prepare_for_training`: checks what came out, and loads tercet's own state instead of each
@@ -131,9 +154,10 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self._save_whole(weights, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Instead of `Trainer._save_optimizer_and_scheduler`: one format for every parallelism."""
+        """Instead of `Trainer._save_optimizer_and_scheduler`: one format for every parallelism, and the ledger."""
         pieces = optimizer_state.pieces(self, self._parallelism)
         optimizer_state.save(pieces, Path(output_dir), self.args.process_index, self.args.world_size)
+        self.ledger.save(Path(output_dir), self.args.process_index, self.args.world_size, self.state.global_step)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -141,6 +165,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Instead of `Trainer._load_optimizer_and_scheduler`, likewise."""
         if checkpoint is not None:
             optimizer_state.load(optimizer_state.pieces(self, self._parallelism, create=True), Path(checkpoint))
+            self.ledger.load(Path(checkpoint), self.args.process_index)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
             # The schedule sets a rate after each step only: the first one would run at the rate of step 0.
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -199,21 +224,31 @@ class Record(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         uploader: Uploader,
+        ledger: Ledger,
         num_steps: int,
+        save_every_steps: int | None,
         on_evaluation: Callable[[int, float, dict[str, float]], None],
         on_commit: Callable[[Commit], None],
     ) -> None:
-        self._uploader, self._num_steps = uploader, num_steps
+        self._uploader, self._ledger, self._num_steps = uploader, ledger, num_steps
+        self._save_every_steps = save_every_steps
         self._on_evaluation, self._on_commit = on_evaluation, on_commit
-        self._metrics: dict[str, float] = {}
+        self._metrics: tuple[int, dict[str, float]] = (0, {})
         self._started_at = time.monotonic()
         self._started_step = 0
         self.first_step_unix_seconds: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        crash_point("before_step", state.global_step + 1)
         if self.first_step_unix_seconds is None:
             self.first_step_unix_seconds = time.time()
             self._started_at, self._started_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ledger.close_step()
+        crash_point("after_step", state.global_step)
+        if self._save_every_steps is not None and state.global_step % self._save_every_steps == 0:
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -233,9 +268,12 @@ class Record(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        self._metrics = finite(named(metrics or {}, "eval_"), f"evaluation at step {state.global_step}")
-        self._on_evaluation(state.global_step, float(state.epoch or 0.0), self._metrics)
+        found = finite(named(metrics or {}, "eval_"), f"evaluation at step {state.global_step}")
+        self._metrics = (state.global_step, found)
+        self._on_evaluation(state.global_step, float(state.epoch or 0.0), found)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._uploader.submit(folder, state.global_step, float(state.epoch), self._metrics, self._on_commit)
+        step, metrics = self._metrics
+        of_this_step = metrics if step == state.global_step else {}  # or an older model's would make this one the best
+        self._uploader.submit(folder, state.global_step, float(state.epoch), of_this_step, self._on_commit)

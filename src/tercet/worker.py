@@ -19,15 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from tercet.checkpoint import Commit, Uploader, fetch, fetch_newest
+from tercet.checkpoint import Attempt, Commit, fetch, fetch_newest, retain
 from tercet.errors import TercetError
 from tercet.parallelism import deepspeed_settings, environment, fsdp_settings, is_zero, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
 from tercet.storage import Storage, open_storage
+from tercet.uploader import Uploader
 
 logger = logging.getLogger("tercet")
 
@@ -57,10 +55,11 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     from tercet.evaluation import make_evaluator
     from tercet.guards import FiniteLoss, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
-    from tercet.mix import load_splits, load_train_rows, together
+    from tercet.mix import cache_dir, load_splits, load_train_rows, together
     from tercet.model import make_model, save_whole
     from tercet.sampling import DatasetRows, RankBatches
     from tercet.sharding import prepare_process
+    from tercet.text_ids import text_ids
     from tercet.trainer import Record, TercetTrainer
 
     config = plan.config
@@ -90,7 +89,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
                     DatasetRows(
                         num_rows=len(rows),
                         num_steps_per_epoch=dataset.steps_per_epoch,
-                        text_ids=text_ids(rows) if config.training.no_duplicates else None,
+                        text_ids=text_ids(rows, cache_dir(plan)) if config.training.no_duplicates else None,
                     )
                     for dataset, rows in zip(plan.datasets, train_rows, strict=True)
                 ],
@@ -111,7 +110,9 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
             evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
         )
 
-        uploader = Uploader(storage, plan.run_id, _attempt_id(), rank, world_size)
+        attempt = Attempt(name=_attempt_id(), first_step=commit.step if commit else 0, world_size=world_size)
+        lineage = (*(commit.lineage if commit else ()), attempt)
+        uploader = Uploader(storage, plan.run_id, lineage, rank)
 
         def on_evaluation(step: int, epoch: float, metrics: dict[str, float]) -> None:
             if rank == 0:
@@ -121,13 +122,13 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
             if report is not None:
                 report({"step": step, "epoch": epoch, **metrics})
 
-        def on_commit(commit: Commit) -> None:
-            logger.info(
-                "step %d/%d  checkpoint committed: %s", commit.step, plan.num_steps, storage.uri_of(commit.folder)
-            )
+        def on_commit(done: Commit) -> None:
+            logger.info("step %d/%d  checkpoint committed: %s", done.step, plan.num_steps, storage.uri_of(done.folder))
+            retain(storage, plan.run_id, plan.metric, config.checkpoint.keep_last)
 
         trainer.remove_callback(PrinterCallback)
-        record = Record(uploader, plan.num_steps, on_evaluation, on_commit)
+        save_every_steps = config.checkpoint.every_steps
+        record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
         for callback in (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), record):
             trainer.add_callback(callback)
 
@@ -135,7 +136,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         # leaves DistributedDataParallel out without a word, and each rank trains a model of its own.
         args.eval_on_start = commit is None
         if commit is not None:
-            logger.info("resuming from the checkpoint of step %d (%d workers)", commit.step, commit.world_size)
+            logger.info("resuming from the checkpoint of step %d (%d workers)", commit.step, commit.attempt.world_size)
         seconds = {"worker_start": time.monotonic() - started}
         training_started = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume_dir) if resume_dir else None)
@@ -218,16 +219,6 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         arguments["gradient_checkpointing"] = True
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments
-
-
-def text_ids(rows: Any) -> npt.NDArray[np.int64]:
-    """Equal numbers for equal texts: shape (num_rows, num_columns)."""
-    import pyarrow as pa
-
-    table = rows.with_format("arrow")[:]
-    texts = pa.chunked_array([chunk for name in rows.column_names for chunk in table[name].chunks])
-    ids = texts.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(ids.astype(np.int64).reshape(len(rows.column_names), -1).T)
 
 
 def show_metrics(metrics: dict[str, float]) -> str:

@@ -15,6 +15,7 @@ SOURCE = Path(tercet.__file__).parent
 ORDER = [
     "__init__",
     "errors",
+    "crash_point",
     "recipe_yaml",
     "sections",
     "loss_config",
@@ -33,12 +34,17 @@ ORDER = [
     "demo",
     "model_source",
     "sampling",
+    "text_ids",
     "memory",
     "parallelism",
     "dataset_plan",
     "plan",
+    "plan_text",
     "mix",
+    "ledger",
     "checkpoint",
+    "uploader",
+    "verify",
     "report",
     "page",
     "model_card",
@@ -66,7 +72,7 @@ BACKWARD = {
 }
 
 # A file reads in one go. These few are over 300 lines, and may not grow.
-MAX_LINES = {"cli": 356, "storage": 320}
+MAX_LINES = {"cli": 335, "storage": 320}
 
 
 def tree(name: str) -> ast.Module:

@@ -42,7 +42,10 @@ class Batches(BatchSampler):
         numbers: dict[str, int] = {}
         texts = [[numbers.setdefault(row[name], len(numbers)) for name in rows.column_names] for row in rows]
         ids = np.array(texts, dtype=np.int64)
-        self.epochs = [global_batches(len(rows), BATCH_SIZE, SEED, epoch, ids).tolist() for epoch in range(NUM_EPOCHS)]
+        self.epochs = [
+            [batch.tolist() for batch in global_batches(len(rows), BATCH_SIZE, SEED, epoch, ids.__getitem__)]
+            for epoch in range(NUM_EPOCHS)
+        ]
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

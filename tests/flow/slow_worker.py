@@ -1,7 +1,5 @@
 """The worker with a pause after every step of the second epoch, so that a test can kill it in the middle."""
 
-# ruff: noqa: ARG002 - a callback is given more than it needs
-
 from __future__ import annotations
 
 import sys
@@ -13,6 +11,7 @@ from tercet import trainer, worker
 
 class SlowRecord(trainer.Record):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         if state.global_step > 11:
             time.sleep(1)
 

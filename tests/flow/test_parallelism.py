@@ -99,9 +99,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, store: Path, environment: dic
 
 @pytest.fixture(scope="module")
 def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With dropout, and a pooler whose weights are drawn when the model is loaded."""
+    """With dropout, a pooler whose weights are drawn when the model is loaded, and a module that has no weights."""
     folder = tmp_path_factory.mktemp("model") / "dropout"
-    return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dense_features=48, dropout=0.1, pooler=False)
+    options = {"dense_features": 48, "dropout": 0.1, "pooler": False, "normalize": True}
+    return tiny_model.tiny_bert(folder, tiny_model.all_texts(), **options)
 
 
 @pytest.fixture(scope="module")

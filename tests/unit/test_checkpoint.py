@@ -12,9 +12,9 @@ import pytest
 from tercet import checkpoint
 from tercet.checkpoint import (
     COMMIT,
+    Attempt,
     Commit,
     FileRecord,
-    Uploader,
     attempt_folder,
     best_commit,
     commit_step,
@@ -23,9 +23,10 @@ from tercet.checkpoint import (
     publish_best,
     read_best,
     read_commits,
+    retain,
     upload_part,
 )
-from tercet.errors import CorruptObject, StorageError, StorageUnavailable
+from tercet.errors import CorruptObject, StorageUnavailable
 from tercet.storage import LocalStorage
 
 RUN = "r1"
@@ -34,12 +35,18 @@ FILES = {
     "modules.json": b"[]",
     "1_Pooling/config.json": b"{}",
     "optimizer-00000-of-00001.safetensors": b"moments",
+    "ledger-00000-of-00001.npy": b"rows",
     "scheduler.pt": b"rate",
     "trainer_state.json": b"{}",
     "training_args.bin": b"arguments",
     "rng_state_0.pth": b"random",
 }
 MODEL_FILES = {"model.safetensors", "modules.json", "1_Pooling/config.json"}
+
+
+def lineage(name: str, world_size: int = 1) -> tuple[Attempt, ...]:
+    """Of a run that never died."""
+    return (Attempt(name=name, first_step=0, world_size=world_size),)
 
 
 class Recording(LocalStorage):
@@ -82,7 +89,7 @@ def committed(
     weights: bytes = b"weights",
 ) -> Commit:
     upload_part(storage, trained(tmp_path, weights), attempt_folder(RUN, step, attempt), rank=0)
-    return commit_step(storage, RUN, step, step / 10, {"ndcg@10": metric}, attempt, world_size=1, wait_seconds=1)
+    return commit_step(storage, RUN, step, step / 10, {"ndcg@10": metric}, lineage(attempt), wait_seconds=1)
 
 
 def flip_a_byte(storage: LocalStorage, key: str) -> None:
@@ -111,7 +118,7 @@ def test_every_rank_has_its_part_in_it(storage: Recording, tmp_path: Path) -> No
     folder = attempt_folder(RUN, 10, "a")
     upload_part(storage, trained(tmp_path), folder, rank=0)
     upload_part(storage, trained(tmp_path, files={"rng_state_1.pth": b"other"}), folder, rank=1)
-    commit = commit_step(storage, RUN, 10, 1.0, {}, "a", world_size=2, wait_seconds=1)
+    commit = commit_step(storage, RUN, 10, 1.0, {}, lineage("a", 2), wait_seconds=1)
     assert set(commit.files) == {*FILES, "rng_state_1.pth"}
 
 
@@ -119,7 +126,7 @@ def test_a_part_that_does_not_come(storage: Recording, tmp_path: Path) -> None:
     upload_part(storage, trained(tmp_path), attempt_folder(RUN, 10, "a"), rank=0)
     started = time.monotonic()
     with pytest.raises(StorageUnavailable, match=r"rank-1\.json: did not appear in time"):
-        commit_step(storage, RUN, 10, 1.0, {}, "a", world_size=2, wait_seconds=0.2)
+        commit_step(storage, RUN, 10, 1.0, {}, lineage("a", 2), wait_seconds=0.2)
     assert time.monotonic() - started < 3
     assert read_commits(storage, RUN) == []
 
@@ -129,7 +136,7 @@ def test_a_part_that_comes_late_is_waited_for(storage: Recording, tmp_path: Path
     upload_part(storage, trained(tmp_path), folder, rank=0)
     late = threading.Timer(0.2, upload_part, (storage, trained(tmp_path, files={"x": b"x"}), folder, 1))
     late.start()
-    assert "x" in commit_step(storage, RUN, 10, 1.0, {}, "a", world_size=2, wait_seconds=10).files
+    assert "x" in commit_step(storage, RUN, 10, 1.0, {}, lineage("a", 2), wait_seconds=10).files
     late.join()
 
 
@@ -148,7 +155,7 @@ def test_a_damaged_commit_does_not_stand(storage: Recording, tmp_path: Path, wha
     key = f"runs/r1/checkpoints/00000010/{what}"
     storage.put(key, storage.read(key)[:-3])
     second = committed(storage, tmp_path, 10, 0.5, "b", b"second")
-    assert second.attempt == "b"
+    assert second.attempt.name == "b"
     assert fetch_newest(storage, RUN, tmp_path / "here") == second
 
 
@@ -199,7 +206,7 @@ def test_a_damaged_commit_document_is_skipped(
 
 
 def record(step: int, **metrics: float) -> Commit:
-    return Commit(step=step, epoch=1.0, world_size=1, attempt="a", folder="f", metrics=metrics, files={})
+    return Commit(step=step, epoch=1.0, lineage=lineage("a"), folder="f", metrics=metrics, files={})
 
 
 def test_best_is_the_highest_and_the_earlier_of_equals() -> None:
@@ -210,64 +217,79 @@ def test_best_is_the_highest_and_the_earlier_of_equals() -> None:
     assert best_commit(commits, "none") is None
 
 
+# --- what stays -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("best", "kept"), [(10, [40, 30, 10]), (40, [40, 30]), (30, [40, 30]), (20, [40, 30, 20])])
+def test_the_newest_two_and_the_best_stay(storage: Recording, tmp_path: Path, best: int, kept: list[int]) -> None:
+    for step in (10, 20, 30, 40):
+        committed(storage, tmp_path, step, metric=0.9 if step == best else 0.5 - step / 1000)
+        retain(storage, RUN, "ndcg@10", 2)
+        assert step in [commit.step for commit in read_commits(storage, RUN)]
+    left = read_commits(storage, RUN)
+    # Before it was made, the best was the first.
+    assert [commit.step for commit in left] == kept
+    for commit in left:
+        fetch(storage, commit, tmp_path / str(commit.step))
+    assert {key.split("/")[3] for key in storage.list(f"runs/{RUN}/checkpoints")} == {f"{step:08d}" for step in kept}
+
+
+def test_checkpoints_without_an_evaluation_are_not_best(storage: Recording, tmp_path: Path) -> None:
+    committed(storage, tmp_path, 10, metric=0.1)
+    for step in (20, 30, 40):
+        folder = attempt_folder(RUN, step, "a")
+        upload_part(storage, trained(tmp_path), folder, rank=0)
+        commit_step(storage, RUN, step, 1.0, {}, lineage("a"), wait_seconds=1)
+        retain(storage, RUN, "ndcg@10", 2)
+    assert [commit.step for commit in read_commits(storage, RUN)] == [40, 30, 10]
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_half_a_checkpoint_and_is_made_up_for(
+    storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        committed(storage, tmp_path, step, metric=step / 100)
+    delete, deleted = storage.delete, []
+
+    def dies_at_the_second(prefix: str) -> None:
+        if deleted:
+            raise StorageUnavailable("gone")
+        deleted.append(prefix)
+        delete(prefix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", dies_at_the_second)
+        with pytest.raises(StorageUnavailable):
+            retain(storage, RUN, "ndcg@10", 2)
+    assert [commit.step for commit in read_commits(storage, RUN)] == [30, 20]
+    assert storage.list(f"runs/{RUN}/checkpoints/00000010")
+    retain(storage, RUN, "ndcg@10", 2)
+    assert storage.list(f"runs/{RUN}/checkpoints/00000010") == []
+
+
+def test_what_dead_attempts_left_goes_and_what_runs_stays(storage: Recording, tmp_path: Path) -> None:
+    for step, attempt in ((10, "dead"), (20, "dead"), (30, "alive")):
+        upload_part(storage, trained(tmp_path), attempt_folder(RUN, step, attempt), rank=0)
+    committed(storage, tmp_path, 10)
+    committed(storage, tmp_path, 20)
+    retain(storage, RUN, "ndcg@10", 2)
+    folders = {"/".join(key.split("/")[3:5]) for key in storage.list(f"runs/{RUN}/checkpoints")}
+    assert folders == {"00000010/a", "00000010/COMMIT", "00000020/a", "00000020/COMMIT", "00000030/alive"}
+
+
+def test_a_commit_that_cannot_be_read_is_left_to_a_person(storage: Recording, tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        committed(storage, tmp_path, step, metric=step / 100)
+    storage.put(f"runs/{RUN}/checkpoints/00000010/{COMMIT}", b"{")
+    retain(storage, RUN, "ndcg@10", 2)
+    kept = {key.split("/")[3] for key in storage.list(f"runs/{RUN}/checkpoints")}
+    assert kept == {"00000010", "00000030", "00000040"}
+    assert storage.exists(f"{attempt_folder(RUN, 10, 'a')}/model.safetensors")
+
+
 def test_model_files_are_those_without_the_trainers_state() -> None:
     files = {name: FileRecord(sha256="0", num_bytes=1) for name in FILES}
     assert set(record(1).model_copy(update={"files": files}).model_files()) == MODEL_FILES
-
-
-def test_the_uploader_commits_off_the_calling_thread(storage: Recording, tmp_path: Path) -> None:
-    uploader = Uploader(storage, RUN, "a", rank=0, world_size=1)
-    commits: list[tuple[int, int]] = []
-    folders = [trained(tmp_path), trained(tmp_path)]
-    for step, folder in zip((10, 20), folders, strict=True):
-        uploader.submit(folder, step, 1.0, {"m": 0.5}, lambda c: commits.append((c.step, threading.get_ident())))
-    uploader.close()
-    assert [step for step, _ in commits] == [10, 20]
-    assert threading.get_ident() not in {thread for _, thread in commits}
-    assert [commit.step for commit in read_commits(storage, RUN)] == [20, 10]
-    assert not any(folder.exists() for folder in folders)
-
-
-def test_submit_does_not_wait_for_storage(storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, upload = threading.Event(), storage.upload
-    monkeypatch.setattr(storage, "upload", lambda path, key: (go_on.wait(10), upload(path, key)))
-    uploader = Uploader(storage, RUN, "a", rank=0, world_size=1)
-    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
-    assert read_commits(storage, RUN) == []  # and here we are, while it hangs
-    go_on.set()
-    uploader.close()
-    assert len(read_commits(storage, RUN)) == 1
-
-
-def test_only_rank_0_commits(storage: Recording, tmp_path: Path) -> None:
-    uploader = Uploader(storage, RUN, "a", rank=1, world_size=2)
-    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: pytest.fail("rank 1 committed"))
-    uploader.close()
-    assert storage.exists(f"{attempt_folder(RUN, 10, 'a')}/rank-1.json")
-    assert read_commits(storage, RUN) == []
-
-
-@pytest.mark.parametrize("raised_by", ["submit", "close"])
-def test_a_failed_upload_ends_the_run(
-    storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised_by: str
-) -> None:
-    failed = threading.Event()
-
-    def fail(*_: object) -> None:
-        failed.set()
-        raise StorageError("the disk is full")
-
-    monkeypatch.setattr(storage, "upload", fail)
-    uploader = Uploader(storage, RUN, "a", rank=0, world_size=1)
-    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
-    assert failed.wait(5)
-    if raised_by == "submit":
-        time.sleep(0.05)  # the thread keeps the error right after `failed`
-        with pytest.raises(StorageError, match="the disk is full"):
-            uploader.submit(trained(tmp_path), 20, 1.0, {}, lambda _: None)
-    with pytest.raises(StorageError, match="the disk is full"):
-        uploader.close()
-    assert read_commits(storage, RUN) == []
 
 
 def test_best_is_the_model_alone_with_its_card(storage: Recording, tmp_path: Path) -> None:

@@ -343,13 +343,6 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == Config.model_json_schema()
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"), [(0, "0.0 B"), (1023, "1023.0 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
-)
-def test_sizes(num_bytes: int, text: str) -> None:
-    assert cli._size(num_bytes) == text
-
-
 def test_a_reader_that_closes_early_is_no_error() -> None:
     code = "import sys; from tercet.cli import main; sys.exit(main(['schema']))"
     read_end, write_end = os.pipe()

@@ -12,7 +12,7 @@ import pytest
 
 from made import config
 from tercet.errors import PlanError
-from tercet.memory import Memory, choose, fits, memory_of, num_trainable_parameters
+from tercet.memory import Memory, choose, fits, memory_of, num_trainable_parameters, size_text
 from tercet.model_source import ModelFacts
 from tercet.sections import LoraConfig, Parallelism, TrainingConfig, WorkersConfig
 
@@ -308,3 +308,10 @@ def test_the_page_shows_what_the_code_prints() -> None:
     with contextlib.redirect_stdout(printed):
         exec(compile(found[1], "docs/parallelism.md", "exec"), {})
     assert printed.getvalue() == found[2]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0.0 B"), (1023, "1023.0 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
+)
+def test_sizes(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text

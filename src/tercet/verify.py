@@ -1,0 +1,178 @@
+"""Proof from a run's ledger: every step consumed the rows that the order gives it, and every pass each row once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tercet import ledger
+from tercet.checkpoint import Commit, fetch, read_commits
+from tercet.errors import CorruptObject, ObjectNotFound, TrainingError
+from tercet.plan import TrainPlan
+from tercet.sampling import DatasetRows, Rows, TextIds, mixed_batches
+from tercet.storage import Storage
+
+NUM_SHOWN = 5
+
+
+class PassProof(BaseModel):
+    """One pass over one dataset, as far as the run came."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    number: int
+    """From 0."""
+    num_rows: int
+    """Of the dataset that take part."""
+    num_rows_consumed: int
+    """Different ones."""
+    num_rows_repeated: int
+    num_rows_left_out: int
+    """They fill no global batch; 0 for a pass that has not ended."""
+    ended: bool
+
+    def text(self) -> str:
+        """One line."""
+        state = f"{self.num_rows_left_out:,} left out (they fill no batch)" if self.ended else "not ended"
+        repeated = f", WRONG: {self.num_rows_repeated:,} again" if self.num_rows_repeated else " once each"
+        rows = f"{self.num_rows_consumed:,} of {self.num_rows:,} rows{repeated}"
+        return f"{self.dataset}, pass {self.number}: {rows}, {state}"
+
+
+class RowsProof(BaseModel):
+    """What the ledger of a run proves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    num_steps: int
+    """That the newest checkpoint has behind it."""
+    num_planned_steps: int
+    attempts: tuple[str, ...]
+    """The lineage of that checkpoint: each start of the workers that it goes back to, in words."""
+    wrong_steps: tuple[int, ...]
+    """Steps, from 1, that consumed other rows than the order gives them."""
+    passes: tuple[PassProof, ...]
+
+    @property
+    def holds(self) -> bool:
+        """No step consumed other rows, and no pass had a row twice."""
+        return not self.wrong_steps and all(part.num_rows_repeated == 0 for part in self.passes)
+
+    def text(self) -> str:
+        """A few lines."""
+        lines = [f"{self.run_id}: {self.num_steps:,} of {self.num_planned_steps:,} steps", *self.attempts]
+        lines += [part.text() for part in self.passes]
+        if self.wrong_steps:
+            shown = ", ".join(f"{step:,}" for step in self.wrong_steps[:NUM_SHOWN])
+            more = "" if len(self.wrong_steps) <= NUM_SHOWN else f" and {len(self.wrong_steps) - NUM_SHOWN:,} more"
+            lines.append(f"WRONG: step {shown}{more} consumed other rows than the order gives them")
+        elif self.holds:
+            lines.append("every step consumed the rows that the order gives it")
+        return "\n  ".join(lines)
+
+
+def verify_rows(storage: Storage, plan: TrainPlan) -> RowsProof:
+    """Hold the ledger of a run's newest whole checkpoint against the order of rows, which is made again from the data.
+
+    Raises TrainingError while there is no checkpoint, CorruptObject when none can be read."""
+    commit, digests = _newest_ledger(storage, plan)
+    counts = _Counts(plan)
+    wrong = []
+    for step, batch in zip(range(1, len(digests) + 1), _batches(storage, plan), strict=False):
+        counts.add(batch)
+        if ledger.digest(batch) != int(digests[step - 1]):
+            wrong.append(step)
+    ends = [*(attempt.first_step for attempt in commit.lineage[1:]), commit.step]
+    return RowsProof(
+        run_id=plan.run_id,
+        num_steps=len(digests),
+        num_planned_steps=plan.num_steps,
+        attempts=tuple(
+            f"attempt {attempt.name}: steps {attempt.first_step + 1:,} to {end:,} on {attempt.world_size} workers"
+            for attempt, end in zip(commit.lineage, ends, strict=True)
+        ),
+        wrong_steps=tuple(wrong),
+        passes=tuple(counts.passes()),
+    )
+
+
+def _newest_ledger(storage: Storage, plan: TrainPlan) -> tuple[Commit, ledger.Digests]:
+    commits = read_commits(storage, plan.run_id)
+    for commit in commits:
+        names = [path for path in commit.files if path.startswith("ledger-")]
+        with tempfile.TemporaryDirectory(prefix="tercet-ledger-") as folder:
+            try:
+                return commit, ledger.read(fetch(storage, commit, Path(folder), names))
+            except (CorruptObject, ObjectNotFound):
+                continue
+    if commits:
+        raise CorruptObject(f"no checkpoint of run {plan.run_id} has a ledger that can be read")
+    raise TrainingError(f"run {plan.run_id} has no checkpoint yet", hint="a run proves what is committed")
+
+
+def _batches(storage: Storage, plan: TrainPlan) -> Iterator[Rows]:
+    """Every global batch of the run in turn."""
+    from tercet.mix import cache_dir, load_splits, load_train_rows
+    from tercet.text_ids import text_ids
+
+    training = plan.config.training
+    ids: list[TextIds | None] = [None] * len(plan.datasets)
+    if training.no_duplicates:
+        rows = load_train_rows(plan, storage, load_splits(plan, storage))
+        ids = [*(text_ids(each, cache_dir(plan)) for each in rows)]
+    datasets = [
+        DatasetRows(dataset.num_train_rows, dataset.steps_per_epoch, of)
+        for dataset, of in zip(plan.datasets, ids, strict=True)
+    ]
+    for epoch in range(training.num_epochs):
+        yield from mixed_batches(datasets, training.global_batch_size, training.seed, epoch)
+
+
+class _Counts:
+    """How often each row was used in each pass."""
+
+    def __init__(self, plan: TrainPlan) -> None:
+        self._datasets, self._batch_size = plan.datasets, plan.config.training.global_batch_size
+        self._ends = np.cumsum([dataset.num_train_rows for dataset in plan.datasets])
+        self._used = [np.zeros(dataset.num_train_rows, dtype=np.uint8) for dataset in plan.datasets]
+        self._num_batches = [0] * len(plan.datasets)
+        self._passes: list[list[PassProof]] = [[] for _ in plan.datasets]
+
+    def add(self, batch: Rows) -> None:
+        """A global batch, which is of one dataset."""
+        number = int(np.searchsorted(self._ends, batch[0], side="right"))
+        first = 0 if number == 0 else int(self._ends[number - 1])
+        np.add.at(self._used[number], batch - first, 1)
+        self._num_batches[number] += 1
+        if self._num_batches[number] == len(self._used[number]) // self._batch_size:
+            self._close(number, ended=True)
+
+    def passes(self) -> Iterator[PassProof]:
+        """Dataset by dataset, the one that has not ended last."""
+        for number, batches in enumerate(self._num_batches):
+            if batches:
+                self._close(number, ended=False)
+            yield from self._passes[number]
+
+    def _close(self, number: int, ended: bool) -> None:
+        used = self._used[number]
+        num_used = int(np.count_nonzero(used))
+        self._passes[number].append(
+            PassProof(
+                dataset=self._datasets[number].name,
+                number=len(self._passes[number]),
+                num_rows=len(used),
+                num_rows_consumed=num_used,
+                num_rows_repeated=int(used.sum(dtype=np.int64)) - num_used,
+                num_rows_left_out=len(used) - num_used if ended else 0,
+                ended=ended,
+            )
+        )
+        used[:] = 0
+        self._num_batches[number] = 0

@@ -1,0 +1,74 @@
+"""Uploads run beside the training, and none of them fails unnoticed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tercet.checkpoint import attempt_folder, read_commits
+from tercet.errors import StorageError
+from tercet.uploader import Uploader
+from unit.test_checkpoint import RUN, Recording, lineage, trained
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Recording:
+    return Recording(tmp_path / "storage")
+
+
+def test_the_uploader_commits_off_the_calling_thread(storage: Recording, tmp_path: Path) -> None:
+    uploader = Uploader(storage, RUN, lineage("a"), rank=0)
+    commits: list[tuple[int, int]] = []
+    folders = [trained(tmp_path), trained(tmp_path)]
+    for step, folder in zip((10, 20), folders, strict=True):
+        uploader.submit(folder, step, 1.0, {"m": 0.5}, lambda c: commits.append((c.step, threading.get_ident())))
+    uploader.close()
+    assert [step for step, _ in commits] == [10, 20]
+    assert threading.get_ident() not in {thread for _, thread in commits}
+    assert [commit.step for commit in read_commits(storage, RUN)] == [20, 10]
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_submit_does_not_wait_for_storage(storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, upload = threading.Event(), storage.upload
+    monkeypatch.setattr(storage, "upload", lambda path, key: (go_on.wait(10), upload(path, key)))
+    uploader = Uploader(storage, RUN, lineage("a"), rank=0)
+    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
+    assert read_commits(storage, RUN) == []  # and here we are, while it hangs
+    go_on.set()
+    uploader.close()
+    assert len(read_commits(storage, RUN)) == 1
+
+
+def test_only_rank_0_commits(storage: Recording, tmp_path: Path) -> None:
+    uploader = Uploader(storage, RUN, lineage("a", 2), rank=1)
+    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: pytest.fail("rank 1 committed"))
+    uploader.close()
+    assert storage.exists(f"{attempt_folder(RUN, 10, 'a')}/rank-1.json")
+    assert read_commits(storage, RUN) == []
+
+
+@pytest.mark.parametrize("raised_by", ["submit", "close"])
+def test_a_failed_upload_ends_the_run(
+    storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised_by: str
+) -> None:
+    failed = threading.Event()
+
+    def fail(*_: object) -> None:
+        failed.set()
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(storage, "upload", fail)
+    uploader = Uploader(storage, RUN, lineage("a"), rank=0)
+    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
+    assert failed.wait(5)
+    if raised_by == "submit":
+        time.sleep(0.05)  # the thread keeps the error right after `failed`
+        with pytest.raises(StorageError, match="the disk is full"):
+            uploader.submit(trained(tmp_path), 20, 1.0, {}, lambda _: None)
+    with pytest.raises(StorageError, match="the disk is full"):
+        uploader.close()
+    assert read_commits(storage, RUN) == []
