@@ -133,6 +133,13 @@ def test_a_kill_changes_nothing(
     assert len(proof.attempts) == (2 if resumed_from_step else 1)
 
 
+def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str], store: Path) -> None:
+    """With those of the evaluation before, it could be taken for the best."""
+    last, between = commits(store, whole[1])
+    assert (between.step, between.metrics) == (20, {})
+    assert last.metrics.keys() >= {"loss", "ndcg@10"}
+
+
 def test_a_run_that_was_killed_twice_and_moved_to_more_workers(
     model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
