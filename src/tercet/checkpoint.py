@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tercet.crash_point import crash_point
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageUnavailable
+from tercet.lease import Attempt, is_fenced, read_attempts
 from tercet.storage import Storage, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,6 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: str
     num_bytes: int
-
-
-class Attempt(BaseModel):
-    """One start of the worker group, and the step that it went on from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    first_step: int
-    world_size: int
 
 
 class Commit(BaseModel):
@@ -127,8 +119,9 @@ def commit_step(
 ) -> Commit:
     """Called by rank 0: wait for every rank's part, then write COMMIT. The last of `lineage` is the attempt itself.
 
-    When another attempt committed this step before, its commit stands and is returned, unless it is damaged: then it is
-    replaced, or no later attempt could ever get past it. Raises StorageUnavailable when a part does not come."""
+    When another attempt committed this step before, its commit stands and is returned, unless it is damaged, or came
+    too late to count: then it is replaced, or no later attempt could ever get past it. Raises StorageUnavailable when a
+    part does not come."""
     folder = attempt_folder(run_id, step, lineage[-1].name)
     files: dict[str, FileRecord] = {}
     deadline = time.monotonic() + wait_seconds
@@ -140,10 +133,12 @@ def commit_step(
     try:
         storage.put_if_absent(key, commit.model_dump_json(indent=1).encode())
     except AlreadyExists:
-        if (standing := _whole_commit(storage, key)) is not None:
+        standing = _whole_commit(storage, key)
+        if standing is not None and not is_fenced(standing.attempt, step, read_attempts(storage, run_id)):
             logger.warning("step %d was committed by another attempt; its commit stands", step)
             return standing
-        logger.error("step %d was committed by another attempt, but is damaged; it is replaced", step)
+        state = "is damaged" if standing is None else "came too late"
+        logger.error("step %d was committed by another attempt, but that %s; it is replaced", step, state)
         storage.put(key, commit.model_dump_json(indent=1).encode())
     return commit
 
@@ -176,14 +171,20 @@ def _wait_for_part(storage: Storage, key: str, deadline: float) -> dict[str, obj
 
 
 def read_commits(storage: Storage, run_id: str) -> list[Commit]:
-    """Every committed checkpoint of a run, newest first. A damaged COMMIT is skipped with a warning."""
-    commits = []
+    """Every committed checkpoint of a run that counts, newest first. A damaged COMMIT is skipped with a warning, and so
+    is one that an attempt wrote after another had taken over (see lease.py)."""
+    commits, attempts = [], read_attempts(storage, run_id)
     for key in storage.list(checkpoints_prefix(run_id)):
         if key.rsplit("/", 1)[-1] == COMMIT:
             try:
-                commits.append(Commit.model_validate_json(storage.read(key)))
+                commit = Commit.model_validate_json(storage.read(key))
             except (ValueError, CorruptObject):
                 logger.warning("%s: damaged; this checkpoint is skipped", storage.uri_of(key))
+                continue
+            if is_fenced(commit.attempt, commit.step, attempts):
+                logger.warning("%s: of an attempt that had lost the run; it is skipped", storage.uri_of(key))
+            else:
+                commits.append(commit)
     return sorted(commits, key=lambda commit: commit.step, reverse=True)
 
 
@@ -225,14 +226,14 @@ def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
             crash_point("mid_retention", commit.step)
     keys = storage.list(checkpoints_prefix(run_id))
     kept_steps = {folder.rpartition("/")[0] for folder in kept}
-    # A COMMIT that could not be read is left to a person, with its files.
-    damaged = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
+    # A COMMIT that could not be read is left to a person, with its files; one that does not count is to be replaced.
+    left = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
         _step_prefix(run_id, commit.step) for commit in commits
     }
     depth = checkpoints_prefix(run_id).count("/") + 3
     for folder in {"/".join(key.split("/")[:depth]) for key in keys if not key.endswith(f"/{COMMIT}")} - kept:
         step = folder.rpartition("/")[0]
-        if step not in damaged and int(step.rpartition("/")[2]) <= commits[0].step:
+        if step not in left and int(step.rpartition("/")[2]) <= commits[0].step:
             storage.delete(folder if step in kept_steps else step)
 
 

@@ -1,21 +1,23 @@
-"""Named places at which a test can kill this process. Inert unless the environment arms one.
+"""Named places at which a test can kill this process, or make it hang. Inert unless the environment arms one.
 
-    TERCET_CRASH="at=before_commit rank=1 step=8 once=/tmp/fired"
+    TERCET_CRASH="at=before_commit rank=1 step=8 do=kill once=/tmp/fired"
 
-`once` names a file that is made when it fires: where it exists, the place is inert again, so that a restart gets past.
+`do` is kill (SIGKILL) or hang; `once` names a file that is made when it fires: where it exists, the place is inert
+again, so that a restart gets past.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 VARIABLE = "TERCET_CRASH"
 
 
 def crash_point(name: str, step: int | None = None) -> None:
-    """SIGKILL to this very process, if the environment asks for it at this place, step and rank."""
+    """Does what the environment asks for at this place, step and rank."""
     if VARIABLE not in os.environ:
         return
     armed = dict(item.split("=", 1) for item in os.environ[VARIABLE].split())
@@ -27,4 +29,6 @@ def crash_point(name: str, step: int | None = None) -> None:
         Path(armed["once"]).touch(exist_ok=False)
     except FileExistsError:
         return
+    if armed.get("do") == "hang":
+        threading.Event().wait()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,8 +13,10 @@
     │   ├── AccessDenied        5   credentials missing, wrong or expired
     │   ├── BucketNotFound      5   no such bucket
     │   ├── StorageUnavailable  5   no answer after all retries
+    │   ├── LeaseLost           5   another attempt has taken the run over
     │   └── CorruptObject       5   the bytes are not those that were committed (sha256)
     ├── TrainingError           6   training started and did not succeed
+    │   ├── RunIsTaken          6   another attempt at the same run lives
     │   ├── NonFiniteError      6   NaN or Inf in the loss or a metric
     │   └── LearnedNothing      6   the weights did not move
     └── JobError                7   a submitted Ray job failed, or was stopped
@@ -96,6 +98,10 @@ class StorageUnavailable(StorageError):
     """Storage gave no answer after all retries."""
 
 
+class LeaseLost(StorageError):
+    """Another attempt at the same run has taken it over; what this one writes does not count any more."""
+
+
 class CorruptObject(StorageError):
     """The bytes read are not the bytes that were committed."""
 
@@ -104,6 +110,10 @@ class TrainingError(TercetError):
     """Training started and did not succeed."""
 
     exit_code = 6
+
+
+class RunIsTaken(TrainingError):
+    """Another attempt at the same run lives."""
 
 
 class NonFiniteError(TrainingError):

@@ -1,10 +1,12 @@
-"""What ends a run that cannot come out well: numbers not finite, weights that do not move, ranks that differ."""
+"""What ends a run that cannot come out well: bad numbers, weights that do not move, ranks that differ or hang."""
 
 # ruff: noqa: ARG002 - a callback is given more than it needs
 
 from __future__ import annotations
 
+import faulthandler
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +39,36 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         numbers: dict[str, Any] = {name: (logs or {})[name] for name in ("loss", "grad_norm") if name in (logs or {})}
         finite(numbers, f"step {state.global_step}")
+
+
+class Deadline(TrainerCallback):  # type: ignore[misc]
+    """Ends a process that hangs, with the stacks of all its threads on standard error, so that it can be started again.
+
+    By Python's own faulthandler, whose watch does not need the interpreter: a collective that waits for a rank which
+    will never come may hold it."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: for the longest of a step, an evaluation and a checkpoint."""
+        self._seconds = seconds
+
+    def _begin_anew(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        faulthandler.dump_traceback_later(self._seconds, exit=True)
+
+    on_train_begin = on_step_end = on_evaluate = on_prediction_step = on_save = _begin_anew
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class HoldsTheRun(TrainerCallback):  # type: ignore[misc]
+    """Stops an attempt that another one has taken the run from: nothing that it does counts any more."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        """check: raises when the run is lost."""
+        self._check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check()
 
 
 class WeightsMove(TrainerCallback):  # type: ignore[misc]

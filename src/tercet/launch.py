@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import tempfile
+import uuid
 from typing import Any
 
 from tercet.checkpoint import Commit
@@ -88,7 +89,8 @@ def train(plan: TrainPlan) -> None:
     with tempfile.TemporaryDirectory(prefix="tercet-ray-") as folder:
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"plan": plan.model_dump_json()},
+            # All attempts of this launch are one owner's: a restart does not wait for the lease of the one before.
+            train_loop_config={"plan": plan.model_dump_json(), "owner": uuid.uuid4().hex},
             torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers.num_workers, use_gpu=bool(workers.use_gpu), resources_per_worker=_resources(workers)
@@ -129,7 +131,7 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
         ray.train.report(metrics)
 
     try:
-        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report)
+        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report, loop_config["owner"])
     except _FINAL_ERRORS as error:
         return error
     return None

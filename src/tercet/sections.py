@@ -117,6 +117,8 @@ class CheckpointConfig(Section):
     """Between the ends of epochs, each of which has one. A crash costs the steps since the last."""
     keep_last: int = Field(default=2, ge=2)
     """So many of the newest stay in storage, and the best. Two, because the newest may turn out to be damaged."""
+    lease_seconds: PositiveFloat = 60.0
+    """How long an attempt that gives no sign of life keeps the run from another one."""
 
 
 class EvaluationConfig(Section):
@@ -149,6 +151,9 @@ class WorkersConfig(Section):
     cpus_per_worker: PositiveInt = 1
     max_failures: int = Field(default=3, ge=0)
     """How often Ray may restart the workers, from the newest complete checkpoint."""
+    step_timeout_seconds: PositiveInt = 1800
+    """How long a step, an evaluation or a checkpoint may take. A worker that hangs longer ends, with its stacks in the
+    log, and counts as a failure."""
     start_timeout_seconds: PositiveInt = 600
     """How long to wait for the cluster to have room for all workers."""
     cache_dir: str | None = None

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tercet.checkpoint import Attempt, Commit, attempt_folder, commit_step, upload_part
+from tercet.checkpoint import Commit, attempt_folder, commit_step, upload_part
 from tercet.crash_point import crash_point
+from tercet.lease import Attempt
 from tercet.storage import Storage
 
 

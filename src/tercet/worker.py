@@ -7,6 +7,7 @@ There is no Ray in it. It also runs by itself, or under torchrun:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -19,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tercet.checkpoint import Attempt, Commit, fetch, fetch_newest, retain
+from tercet.checkpoint import Commit, fetch, fetch_newest, retain
 from tercet.errors import TercetError
+from tercet.lease import Attempt, Lease
 from tercet.parallelism import deepspeed_settings, environment, fsdp_settings, is_zero, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
@@ -42,8 +44,9 @@ def training_key(run_id: str) -> str:
     return f"runs/{run_id}/training.json"
 
 
-def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
-    """Train this rank's share. `report` gets the metrics of each evaluation, on every rank.
+def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None = None) -> None:
+    """Train this rank's share. `report` gets the metrics of each evaluation, on every rank. `owner` names who starts
+    attempts at this run: one takes over from another of the same owner without waiting.
 
     Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log."""
     started = time.monotonic()
@@ -53,7 +56,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     from transformers import PrinterCallback, set_seed
 
     from tercet.evaluation import make_evaluator
-    from tercet.guards import FiniteLoss, WeightsMove, finite
+    from tercet.guards import Deadline, FiniteLoss, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
     from tercet.mix import cache_dir, load_splits, load_train_rows, together
     from tercet.model import make_model, save_whole
@@ -66,7 +69,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
     prepare_process(plan.parallelism, use_cpu(plan))
     guide = load_guide(config.loss)  # before the arguments: transformers would shard it for ZeRO-3
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder, contextlib.ExitStack() as held:
         # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
         args = SentenceTransformerTrainingArguments(**training_arguments(plan, Path(folder) / "out"))
         # sentence-transformers sets it where there are several ranks, for its own training batches. Here it would only
@@ -78,10 +81,10 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         splits = load_splits(plan, storage)
         train_rows = load_train_rows(plan, storage, splits)
         train = together(train_rows)
-        commit = _resume_point(storage, plan, rank, Path(folder) / "resume")
-        resume_dir = Path(folder) / "resume" if commit else None
+        resume_dir = Path(folder) / "resume"
+        commit, attempt, check = _take_the_run(storage, plan, owner or uuid.uuid4().hex, world_size, resume_dir, held)
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
-        model = make_model(config.model, str(args.device), resume_dir)
+        model = make_model(config.model, str(args.device), resume_dir if commit else None)
         args.prompts = column_prompts(tuple(train.column_names), model.prompts)
         trainer = TercetTrainer(
             batches=RankBatches(
@@ -110,7 +113,6 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
             evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
         )
 
-        attempt = Attempt(name=_attempt_id(), first_step=commit.step if commit else 0, world_size=world_size)
         lineage = (*(commit.lineage if commit else ()), attempt)
         uploader = Uploader(storage, plan.run_id, lineage, rank)
 
@@ -129,7 +131,8 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
         trainer.remove_callback(PrinterCallback)
         save_every_steps = config.checkpoint.every_steps
         record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
-        for callback in (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), record):
+        guards = (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), HoldsTheRun(check))
+        for callback in (*guards, record, Deadline(config.workers.step_timeout_seconds)):
             trainer.add_callback(callback)
 
         # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,
@@ -139,7 +142,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None) -> None:
             logger.info("resuming from the checkpoint of step %d (%d workers)", commit.step, commit.attempt.world_size)
         seconds = {"worker_start": time.monotonic() - started}
         training_started = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(resume_dir) if resume_dir else None)
+        trainer.train(resume_from_checkpoint=str(resume_dir) if commit else None)
         seconds["training"] = time.monotonic() - training_started
         uploader.close()
         seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
@@ -226,28 +229,40 @@ def show_metrics(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _resume_point(storage: Storage, plan: TrainPlan, rank: int, folder: Path) -> Commit | None:
-    """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank."""
-    found = fetch_newest(storage, plan.run_id, folder) if rank == 0 else None
-    commit: Commit | None = _from_rank_0(found)
-    if commit is not None and rank != 0:
-        fetch(storage, commit, folder)
-    return commit
+def _take_the_run(
+    storage: Storage, plan: TrainPlan, owner: str, world_size: int, resume_dir: Path, held: contextlib.ExitStack
+) -> tuple[Commit | None, Attempt, Callable[[], None]]:
+    """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank; this attempt; and what raises on
+    rank 0 once another attempt has taken the run. It is given back when `held` closes."""
+    leases: list[Lease] = []
+
+    def take() -> tuple[Commit | None, Attempt]:
+        leases.append(Lease(storage, plan.run_id, owner, plan.config.checkpoint.lease_seconds))
+        held.callback(leases[0].release)
+        newest = fetch_newest(storage, plan.run_id, resume_dir)
+        return newest, leases[0].begin(uuid.uuid4().hex[:12], newest.step if newest else 0, world_size)
+
+    commit, attempt = _as_rank_0(take)
+    if commit is not None and not leases:
+        fetch(storage, commit, resume_dir)
+    return commit, attempt, leases[0].check if leases else lambda: None
 
 
-def _attempt_id() -> str:
-    """One name for this start of the worker group, the same on every rank."""
-    name: str = _from_rank_0(uuid.uuid4().hex[:12])
-    return name
-
-
-def _from_rank_0(value: Any) -> Any:
+def _as_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank; or raises, on every rank."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return value
-    box = [value]
+        return work()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [work()]
+        except TercetError as error:
+            box = [error]
     dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], TercetError):
+        raise box[0]
     return box[0]
 
 

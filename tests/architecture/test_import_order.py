@@ -42,6 +42,7 @@ ORDER = [
     "plan_text",
     "mix",
     "ledger",
+    "lease",
     "checkpoint",
     "uploader",
     "verify",

@@ -1,5 +1,34 @@
 """What whole runs share."""
 
-from flow.conftest import cache_dir, environment, store, tiny_model_dir, triplets_file
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiny_model
+from faults.runs import settings
+from flow.conftest import cache_dir, check, environment, run_command, store, tiny_model_dir, triplets_file
+from flow.workers import worker_command, write_plan
 
 __all__ = ["cache_dir", "environment", "store", "tiny_model_dir", "triplets_file"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With dropout: random numbers must come back too."""
+    folder = tmp_path_factory.mktemp("model") / "dropout"
+    return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dropout=0.1, pooler=False)
+
+
+@pytest.fixture(scope="session")
+def whole(
+    model: Path, store: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, str]:
+    """Runs that nothing happened to, by number of workers."""
+    folder, runs = tmp_path_factory.mktemp("whole"), {}
+    for num_workers in (1, 2):
+        runs[num_workers] = f"whole-{num_workers}"
+        plan = write_plan(folder, runs[num_workers], model, store, **settings(num_workers))
+        check(run_command(worker_command(plan), environment, folder))
+    return runs

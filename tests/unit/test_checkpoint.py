@@ -12,7 +12,6 @@ import pytest
 from tercet import checkpoint
 from tercet.checkpoint import (
     COMMIT,
-    Attempt,
     Commit,
     FileRecord,
     attempt_folder,
@@ -27,6 +26,7 @@ from tercet.checkpoint import (
     upload_part,
 )
 from tercet.errors import CorruptObject, StorageUnavailable
+from tercet.lease import Attempt, Lease
 from tercet.storage import LocalStorage
 
 RUN = "r1"
@@ -44,9 +44,9 @@ FILES = {
 MODEL_FILES = {"model.safetensors", "modules.json", "1_Pooling/config.json"}
 
 
-def lineage(name: str, world_size: int = 1) -> tuple[Attempt, ...]:
+def lineage(name: str, world_size: int = 1, generation: int = 1) -> tuple[Attempt, ...]:
     """Of a run that never died."""
-    return (Attempt(name=name, first_step=0, world_size=world_size),)
+    return (Attempt(name=name, generation=generation, first_step=0, world_size=world_size),)
 
 
 class Recording(LocalStorage):
@@ -215,6 +215,44 @@ def test_best_is_the_highest_and_the_earlier_of_equals() -> None:
     assert best_commit(reversed(commits), "m") == commits[2]
     assert best_commit(commits, "other") == commits[3]
     assert best_commit(commits, "none") is None
+
+
+# --- what comes too late --------------------------------------------------------------------------------------------
+
+
+def test_what_an_attempt_commits_after_another_took_over_does_not_count(storage: Recording, tmp_path: Path) -> None:
+    """It was cut off from step 10 on, and comes back."""
+    cut_off = Lease(storage, RUN, "one", 60)
+    first = (cut_off.begin("a", 0, 1),)
+    for step in (10, 20):
+        upload_part(storage, trained(tmp_path, b"late"), attempt_folder(RUN, step, "a"), rank=0)
+    commit_step(storage, RUN, 10, 1.0, {"m": 0.5}, first, wait_seconds=1)
+    cut_off.release()
+    lease = Lease(storage, RUN, "two", 60)
+    second = (*first, lease.begin("b", 10, 1))
+    commit_step(storage, RUN, 20, 2.0, {"m": 0.9}, first, wait_seconds=1)  # it believes that this counts
+    assert storage.exists(f"runs/{RUN}/checkpoints/00000020/{COMMIT}")
+    assert [commit.step for commit in read_commits(storage, RUN)] == [10]
+    assert fetch_newest(storage, RUN, tmp_path / "newest") == read_commits(storage, RUN)[0]
+    upload_part(storage, trained(tmp_path, b"right"), attempt_folder(RUN, 20, "b"), rank=0)
+    commit_step(storage, RUN, 20, 2.0, {"m": 0.6}, second, wait_seconds=1)
+    newest = read_commits(storage, RUN)[0]
+    assert (newest.step, newest.attempt.name, newest.metrics) == (20, "b", {"m": 0.6})
+    assert (fetch(storage, newest, tmp_path / "right") / "model.safetensors").read_bytes() == b"right"
+    lease.release()
+
+
+def test_a_late_commit_does_not_replace_one_that_counts(storage: Recording, tmp_path: Path) -> None:
+    lease = Lease(storage, RUN, "one", 60)
+    first = (lease.begin("a", 0, 1),)
+    lease.release()
+    lease = Lease(storage, RUN, "two", 60)
+    second = (lease.begin("b", 0, 1),)
+    for name, attempt in (("b", second), ("a", first)):
+        upload_part(storage, trained(tmp_path), attempt_folder(RUN, 10, name), rank=0)
+        assert commit_step(storage, RUN, 10, 1.0, {}, attempt, wait_seconds=1).attempt.name == "b"
+    assert [commit.attempt.name for commit in read_commits(storage, RUN)] == ["b"]
+    lease.release()
 
 
 # --- what stays -----------------------------------------------------------------------------------------------------

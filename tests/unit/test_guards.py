@@ -1,7 +1,9 @@
-"""Numbers that are not finite, and weights that do not move, end a run."""
+"""Numbers that are not finite, weights that do not move, and what hangs, end a run."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 from tercet import guards
-from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
-from tercet.guards import LEARNED_NOTHING_STEPS, FiniteLoss, WeightsMove, finite
+from tercet.errors import LearnedNothing, LeaseLost, NonFiniteError, TrainingError
+from tercet.guards import LEARNED_NOTHING_STEPS, FiniteLoss, HoldsTheRun, WeightsMove, finite
 
 
 def test_finite_makes_plain_floats() -> None:
@@ -83,3 +85,36 @@ def test_ranks_with_models_of_their_own_are_found(
             run.steps(1, learning_rate=1e-3)
     else:
         run.steps(1, learning_rate=1e-3)
+
+
+DEADLINE = """
+import sys, time
+from tercet.guards import Deadline
+guard = Deadline(1.0)
+guard.on_train_begin(None, None, None)
+for _ in range(4):
+    time.sleep(0.5)
+    guard.on_step_end(None, None, None)
+if sys.argv[1] == "ends":
+    guard.on_train_end(None, None, None)
+def hangs():
+    time.sleep(3)
+hangs()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_what_hangs_ends_with_its_stacks(how: str) -> None:
+    done = subprocess.run([sys.executable, "-c", DEADLINE, how], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (how == "ends")
+    assert ("went on" in done.stdout) == (how == "ends")
+    assert ("in hangs" in done.stderr) == (how == "hangs")
+
+
+def test_an_attempt_that_lost_the_run_stops() -> None:
+    def check() -> None:
+        raise LeaseLost("gone")
+
+    with pytest.raises(LeaseLost):
+        HoldsTheRun(check).on_step_end(None, None, None)

@@ -12,9 +12,10 @@ import pytest
 
 import made
 from tercet import sampling, verify
-from tercet.checkpoint import Attempt, attempt_folder, commit_step, upload_part
+from tercet.checkpoint import attempt_folder, commit_step, upload_part
 from tercet.cli import main
 from tercet.errors import CorruptObject, TrainingError
+from tercet.lease import Attempt
 from tercet.ledger import Ledger, file_name
 from tercet.manifest import read_manifest
 from tercet.plan import TrainPlan, make_plan
@@ -68,7 +69,7 @@ def commit(
     storage: Storage, tmp_path: Path, steps: list[list[int]], step: int, lineage: tuple[Attempt, ...] = ()
 ) -> None:
     """A checkpoint of a run that consumed these rows in its first `step` steps."""
-    lineage = lineage or (Attempt(name="a", first_step=0, world_size=2),)
+    lineage = lineage or (Attempt(name="a", generation=1, first_step=0, world_size=2),)
     for rank in range(lineage[-1].world_size):
         ledger = Ledger()
         for rows in steps[:step]:
@@ -99,7 +100,10 @@ def test_a_whole_run(storage: Storage, tmp_path: Path, plan: Callable[..., Train
 
 def test_a_mix_and_a_run_that_has_not_ended(storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan]) -> None:
     made_plan = plan("docs", no_duplicates=False)
-    lineage = (Attempt(name="a", first_step=0, world_size=1), Attempt(name="b", first_step=5, world_size=2))
+    lineage = (
+        Attempt(name="a", generation=1, first_step=0, world_size=1),
+        Attempt(name="b", generation=2, first_step=5, world_size=2),
+    )
     commit(storage, tmp_path, consumed(made_plan), made_plan.num_steps - 3, lineage)
     proof = verify_rows(storage, made_plan)
     assert proof.holds
