@@ -174,8 +174,12 @@ def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
         parts = [
             json.loads((model_folder(trained, commit) / f"rank-{rank}.json").read_text()).keys() for rank in (0, 1)
         ]
-        assert {"optimizer-00001-of-00002.safetensors", "rng_state_1.pth"} == parts[1] - parts[0]
-        assert {"optimizer-00000-of-00002.safetensors", "rng_state_0.pth", "model.safetensors"} <= parts[0]
+        of_rank = [
+            {f"optimizer-0000{n}-of-00002.safetensors", f"ledger-0000{n}-of-00002.npy", f"rng_state_{n}.pth"}
+            for n in (0, 1)
+        ]
+        assert of_rank[1] == parts[1] - parts[0]
+        assert {*of_rank[0], "model.safetensors"} <= parts[0]
         sizes = [commit.files[f"optimizer-0000{rank}-of-00002.safetensors"].num_bytes for rank in (0, 1)]
         assert max(sizes) < 1.5 * min(sizes)
 

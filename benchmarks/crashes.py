@@ -1,0 +1,91 @@
+"""Kill a run at random, start it again, and compare the bits: how often does a crash change something?
+
+python benchmarks/crashes.py [--trials 60] [--seed 0]
+
+The runs of tests/faults: a tiny model with dropout, gradient accumulation, 22 steps, a checkpoint every 4 steps, one or
+two CPU workers. Each trial draws the number of workers, and the rank, the place and the step of one or two kills (the
+second hits the run that goes on), and then lets it end. Compared with a run that nothing happened to: sha256 of weights,
+optimizer, schedule and random numbers, the metrics of every evaluation, the ledger, and which checkpoints are left.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+import tiny_model  # noqa: E402
+from faults.runs import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts  # noqa: E402
+from flow.conftest import check, run_command  # noqa: E402
+from flow.workers import training_log, worker_command, write_plan  # noqa: E402
+from tercet.crash_point import VARIABLE  # noqa: E402
+from tercet.shards import build_version  # noqa: E402
+from tercet.storage import open_storage  # noqa: E402
+
+AT_EVERY_STEP = ("before_step", "after_backward", "after_step")
+AT_CHECKPOINTS = ("before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention")
+AT_EVALUATIONS = {"in_evaluation": (0, 11, 22)}
+
+
+def draw(rng: random.Random, num_workers: int) -> tuple[str, int, int]:
+    """Place, step and rank. Only rank 0 commits and deletes."""
+    place = rng.choice((*AT_EVERY_STEP, *AT_CHECKPOINTS, *AT_EVALUATIONS))
+    steps = range(1, NUM_STEPS + 1) if place in AT_EVERY_STEP else AT_EVALUATIONS.get(place, CHECKPOINTS)
+    rank = 0 if place in ("after_commit", "mid_retention") else rng.randrange(num_workers)
+    return place, rng.choice(list(steps)), rank
+
+
+def main() -> None:
+    """One line a trial, then the sum."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    num_equal = num_kills = 0
+    restarts: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        store = folder / "store"
+        model = tiny_model.tiny_bert(folder / "model", tiny_model.all_texts(), dropout=0.1, pooler=False)
+        build_version([tiny_model.write_triplets(folder / "t.jsonl")], open_storage(str(store)), "tiny", group="group")
+        own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **own, "PYTHON": sys.executable}
+        expected = {}
+        for num_workers in (1, 2):
+            plan = write_plan(folder, f"whole-{num_workers}", model, store, **settings(num_workers))
+            check(run_command(worker_command(plan), environment, folder))
+            expected[num_workers] = what_counts(store, f"whole-{num_workers}")
+        for trial in range(arguments.trials):
+            num_workers, run_id, said = rng.choice((1, 2)), f"trial-{trial}", []
+            plan = write_plan(folder, run_id, model, store, **settings(num_workers))
+            for number in range(rng.choice((1, 2))):
+                place, step, rank = draw(rng, num_workers)
+                fired = folder / f"fired-{trial}-{number}"
+                armed = f"at={place} step={step} rank={rank} once={fired}"
+                run_command(worker_command(plan), {**environment, VARIABLE: armed}, folder)
+                num_kills += fired.exists()
+                said.append(f"{place} {step} rank {rank}" + ("" if fired.exists() else " (not reached)"))
+            started = time.time()
+            check(run_command(worker_command(plan), environment, folder))
+            if (first_step := training_log(store, run_id)["first_step_unix_seconds"]) is not None:
+                restarts.append(first_step - started)
+            equal = what_counts(store, run_id) == expected[num_workers]
+            proof(store, folder / f"{run_id}.yaml", run_id)
+            num_equal += equal
+            print(
+                f"{trial:>3}  {'equal' if equal else 'DIFFERENT'}  {num_workers} workers: {'; '.join(said)}", flush=True
+            )
+    print(f"\nseed {arguments.seed}: {num_equal} of {arguments.trials} runs equal after {num_kills} kills")
+    quantiles = statistics.quantiles(restarts, n=20) if len(restarts) > 1 else restarts * 19
+    print(f"from the command to the first step of the last start: p50 {quantiles[9]:.1f} s, p95 {quantiles[18]:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
