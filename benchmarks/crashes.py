@@ -4,8 +4,9 @@ python benchmarks/crashes.py [--trials 60] [--seed 0]
 
 The runs of tests/faults: a tiny model with dropout, gradient accumulation, 22 steps, a checkpoint every 4 steps, one or
 two CPU workers. Each trial draws the number of workers, and the rank, the place and the step of one or two kills (the
-second hits the run that goes on), and then lets it end. Compared with a run that nothing happened to: sha256 of weights,
-optimizer, schedule and random numbers, the metrics of every evaluation, the ledger, and which checkpoints are left.
+second hits the run that goes on), and then lets it end. Compared with a run that nothing happened to: sha256 of
+weights, optimizer, schedule and random numbers, the metrics of every evaluation, the ledger, and which checkpoints are
+left.
 """
 
 import argparse

@@ -85,10 +85,11 @@ class Lease:
     """Held by rank 0 of an attempt, and renewed by a thread of its own until `release`."""
 
     def __init__(self, storage: Storage, run_id: str, owner: str, seconds: float) -> None:
-        """Take the run. An attempt of the same owner is taken over at once, and one that is surely gone. Any other gets
-        the length of the lease to show that it lives.
+        """Take the run. An attempt of the same owner is taken over at once, and one that is surely gone; any other when
+        it gave no sign of life for the length of the lease. The workers of a driver that was just killed live on for a
+        while, so they get that length to end.
 
-        Raises RunIsTaken when it does."""
+        Raises RunIsTaken when it still lives after twice the length."""
         self._storage, self._run_id, self._seconds = storage, run_id, seconds
         self._holder, self._token = _take(storage, run_id, owner, seconds)
         self._lost: LeaseLost | None = None
@@ -151,27 +152,26 @@ class Lease:
 
 
 def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Holder, str]:
-    seen: tuple[str | None, float] = (None, time.monotonic())
-    told = False
+    began = heard = time.monotonic()
+    held, last_token = _read(storage, run_id)
+    if held is not None and held.owner != owner and not held.is_gone():
+        logger.info("run %s is held: %s; if that is dead, it is taken over in %.0f s", run_id, held.text(), seconds)
     while True:
         held, token = _read(storage, run_id)
         now = time.monotonic()
-        if held is None or held.owner == owner or held.is_gone() or (token == seen[0] and now - seen[1] > seconds):
+        if token != last_token:  # a sign of life
+            last_token, heard = token, now
+        if held is None or held.owner == owner or held.is_gone() or now - heard > seconds:
             holder = _next_holder(held, owner)
             try:
                 return holder, storage.compare_and_swap(lease_key(run_id), _as_bytes(holder), token)
             except Conflict:
                 continue  # someone else was quicker, or it lives: look again
-        if seen[0] is not None and token != seen[0]:
+        if now - began > 2 * seconds:
             raise RunIsTaken(
                 f"run {run_id} is being trained: {held.text()}",
                 hint="wait for it, or choose another --run-id; if it dies, the same command takes over",
             )
-        if seen[0] is None:
-            seen = (token, now)
-        if not told:
-            logger.info("run %s is held: %s; if that is dead, it is taken over in %.0f s", run_id, held.text(), seconds)
-            told = True
         time.sleep(seconds / POLLS_PER_LEASE)
 
 

@@ -19,7 +19,7 @@ SLOW = Path(__file__).parents[1] / "flow" / "slow_worker.py"
 
 @contextmanager
 def slow_worker(plan: Path, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """One that rests a second after each step of the second epoch; killed at the end if it still runs."""
+    """One that rests after each step of the second epoch; killed at the end if it still runs."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, str(SLOW), str(plan)], env=environment, cwd=plan.parent, stdout=file, stderr=file
@@ -56,7 +56,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
 def test_the_second_of_two_is_told_who_runs(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=4))
+    plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=2))
     with slow_worker(plan, environment, tmp_path / "two.log") as first:
         _wait_until(lambda: bool(commits(store, "two")), first)
         second = run_command(worker_command(plan), environment, tmp_path)

@@ -1,4 +1,4 @@
-"""The worker with a pause after every step of the second epoch, so that a test can kill it in the middle."""
+"""The worker with a pause after every step of the second epoch, so that a test can do something meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SlowRecord(trainer.Record):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step > 11:
-            time.sleep(1)
+            time.sleep(2.5)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,10 +58,22 @@ def test_what_was_given_back_is_taken_at_once(storage: LocalStorage) -> None:
 
 def test_one_that_lives_is_named(storage: LocalStorage) -> None:
     lease = Lease(storage, "r", "one", SECONDS)
+    started = time.monotonic()
     with pytest.raises(RunIsTaken, match=f"run r is being trained: process {os.getpid()} on .* since 20.* UTC"):
         Lease(storage, "r", "two", SECONDS)
+    assert 2 * SECONDS < time.monotonic() - started < 30 * SECONDS
     lease.check()
     lease.release()
+
+
+def test_one_that_dies_while_another_waits_is_taken_over(storage: LocalStorage) -> None:
+    """As the workers of a driver that was killed."""
+    of_elsewhere(storage)
+    dying = threading.Timer(SECONDS / 2, lambda: of_elsewhere(storage, num_renewals=1))
+    dying.start()
+    Lease(storage, "r", "two", SECONDS).release()
+    dying.join()
+    assert holder(storage).generation == 4
 
 
 def test_one_that_gives_no_sign_of_life_is_taken_over(storage: LocalStorage) -> None:
@@ -157,7 +170,7 @@ def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:
         "from tercet.lease import Lease\n"
         "from tercet.storage import open_storage\n"
         "try:\n"
-        "    lease = Lease(open_storage(sys.argv[1]), 'r', sys.argv[2], 4)\n"
+        "    lease = Lease(open_storage(sys.argv[1]), 'r', sys.argv[2], 3)\n"
         "except RunIsTaken:\n"
         "    print('taken')\n"
         "else:\n"
