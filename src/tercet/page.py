@@ -26,7 +26,8 @@ def html(report: RunReport, log_history: list[dict[str, Any]], recipe_yaml: str)
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(report.run_id)}</title><style>{_STYLE}</style>",
         f"<h1>{escape(report.name)}</h1><p class=sub>run {escape(report.run_id)} · {report.status} · "
-        f"{escape(report.dataset)} {report.dataset_version} · {report.num_workers} worker(s)</p>",
+        f"{escape(report.dataset)} {report.dataset_version} · {report.num_workers} worker(s), "
+        f"{report.num_attempts} attempt(s)</p>",
     ]
     if report.metrics is None:
         parts.append(

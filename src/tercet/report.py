@@ -46,6 +46,8 @@ class RunReport(_Document):
     """Each dataset that was trained on, in words, with version, rows, weight and steps; see TrainPlan.shares."""
     num_rows: dict[str, int]
     num_workers: int
+    num_attempts: int = 1
+    """Starts of the workers. Each but the first went on from a checkpoint, or from nothing where there was none."""
     metric: str
     num_steps: int
     metrics: RunMetrics | None = None
@@ -70,7 +72,9 @@ def screen(report: RunReport, next_commands: list[tuple[str, str]]) -> str:
         f"train {rows['train']:,}  eval {rows['eval']:,}  test {rows['test']:,} rows"
     )
     lines += [f"  mix      {part}" for part in report.mix]
-    lines.append(f"  trained  {report.num_steps} steps on {report.num_workers} worker{'s' * (report.num_workers > 1)}")
+    attempts = "" if report.num_attempts == 1 else f", in {report.num_attempts} attempts"
+    workers = f"{report.num_workers} worker{'s' * (report.num_workers > 1)}"
+    lines.append(f"  trained  {report.num_steps} steps on {workers}{attempts}")
     if report.status == "failed" or report.metrics is None:
         lines += ["", f"  failed in stage `{report.failed_stage}`: {report.error}"]
     else:

@@ -16,6 +16,7 @@ from tercet import launch
 from tercet.checkpoint import best_commit, publish_best, read_commits
 from tercet.config import Config
 from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.lease import read_attempts
 from tercet.manifest import read_manifest
 from tercet.model_card import model_card
 from tercet.model_source import locate, read_facts
@@ -213,6 +214,7 @@ def _report(
         mix=plan.shares,
         num_rows=plan.num_rows,
         num_workers=plan.config.workers.num_workers,
+        num_attempts=max(len(read_attempts(storage, plan.run_id)), 1),
         metric=plan.metric,
         num_steps=plan.num_steps,
         metrics=metrics,

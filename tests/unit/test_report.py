@@ -51,6 +51,7 @@ def test_the_screen_of_a_failed_run() -> None:
     shown = screen(failed, [])
     assert "failed in stage `train`: no weight moved" in shown
     assert "on 1 worker\n" in shown
+    assert "on 2 workers, in 3 attempts\n" in screen(made.report(num_attempts=3), [])
     assert "model  " not in shown
     assert "Next:" not in shown
 
