@@ -92,4 +92,5 @@ if mode == "sharded":
         results["trained"] = measure({split: Dataset.from_dict(columns) for split, columns in case.items()})
 Path(out, f"{rank}.json").write_text(json.dumps(results))
 torch.save(embeddings, Path(out, f"{rank}.pt"))
+dist.barrier()  # none takes its end of a connection away while another still uses it
 dist.destroy_process_group()
