@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from faults.runs import proof, settings, what_counts
 from flow.conftest import check, run_command
-from flow.workers import commits, worker_command, write_plan
+from flow.workers import commits, wait_until, worker_command, write_plan
 
 SLOW = Path(__file__).parents[1] / "flow" / "slow_worker.py"
 
@@ -37,7 +37,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
     plan = write_plan(tmp_path, "cut-off", model, store, **settings(lease_seconds=3))
     log = tmp_path / "cut-off.log"
     with slow_worker(plan, environment, log) as cut_off:
-        _wait_until(lambda: any(commit.step == 12 for commit in commits(store, "cut-off")), cut_off)
+        wait_until(lambda: any(commit.step == 12 for commit in commits(store, "cut-off")), cut_off)
         cut_off.send_signal(signal.SIGSTOP)  # no more renewals, and all that it holds stays in its memory
         started = time.monotonic()
         second = check(run_command(worker_command(plan), environment, tmp_path))
@@ -58,17 +58,9 @@ def test_the_second_of_two_is_told_who_runs(
 ) -> None:
     plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=2))
     with slow_worker(plan, environment, tmp_path / "two.log") as first:
-        _wait_until(lambda: bool(commits(store, "two")), first)
+        wait_until(lambda: bool(commits(store, "two")), first)
         second = run_command(worker_command(plan), environment, tmp_path)
         assert second.returncode != 0
         assert f"RunIsTaken: run two is being trained: process {first.pid} on" in second.stdout
         assert first.wait(timeout=120) == 0
     assert what_counts(store, "two") == what_counts(store, whole[1])
-
-
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

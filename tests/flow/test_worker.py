@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from flow.workers import (
     model_folder,
     torchrun,
     training_log,
+    wait_until,
     weights,
     worker_command,
     write_plan,
@@ -116,7 +115,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
         slow = [sys.executable, str(Path(__file__).with_name("slow_worker.py")), str(killed)]
         process = subprocess.Popen(slow, env=environment, cwd=tmp_path, stdout=log, stderr=log)
         try:
-            _wait_until(lambda: bool(commits(store, "killed")), process)
+            wait_until(lambda: bool(commits(store, "killed")), process)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait(timeout=20)
@@ -129,14 +128,6 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
     assert [commit.step for commit in commits(store, "killed")] == [33, 22, 11]
     assert largest_difference(final_weights(store, "whole"), final_weights(store, "killed")) == 0.0
     assert commits(store, "killed")[0].metrics == commits(store, "whole")[0].metrics
-
-
-def _wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(

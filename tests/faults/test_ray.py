@@ -1,0 +1,59 @@
+"""Under Ray: a worker that dies is started again, and a driver that dies while it publishes is made up for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+import tiny_model
+from faults.runs import proof, settings, what_counts
+from flow.conftest import check, run_command, tercet
+from flow.workers import training_log
+from tercet.checkpoint import read_best
+from tercet.crash_point import VARIABLE
+from tercet.storage import open_storage
+
+
+def report(store: Path, run_id: str) -> Any:
+    return json.loads((store / "runs" / run_id / "report.json").read_text())
+
+
+def test_ray_starts_dead_workers_again_and_nothing_changes(
+    whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The new workers do not wait for the lease of the dead ones: both are of one launch."""
+    sections = settings(num_workers=2, lease_seconds=600)
+    sections["workers"] = {**sections["workers"], "max_failures": 1}
+    recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **sections)
+    armed = {VARIABLE: f"at=before_commit rank=0 step=12 once={tmp_path / 'fired'}"}
+    command = tercet("train", recipe, "--run-id", "ray")
+    done = check(run_command(command, {**environment, **armed}, tmp_path, timeout=240))
+    assert (tmp_path / "fired").exists()
+    assert "in 2 attempts" in done.stdout
+    assert report(store, "ray")["num_attempts"] == 2
+    assert training_log(store, "ray")["resumed_from_step"] == 11
+    assert what_counts(store, "ray") == what_counts(store, whole[2])
+    assert len(proof(store, recipe, "ray").attempts) == 2
+
+
+def test_a_driver_that_dies_while_it_publishes(
+    model: Path, store: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings())
+    command = tercet("train", recipe, "--run-id", "publishing")
+    armed = {VARIABLE: f"at=before_publish once={tmp_path / 'fired'}"}
+    died = run_command(command, {**environment, **armed}, tmp_path, timeout=240)
+    assert (tmp_path / "fired").exists(), died.stdout[-3000:]
+    storage = open_storage(str(store))
+    assert (store / "runs/publishing/best/model.safetensors").exists()
+    assert read_best(storage, "publishing") is None  # without its COMMIT it does not exist
+
+    done = check(run_command(command, environment, tmp_path, timeout=240))
+    assert "is better than the baseline" in done.stdout
+    assert report(store, "publishing")["num_attempts"] == 1  # nothing was trained again
+    best = read_best(storage, "publishing")
+    assert best is not None
+    assert load_file(store / best.folder / "model.safetensors").keys()
