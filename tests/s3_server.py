@@ -26,7 +26,7 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,6 +298,9 @@ def moto() -> Iterator[S3Server]:
 # --- a proxy with faults --------------------------------------------------------------------------------------------
 
 
+REFUSALS = {"refuse": (503, ""), "forgotten": (404, "NoSuchUpload"), "expired": (400, "ExpiredToken")}
+
+
 class FaultyProxy:
     """Stands before a real server and does to chosen requests what networks do. Everything else passes unchanged.
 
@@ -306,14 +309,18 @@ class FaultyProxy:
     lose_reply  the server does it, the client never hears of it
     refuse      503, without asking the server
     forgotten   404 NoSuchUpload, without asking the server
+    expired     400 ExpiredToken, without asking the server
     flip        one bit of the answer's body is another
     cut         half of the answer's body, then the connection closes
     stall       no answer until the proxy closes
     pass        none, to reach the request after this one
+
+    `decide(method, path)` chooses the fault of every request for which none is queued.
     """
 
     def __init__(self, server: S3Server) -> None:
         self.faults: list[tuple[str, str]] = []
+        self.decide: Callable[[str, str], str | None] = lambda method, path: None  # noqa: ARG005
         self.requests: list[str] = []
         self._closing = threading.Event()
         upstream = server.endpoint_url.removeprefix("http://")
@@ -328,15 +335,16 @@ class FaultyProxy:
 
             def pass_on(self) -> None:
                 proxy.requests.append(f"{self.command} {self.path}")
-                fault = proxy._fault_for(self.command)
+                fault = proxy._fault_for(self.command) or proxy.decide(self.command, self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if fault == "stall":
                     proxy._closing.wait()
                     self.close_connection = True
                     return
-                if fault in ("refuse", "forgotten"):
-                    text = b"<Error><Code>NoSuchUpload</Code></Error>" if fault == "forgotten" else b""
-                    self.send_response(404 if fault == "forgotten" else 503)
+                if fault in REFUSALS:
+                    status, code = REFUSALS[fault]
+                    text = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+                    self.send_response(status)
                     self.send_header("Content-Length", str(len(text)))
                     self.end_headers()
                     self.wfile.write(text)

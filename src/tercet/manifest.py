@@ -185,7 +185,7 @@ def _move_head(storage: Storage, name: str, version: str) -> None:
         try:
             storage.compare_and_swap(key, (json.dumps(new) + "\n").encode(), token)
         except Conflict:
-            time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 6)))
+            time.sleep(random.SystemRandom().uniform(0, 0.01 * 2 ** min(attempt, 6)))
         else:
             return
     raise Conflict(

@@ -187,7 +187,8 @@ class S3Storage(Storage):
             except _client_errors() as error:
                 self._answered |= bool(getattr(error, "response", None))
                 problem = self._explain(error, name)
-                pause = random.uniform(0, min(5.0, 0.2 * 2**number))
+                # Not Python's own random numbers: those are the training's, and alike on all ranks.
+                pause = random.SystemRandom().uniform(0, min(5.0, 0.2 * 2**number))
                 if not isinstance(problem, StorageUnavailable) or pause > deadline.left():
                     raise problem from error
                 log.warning("%s; trying again", problem)

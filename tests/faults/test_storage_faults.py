@@ -1,0 +1,132 @@
+"""A run through a bad network to S3: what comes out is what a good one gives; what it cannot get past, it says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tiny_model
+from conftest import use
+from faults.runs import proof, settings, what_counts
+from flow.conftest import check, run_command
+from flow.workers import make_plan, worker_command
+from s3_server import FaultyProxy, S3Server
+from tercet.crash_point import VARIABLE
+from tercet.shards import build_version
+from tercet.storage import Storage, open_storage
+
+SHARE = 0.1  # of all requests
+
+
+@pytest.fixture
+def proxy(rgw_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(use(rgw_s3, monkeypatch))
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def storage(rgw_s3: S3Server, proxy: FaultyProxy, triplets_file: Path) -> Storage:
+    """With the dataset; the test itself does not go through the proxy."""
+    assert proxy.requests == []
+    storage = open_storage(f"{rgw_s3.new_bucket()}/p")
+    build_version([triplets_file], storage, "tiny", group="group")
+    return storage
+
+
+def write_recipe(folder: Path, model: Path, storage: Storage, proxy: FaultyProxy) -> Path:
+    where = {"uri": storage.uri, "endpoint_url": proxy.endpoint_url}
+    return tiny_model.write_recipe(folder / "recipe.yaml", model, "unused", storage=where, **settings())
+
+
+def command_of(recipe: Path, run_id: str) -> list[str]:
+    plan = recipe.with_suffix(".json")
+    plan.write_text(make_plan(recipe, run_id).model_dump_json(), encoding="utf-8")
+    return worker_command(plan)
+
+
+def environment_of(server: S3Server, environment: dict[str, str], cache: Path) -> dict[str, str]:
+    """With credentials, and a cache that has nothing yet: the shards come through the proxy too."""
+    keys = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+    return {**environment, **keys, "AWS_EC2_METADATA_DISABLED": "true", "TERCET_CACHE_DIR": str(cache)}
+
+
+def on_this_disk(storage: Storage, run_id: str, folder: Path) -> Path:
+    """A copy of a run, each object checked by its hash."""
+    for key in storage.list(f"runs/{run_id}"):
+        storage.download(key, folder / key)
+    return folder
+
+
+def test_a_killed_run_through_a_bad_network_changes_nothing(
+    whole: dict[int, str],
+    rgw_s3: S3Server,
+    storage: Storage,
+    proxy: FaultyProxy,
+    model: Path,
+    store: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """One request in ten is refused, or answered with a flipped bit, half an answer, or none."""
+    rng, done = random.Random(1), []
+
+    def decide(method: str, path: str) -> str | None:
+        if rng.random() >= SHARE:
+            return None
+        # A list carries no hash, so nobody could tell a flipped bit of it.
+        reads = ["cut", "refuse"] if "list-type" in path else ["cut", "flip"]
+        faults = reads if method == "GET" else ["refuse", "lose_reply"]
+        done.append(rng.choice(faults))
+        return done[-1]
+
+    recipe = write_recipe(tmp_path, model, storage, proxy)
+    command = command_of(recipe, "bad-network")
+    there = environment_of(rgw_s3, environment, tmp_path / "cache")
+    proxy.decide = decide
+    armed = {VARIABLE: f"at=before_commit step=12 once={tmp_path / 'fired'}"}
+    died = run_command(command, {**there, **armed}, tmp_path, timeout=240)
+    assert (tmp_path / "fired").exists(), died.stdout[-3000:]
+    check(run_command(command, there, tmp_path, timeout=240))
+    proxy.decide = lambda method, path: None  # noqa: ARG005
+    assert len(done) > 20
+    assert {"refuse", "lose_reply", "flip", "cut"} == set(done)
+    copy = on_this_disk(storage, "bad-network", tmp_path / "copy")
+    assert what_counts(copy, "bad-network") == what_counts(store, whole[1])
+    (copy / "datasets").symlink_to(store / "datasets")
+    local = tiny_model.write_recipe(tmp_path / "local.yaml", model, copy, **settings())
+    assert len(proof(copy, local, "bad-network").attempts) == 2
+
+
+def test_credentials_that_expire_amid_a_run(
+    whole: dict[int, str],
+    rgw_s3: S3Server,
+    storage: Storage,
+    proxy: FaultyProxy,
+    model: Path,
+    store: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """The run ends at once and says why, and goes on with new ones."""
+    command = command_of(write_recipe(tmp_path, model, storage, proxy), "expired")
+    there = environment_of(rgw_s3, environment, tmp_path / "cache")
+    expired = []
+
+    def decide(_: str, path: str) -> str | None:
+        if "checkpoints/00000016" in path or expired:
+            expired.append(path)
+            return "expired"
+        return None
+
+    proxy.decide = decide
+    died = run_command(command, there, tmp_path, timeout=120)
+    assert died.returncode != 0
+    assert "AccessDenied" in died.stdout
+    proxy.decide = lambda method, path: None  # noqa: ARG005
+    done = check(run_command(command, there, tmp_path, timeout=120))
+    assert "resuming from the checkpoint of step 12" in done.stdout
+    assert what_counts(on_this_disk(storage, "expired", tmp_path / "copy"), "expired") == what_counts(store, whole[1])
