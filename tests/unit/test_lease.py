@@ -17,7 +17,7 @@ from tercet.errors import CorruptObject, LeaseLost, RunIsTaken, StorageUnavailab
 from tercet.lease import Attempt, Holder, Lease, is_fenced, lease_key, read_attempts
 from tercet.storage import LocalStorage, Storage, open_storage
 
-SECONDS = 0.4
+SECONDS = 1.0
 
 
 @pytest.fixture
