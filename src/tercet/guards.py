@@ -17,6 +17,8 @@ from tercet.sharding import local_values, reshard
 
 # After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
 LEARNED_NOTHING_STEPS = 5
+# A weight of 0 moves at any learning rate above 0, by 1e-30 if need be. That is no sign of learning: 1e-12 is.
+SMALLEST_SQUARE = 1e-24
 
 
 def finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
@@ -101,7 +103,7 @@ class WeightsMove(TrainerCallback):  # type: ignore[misc]
                 f"after {num_steps} steps the ranks hold different weights: gradients are not averaged among them",
                 hint="this is a fault of tercet or of the installed accelerate; a run on one worker is right",
             )
-        if torch.equal(now, self._start):
+        if not ((now != self._start) & ((self._start > 0) | (now > SMALLEST_SQUARE))).any():
             raise LearnedNothing(
                 f"no weight moved in the first {num_steps} steps: this run would learn nothing",
                 hint="is the model frozen, the learning rate 0, or the optimizer built over other parameters?",

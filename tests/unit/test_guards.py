@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -71,6 +72,61 @@ def test_moving_once_is_enough_and_the_look_is_taken_once() -> None:
     run = Run()
     run.steps(1, learning_rate=1e-3)
     run.steps(LEARNED_NOTHING_STEPS, learning_rate=0.0)
+
+
+def train(run: Run, cause: str, num_steps: int) -> None:
+    """Real steps of a real optimizer, with something wrong, or nothing."""
+    model = run.model
+    torch.nn.init.zeros_(model.bias)
+    run.guard.on_train_begin(None, run.state, None, model=model)
+    if cause == "frozen":
+        model.requires_grad_(False)
+    trained = copy.deepcopy(model) if cause == "optimizer over a copy" else model
+    rates = {"learning rate 0": 0.0, "a learning rate that moves zeros alone": 1e-30}
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=rates.get(cause, 1e-5), weight_decay=0.0)
+    scale = 3e38 if cause == "overflow at every step" else 1.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=0.999)
+    other = torch.nn.Parameter(torch.ones(1))
+    for _ in range(num_steps):
+        output = model(torch.ones(4, 3))
+        if cause in ("detached loss", "frozen"):
+            output = output.detach() * other
+        optimizer.zero_grad()
+        scaler.scale(100 * output.square().sum()).backward()
+        if any(parameter.grad is not None for parameter in trained.parameters()):
+            scaler.step(optimizer)
+            scaler.update()
+        run.state.global_step += 1
+        run.guard.on_step_end(None, run.state, None, model=model)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "learning rate 0",
+        "a learning rate that moves zeros alone",
+        "frozen",
+        "detached loss",
+        "optimizer over a copy",
+        "overflow at every step",
+    ],
+)
+def test_every_cause_of_learning_nothing_is_found_within_ten_steps(cause: str) -> None:
+    with pytest.raises(LearnedNothing):
+        train(Run(), cause, 10)
+
+
+def test_nothing_wrong_is_left_alone() -> None:
+    train(Run(), "none", 10)
+
+
+def test_training_nothing_but_zeros_is_training() -> None:
+    """As of biases alone, or of LoRA's second matrix."""
+    run = Run()
+    torch.nn.init.zeros_(run.model.weight)
+    torch.nn.init.zeros_(run.model.bias)
+    run.guard.on_train_begin(None, run.state, None, model=run.model)
+    run.steps(2 * LEARNED_NOTHING_STEPS, learning_rate=1e-9)
 
 
 @pytest.mark.parametrize(("difference", "ends"), [(0.0, False), (1e-9, False), (1e-3, True)])

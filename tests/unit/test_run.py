@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import made
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, LearnedNothing
 from tercet.manifest import publish
 from tercet.report import as_json
-from tercet.run import run, survey
+from tercet.run import _metrics, run, survey
 from tercet.storage import open_storage
 
 
@@ -28,3 +28,16 @@ def test_a_run_is_not_resumed_with_another_version_of_a_mixed_dataset(tmp_path: 
     publish(storage, made.mixed_manifest("docs", train=60))
     with pytest.raises(ConfigError, match="run mine exists with another dataset version"):
         run(config, "mine")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_evaluations_that_are_equal_in_every_digit_are_no_result(changed: bool) -> None:
+    """The weights moved, and the model is as it was: a run like the first one of the published recipe."""
+    evaluations = [{"step": float(step), "epoch": step / 10, "loss": 5.0, "ndcg@10": 0.4} for step in (0, 10, 20)]
+    evaluations[2]["loss"] -= 1e-12 * changed
+    test = {"baseline": {"ndcg@10": 0.5}, "best": {"ndcg@10": 0.5}}
+    if changed:
+        assert _metrics(evaluations, 10, test).best_step == 10
+    else:
+        with pytest.raises(LearnedNothing, match="all 3 evaluations are equal in every digit"):
+            _metrics(evaluations, 10, test)
