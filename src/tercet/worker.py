@@ -147,6 +147,8 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
         uploader.close()
         seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
         if rank == 0:
+            # Once more: an attempt that died after its last commit may have left what no commit comes to clean up.
+            retain(storage, plan.run_id, plan.metric, config.checkpoint.keep_last)
             log = {
                 "resumed_from_step": commit.step if commit else 0,
                 "world_size": world_size,

@@ -44,6 +44,7 @@ KILLS = [
     kill("in_evaluation", step=11, goes_on_from=8),
     kill("mid_retention", step=4, goes_on_from=11),
     kill("before_commit", step=22, goes_on_from=20),
+    kill("after_commit", step=22, goes_on_from=22),  # nothing is left to train, only to clean up
 ]
 
 
