@@ -10,7 +10,7 @@ from tercet.checks import text_hash
 from tercet.dataset_plan import PlannedDataset
 from tercet.errors import ConfigError
 from tercet.plan import TrainPlan
-from tercet.sampling import subset
+from tercet.sampling import DatasetRows, subset
 from tercet.storage import Storage
 
 if TYPE_CHECKING:
@@ -40,11 +40,15 @@ def load_train_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Dataset
     return chosen
 
 
-def cache_dir(plan: TrainPlan) -> Path:
-    """Where a worker keeps what it can make or fetch again."""
-    from tercet.dataset import default_cache_dir
+def rows_to_order(plan: TrainPlan, train_rows: Sequence[Dataset]) -> list[DatasetRows]:
+    """What the order of rows is made from; `train_rows` as `load_train_rows` returns them."""
+    from tercet.text_ids import text_ids
 
-    return Path(plan.config.workers.cache_dir) if plan.config.workers.cache_dir else default_cache_dir()
+    no_duplicates = plan.config.training.no_duplicates
+    return [
+        DatasetRows(len(rows), dataset.steps_per_epoch, text_ids(rows, _cache_dir(plan)) if no_duplicates else None)
+        for dataset, rows in zip(plan.datasets, train_rows, strict=True)
+    ]
 
 
 def together(datasets: Sequence[Dataset]) -> Dataset:
@@ -67,7 +71,13 @@ def _load(plan: TrainPlan, storage: Storage, dataset: PlannedDataset, splits: tu
     from tercet.manifest import read_manifest
 
     manifest = read_manifest(storage, dataset.name, dataset.version)
-    return {name: load_split(storage, manifest, name, cache_dir(plan), list(dataset.columns)) for name in splits}
+    return {name: load_split(storage, manifest, name, _cache_dir(plan), list(dataset.columns)) for name in splits}
+
+
+def _cache_dir(plan: TrainPlan) -> Path:
+    from tercet.dataset import default_cache_dir
+
+    return Path(plan.config.workers.cache_dir) if plan.config.workers.cache_dir else default_cache_dir()
 
 
 def _check_nothing_leaks(plan: TrainPlan, splits: dict[str, Dataset], mix: list[Dataset]) -> None:

@@ -13,7 +13,7 @@ from tercet import ledger
 from tercet.checkpoint import Commit, fetch, read_commits
 from tercet.errors import CorruptObject, ObjectNotFound, TrainingError
 from tercet.plan import TrainPlan
-from tercet.sampling import DatasetRows, Rows, TextIds, mixed_batches
+from tercet.sampling import Rows, mixed_batches
 from tercet.storage import Storage
 
 NUM_SHOWN = 5
@@ -118,18 +118,10 @@ def _newest_ledger(storage: Storage, plan: TrainPlan) -> tuple[Commit, ledger.Di
 
 def _batches(storage: Storage, plan: TrainPlan) -> Iterator[Rows]:
     """Every global batch of the run in turn."""
-    from tercet.mix import cache_dir, load_splits, load_train_rows
-    from tercet.text_ids import text_ids
+    from tercet.mix import load_splits, load_train_rows, rows_to_order
 
     training = plan.config.training
-    ids: list[TextIds | None] = [None] * len(plan.datasets)
-    if training.no_duplicates:
-        rows = load_train_rows(plan, storage, load_splits(plan, storage))
-        ids = [*(text_ids(each, cache_dir(plan)) for each in rows)]
-    datasets = [
-        DatasetRows(dataset.num_train_rows, dataset.steps_per_epoch, of)
-        for dataset, of in zip(plan.datasets, ids, strict=True)
-    ]
+    datasets = rows_to_order(plan, load_train_rows(plan, storage, load_splits(plan, storage)))
     for epoch in range(training.num_epochs):
         yield from mixed_batches(datasets, training.global_batch_size, training.seed, epoch)
 

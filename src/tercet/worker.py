@@ -58,11 +58,10 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
     from tercet.evaluation import make_evaluator
     from tercet.guards import Deadline, FiniteLoss, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
-    from tercet.mix import cache_dir, load_splits, load_train_rows, together
+    from tercet.mix import load_splits, load_train_rows, rows_to_order, together
     from tercet.model import make_model, save_whole
-    from tercet.sampling import DatasetRows, RankBatches
+    from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
-    from tercet.text_ids import text_ids
     from tercet.trainer import Record, TercetTrainer
 
     config = plan.config
@@ -88,14 +87,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
         args.prompts = column_prompts(tuple(train.column_names), model.prompts)
         trainer = TercetTrainer(
             batches=RankBatches(
-                datasets=[
-                    DatasetRows(
-                        num_rows=len(rows),
-                        num_steps_per_epoch=dataset.steps_per_epoch,
-                        text_ids=text_ids(rows, cache_dir(plan)) if config.training.no_duplicates else None,
-                    )
-                    for dataset, rows in zip(plan.datasets, train_rows, strict=True)
-                ],
+                datasets=rows_to_order(plan, train_rows),
                 global_batch_size=config.training.global_batch_size,
                 gradient_accumulation_steps=config.training.gradient_accumulation_steps,
                 rank=rank,
