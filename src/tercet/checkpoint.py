@@ -15,13 +15,13 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from tercet.crash_point import crash_point
-from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageUnavailable
+from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.lease import Attempt, is_fenced, read_attempts
 from tercet.storage import Storage, sha256_of
 
@@ -195,13 +195,17 @@ def fetch(storage: Storage, commit: Commit, local_dir: Path, paths: Iterable[str
     return local_dir
 
 
-def fetch_newest(storage: Storage, run_id: str, local_dir: Path) -> Commit | None:
-    """Download the newest checkpoint that is whole; a damaged one is skipped, loudly, for the one before."""
+def fetch_newest(
+    storage: Storage, run_id: str, local_dir: Path, on_skip: Callable[[int, StorageError], None] = lambda *_: None
+) -> Commit | None:
+    """Download the newest checkpoint that is whole; a damaged one is skipped, loudly, for the one before. `on_skip`
+    gets the step of each damaged one, and what is wrong with it."""
     for commit in read_commits(storage, run_id):
         try:
             fetch(storage, commit, local_dir)
         except (CorruptObject, ObjectNotFound) as error:
             logger.error("checkpoint of step %d is damaged and skipped for the one before: %s", commit.step, error)
+            on_skip(commit.step, error)
             shutil.rmtree(local_dir, ignore_errors=True)
         else:
             return commit

@@ -1,9 +1,9 @@
-"""Named places at which a test can kill this process, or make it hang. Inert unless the environment arms one.
+"""Named places at which a test can kill this process, make it hang, or give it notice. Inert unless armed:
 
     TERCET_CRASH="at=before_commit rank=1 step=8 do=kill once=/tmp/fired"
 
-`do` is kill (SIGKILL) or hang; `once` names a file that is made when it fires: where it exists, the place is inert
-again, so that a restart gets past.
+`do` is kill (SIGKILL), hang or notice (SIGTERM); `once` names a file that is made when it fires: where it exists, the
+place is inert again, so that a restart gets past.
 """
 
 from __future__ import annotations
@@ -31,4 +31,4 @@ def crash_point(name: str, step: int | None = None) -> None:
         return
     if armed.get("do") == "hang":
         threading.Event().wait()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGTERM if armed.get("do") == "notice" else signal.SIGKILL)

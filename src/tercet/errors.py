@@ -13,10 +13,13 @@
     │   ├── AccessDenied        5   credentials missing, wrong or expired
     │   ├── BucketNotFound      5   no such bucket
     │   ├── StorageUnavailable  5   no answer after all retries
+    │   ├── DiskFull            5   a disk of this machine, or the folder that is the storage, has no room
     │   ├── LeaseLost           5   another attempt has taken the run over
     │   └── CorruptObject       5   the bytes are not those that were committed (sha256)
     ├── TrainingError           6   training started and did not succeed
     │   ├── RunIsTaken          6   another attempt at the same run lives
+    │   ├── Preempted           6   the machine was taken away, with notice; the run was saved
+    │   ├── OutOfMemory         6   a worker had not the memory for a step
     │   ├── NonFiniteError      6   NaN or Inf in the loss or a metric
     │   └── LearnedNothing      6   the weights did not move
     └── JobError                7   a submitted Ray job failed, or was stopped
@@ -98,6 +101,10 @@ class StorageUnavailable(StorageError):
     """Storage gave no answer after all retries."""
 
 
+class DiskFull(StorageError):
+    """A disk of this machine has no room, or the folder that is the storage has none."""
+
+
 class LeaseLost(StorageError):
     """Another attempt at the same run has taken it over; what this one writes does not count any more."""
 
@@ -114,6 +121,14 @@ class TrainingError(TercetError):
 
 class RunIsTaken(TrainingError):
     """Another attempt at the same run lives."""
+
+
+class Preempted(TrainingError):
+    """The machine was taken away, with notice. The run was saved, and goes on with the same command."""
+
+
+class OutOfMemory(TrainingError):
+    """A worker had not the memory for a step."""
 
 
 class NonFiniteError(TrainingError):

@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import math
+import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +19,12 @@ from transformers import TrainerCallback
 from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
 from tercet.sharding import local_values, reshard
 
+logger = logging.getLogger("tercet")
+
 # After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
 LEARNED_NOTHING_STEPS = 5
+# What telling storage of a hang may take.
+SECONDS_TO_SAY_SO = 20.0
 # A weight of 0 moves at any learning rate above 0, by 1e-30 if need be. That is no sign of learning: 1e-12 is.
 SMALLEST_SQUARE = 1e-24
 
@@ -46,20 +54,36 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
 class Deadline(TrainerCallback):  # type: ignore[misc]
     """Ends a process that hangs, with the stacks of all its threads on standard error, so that it can be started again.
 
-    By Python's own faulthandler, whose watch does not need the interpreter: a collective that waits for a rank which
-    will never come may hold it."""
+    A thread of its own says so first. Where that cannot run, because what hangs holds the interpreter, Python's
+    faulthandler ends the process a little later: its watch does not need one."""
 
-    def __init__(self, seconds: float) -> None:
-        """seconds: for the longest of a step, an evaluation and a checkpoint."""
-        self._seconds = seconds
+    def __init__(self, seconds: float, on_hang: Callable[[], None] = lambda: None) -> None:
+        """seconds: for the longest of a step, an evaluation and a checkpoint. on_hang: called before the end."""
+        self._seconds, self._on_hang = seconds, on_hang
+        self._ended = threading.Event()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin_anew(args, state, control)
+        threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def _begin_anew(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        faulthandler.dump_traceback_later(self._seconds, exit=True)
+        self._since = time.monotonic()
+        faulthandler.dump_traceback_later(self._seconds + SECONDS_TO_SAY_SO, exit=True)
 
-    on_train_begin = on_step_end = on_evaluate = on_prediction_step = on_save = _begin_anew
+    on_step_end = on_evaluate = on_prediction_step = on_save = _begin_anew
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ended.set()
         faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while (left := self._since + self._seconds - time.monotonic()) > 0:
+            if self._ended.wait(left):
+                return
+        self._on_hang()
+        logger.error("no step within %g s; where each thread hangs:", self._seconds)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
 
 
 class HoldsTheRun(TrainerCallback):  # type: ignore[misc]

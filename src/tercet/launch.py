@@ -10,9 +10,12 @@ import uuid
 from typing import Any
 
 from tercet.checkpoint import Commit
-from tercet.errors import ConfigError, PlanError, TercetError, TrainingError
+from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError
 from tercet.plan import TrainPlan
 from tercet.sections import WorkersConfig
+from tercet.storage import open_storage
+
+logger = logging.getLogger("tercet")
 
 # The driver's environment does not reach Ray's workers by itself.
 PASSED_ENVIRONMENT = ("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_")
@@ -34,7 +37,7 @@ def environment(workers: WorkersConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(workers.cpus_per_worker),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_SECONDS,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(workers.start_timeout_seconds),
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its notices yet
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }
 
 
@@ -51,7 +54,7 @@ def start_ray(workers: WorkersConfig) -> None:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # by default a worker gives way to everything else
-        num_cpus = max(os.cpu_count() or 1, workers.num_workers * workers.cpus_per_worker)
+        num_cpus = max(os.cpu_count() or 1, (workers.min or workers.num_workers) * workers.cpus_per_worker)
         arguments = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", "num_cpus": num_cpus}
     import ray
 
@@ -77,29 +80,53 @@ def with_devices(plan: TrainPlan) -> TrainPlan:
 
 
 def train(plan: TrainPlan) -> None:
-    """Run the workers to the end. What they made is in storage.
+    """Run the workers to the end, elsewhere where machines are taken away. What they made is in storage.
 
     Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows; PlanError
     when the cluster had no room in time."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    owner = uuid.uuid4().hex  # all attempts are of one owner: a restart does not wait for the lease of the one before
+    error: TercetError | None = None
+    for _ in range(plan.config.workers.max_preemptions + 1):
+        error = _fit(plan, owner)
+        if not isinstance(error, Preempted):
+            break
+        logger.warning("%s; going on elsewhere", error)
+    if error is not None:
+        raise error
 
-    workers = plan.config.workers
+
+def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
+    """One run of Ray Train. Returns what all workers met and others would meet again, or a notice of preemption."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+    from tercet.controller import ElasticTorchTrainer, TellsOfDeadWorkers
+
+    workers, sizes = plan.config.workers, plan.world_sizes
+    storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     with tempfile.TemporaryDirectory(prefix="tercet-ray-") as folder:
-        trainer = TorchTrainer(
+        trainer = ElasticTorchTrainer(
             _train_loop,
-            # All attempts of this launch are one owner's: a restart does not wait for the lease of the one before.
-            train_loop_config={"plan": plan.model_dump_json(), "owner": uuid.uuid4().hex},
+            world_sizes=sizes,
+            train_loop_config={"plan": plan.model_dump_json(), "owner": owner},
             torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=workers.num_workers, use_gpu=bool(workers.use_gpu), resources_per_worker=_resources(workers)
+                num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
+                use_gpu=bool(workers.use_gpu),
+                resources_per_worker=_resources(workers),
+                elastic_resize_monitor_interval_s=workers.grow_check_seconds,
             ),
             # Ray's own bookkeeping is of this launch only: what counts is committed to storage by the workers.
             run_config=RunConfig(
                 name=plan.run_id,
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=1),
+                failure_config=FailureConfig(
+                    max_failures=workers.max_failures,
+                    max_preemption_failures=workers.max_preemptions,
+                    controller_failure_limit=1,
+                ),
+                callbacks=[TellsOfDeadWorkers(storage, plan.run_id)],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -107,20 +134,26 @@ def train(plan: TrainPlan) -> None:
             result = trainer.fit()
         except WorkerGroupError as error:
             raise _cause(error.worker_failures) from error
+        except PreemptionError as error:
+            raise Preempted(
+                f"machines were taken away more than {workers.max_preemptions} times",
+                hint="submit again, or raise workers.max_preemptions",
+            ) from error
         except ControllerError as error:
+            count = sizes[0] if len(sizes) == 1 else f"at least {sizes[0]}"
             raise PlanError(
-                f"Ray Train could not start {workers.num_workers} workers with {_resources(workers)} each:"
+                f"Ray Train could not start {count} workers with {_resources(workers)} each:"
                 f" {str(error.controller_failure).splitlines()[0]}",
                 hint="does the cluster have the room (`ray status`)? raise workers.start_timeout_seconds if it is slow",
             ) from error
-    if isinstance(result.return_value, TercetError):
-        raise result.return_value
+    return result.return_value if isinstance(result.return_value, TercetError) else None
 
 
 def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
     """What Ray runs on each worker. An error that all ranks meet, and would meet again, is returned instead of raised:
     raising makes Ray restart the workers."""
     import ray.train
+    from ray.train.v2._internal.execution.context import get_train_context
 
     from tercet.worker import run_worker
 
@@ -130,8 +163,15 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
     def report(metrics: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
+    def notice() -> bool:
+        # Ray 2.60's public `get_preemption_info` asks an actor, with all ranks, 4 to 10 ms each time.
+        return context.preemption_context.preemption_info is not None
+
+    context = get_train_context()
     try:
-        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report, loop_config["owner"])
+        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report, loop_config["owner"], notice)
+    except OutOfMemory:
+        raise  # what else lay in this memory may be gone at the next start
     except _FINAL_ERRORS as error:
         return error
     return None

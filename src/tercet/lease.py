@@ -53,12 +53,18 @@ class Holder(BaseModel):
     since_unix_seconds: float
     num_renewals: int = 0
     released: bool = False
+    finished: bool = False
     attempts: tuple[Attempt, ...] = ()
 
     def text(self) -> str:
         """Who it is, for a person."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.since_unix_seconds))
         return f"process {self.pid} on {self.place.split()[0]} since {since} UTC"
+
+    def unfinished_attempt(self) -> Attempt | None:
+        """What it trains, or trained until something ended it."""
+        began = self.attempts[-1:] if not self.finished else ()
+        return next((attempt for attempt in began if attempt.generation == self.generation), None)
 
     def is_gone(self) -> bool:
         """Whether it surely does not run any more: it said so, or it was a process of this machine that has ended."""
@@ -91,12 +97,19 @@ class Lease:
 
         Raises RunIsTaken when it still lives after twice the length."""
         self._storage, self._run_id, self._seconds = storage, run_id, seconds
-        self._holder, self._token = _take(storage, run_id, owner, seconds)
+        self._holder, self._token, before = _take(storage, run_id, owner, seconds)
+        self.unfinished_before = before.unfinished_attempt() if before is not None else None
+        """The attempt that this one took the run from, where that did not finish."""
         self._lost: LeaseLost | None = None
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
+
+    @property
+    def generation(self) -> int:
+        """Of this attempt."""
+        return self._holder.generation
 
     def begin(self, name: str, first_step: int, world_size: int) -> Attempt:
         """Write down what this attempt goes on from. Until then, what an older one commits still counts."""
@@ -111,13 +124,13 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
-    def release(self) -> None:
-        """Say that this attempt has ended."""
+    def release(self, finished: bool = True) -> None:
+        """Say that this attempt has ended, and whether well."""
         self._end.set()
         self._thread.join()
         if self._lost is None:
             with contextlib.suppress(StorageError):  # then it expires
-                self._swap({"released": True})
+                self._swap({"released": True, "finished": finished})
 
     def _renew(self) -> None:
         while not self._end.wait(self._seconds / RENEWALS_PER_LEASE):
@@ -151,7 +164,7 @@ class Lease:
         )
 
 
-def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Holder, str]:
+def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Holder, str, Holder | None]:
     began = heard = time.monotonic()
     held, last_token = _read(storage, run_id)
     if held is not None and held.owner != owner and not held.is_gone():
@@ -164,7 +177,7 @@ def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Ho
         if held is None or held.owner == owner or held.is_gone() or now - heard > seconds:
             holder = _next_holder(held, owner)
             try:
-                return holder, storage.compare_and_swap(lease_key(run_id), _as_bytes(holder), token)
+                return holder, storage.compare_and_swap(lease_key(run_id), _as_bytes(holder), token), held
             except Conflict:
                 continue  # someone else was quicker, or it lives: look again
         if now - began > 2 * seconds:

@@ -27,7 +27,9 @@ def html(report: RunReport, log_history: list[dict[str, Any]], recipe_yaml: str)
         f"<title>{escape(report.run_id)}</title><style>{_STYLE}</style>",
         f"<h1>{escape(report.name)}</h1><p class=sub>run {escape(report.run_id)} · {report.status} · "
         f"{escape(report.dataset)} {report.dataset_version} · {report.num_workers} worker(s), "
-        f"{report.num_attempts} attempt(s)</p>",
+        f"{report.num_attempts} attempt(s)"
+        + "".join(f", {count} {escape(kind)}" for kind, count in report.incidents.items())
+        + "</p>",
     ]
     if report.metrics is None:
         parts.append(

@@ -28,6 +28,7 @@ from tercet.memory import (
 from tercet.model_source import ModelFacts
 from tercet.parallelism import override_problems
 from tercet.sections import Parallelism
+from tercet.world_sizes import on_world, rows_per_rank_and_micro_batch, world_sizes
 
 # English text: about four characters a token for WordPiece vocabularies.
 CHARACTERS_PER_TOKEN = 4.0
@@ -73,6 +74,18 @@ class TrainPlan(BaseModel):
     def metric(self) -> str:
         """What best means."""
         return self.config.evaluation.metric
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may go on with, ascending."""
+        return world_sizes(self.config)
+
+    def on(self, world_size: int) -> TrainPlan:
+        """The plan on one of its `world_sizes`. The global batches, and so the steps, are the same on all."""
+        config = on_world(self.config, world_size)
+        return self.model_copy(
+            update={"config": config, "rows_per_rank_and_micro_batch": rows_per_rank_and_micro_batch(config)}
+        )
 
     @property
     def stored_bytes(self) -> int | None:
@@ -123,7 +136,12 @@ def make_plan(
     `mix`: the manifest of each dataset in the recipe's `mix`.
 
     Raises PlanError naming every combination that cannot work."""
-    training, workers = config.training, config.workers
+    sizes = world_sizes(config)
+    if sizes:
+        config = on_world(config, max([size for size in sizes if size <= config.workers.num_workers], default=sizes[0]))
+    # With the fewest workers each has the most to hold.
+    tightest = on_world(config, sizes[0]) if sizes else config
+    training, workers = config.training, tightest.workers
     num_rows = {split: manifest.num_rows[split] for split in ("train", "eval", "test")}
     manifests = (manifest, *mix)
     datasets = tuple(
@@ -131,19 +149,17 @@ def make_plan(
         for part, found in zip((config.dataset, *config.mix), manifests, strict=True)
     )
     steps_per_epoch = sum(dataset.steps_per_epoch for dataset in datasets)
-    num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
-    rows_per_micro_batch = training.global_batch_size // num_micro_batches
     tokens_per_epoch = sum(
         dataset.steps_per_epoch * training.global_batch_size * sum(_tokens_per_text(config, found, facts))
         for dataset, found in zip(datasets, manifests, strict=True)
     )
-    num_tokens = max(_tokens_kept(config, found, facts, rows_per_micro_batch) for found in manifests)
+    num_tokens = max(_tokens_kept(tightest, found, facts) for found in manifests)
     memory_bytes_available = available_bytes(workers, memory_bytes_available)
 
-    problems = _problems(config, manifest) + _worker_problems(config)
+    problems = _problems(config, manifest) + _worker_problems(tightest)
     problems += [problem for dataset in datasets for problem in dataset_problems(config, dataset)]
     try:
-        parallelism, reason = choose(config, facts, num_tokens, memory_bytes_available)
+        parallelism, reason = choose(tightest, facts, num_tokens, memory_bytes_available)
     except PlanError as error:
         problems.append((error.message, error.hint))
     if problems:
@@ -163,7 +179,7 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         warmup_steps=math.ceil(training.warmup_ratio * num_steps),
-        rows_per_rank_and_micro_batch=rows_per_micro_batch,
+        rows_per_rank_and_micro_batch=rows_per_rank_and_micro_batch(config),
         evaluation_steps=tuple(range(0, num_steps + 1, steps_per_epoch)),
         # All weights, and Adam's two moments of those that are trained.
         checkpoint_bytes=None
@@ -182,13 +198,14 @@ def make_plan(
 def _problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
     training, workers = config.training, config.workers
     found = []
-    num_micro_batches = workers.num_workers * training.gradient_accumulation_steps
-    if training.global_batch_size % num_micro_batches:
+    if not world_sizes(config):
+        num_micro_batches = (workers.min or workers.num_workers) * training.gradient_accumulation_steps
         nearest = max(round(training.global_batch_size / num_micro_batches), 1) * num_micro_batches
+        count = workers.num_workers if workers.min is None else f"any of {workers.min} to {workers.max}"
         found.append(
             (
                 f"training.global_batch_size={training.global_batch_size} cannot be shared by "
-                f"{workers.num_workers} workers × {training.gradient_accumulation_steps} accumulation steps",  # noqa: RUF001
+                f"{count} workers × {training.gradient_accumulation_steps} accumulation steps",  # noqa: RUF001
                 f"make it a multiple of {num_micro_batches}, such as {nearest}",
             )
         )
@@ -250,8 +267,9 @@ def _tokens_per_text(config: Config, manifest: Manifest, facts: ModelFacts | Non
     return [min(mean, limit) for mean in means]
 
 
-def _tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None, rows_per_micro_batch: int) -> float:
+def _tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None) -> float:
     """Tokens whose activations are kept at a time: of a micro-batch, or of a cached loss's mini-batch of texts."""
+    rows_per_micro_batch = rows_per_rank_and_micro_batch(config)
     means = _tokens_per_text(config, manifest, facts)
     kept = rows_per_micro_batch * sum(means)
     if not config.loss.is_cached:

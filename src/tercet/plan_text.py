@@ -21,6 +21,7 @@ def plan_text(plan: TrainPlan) -> str:
         f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass left out (they fill no batch)",
         "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
         f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
+        **({"workers": _workers(plan)} if workers.min is not None else {}),
         "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
         "each with a checkpoint but the first",
         "storage": _storage(plan) or unknown,
@@ -38,6 +39,12 @@ def plan_text(plan: TrainPlan) -> str:
 def _steps(steps: tuple[int, ...]) -> str:
     shown = [f"{step:,}" for step in steps]
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])
+
+
+def _workers(plan: TrainPlan) -> str:
+    sizes = [str(size) for size in plan.world_sizes]
+    several = " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
+    return f"{several}: as many of these as there is room for; each shares the batch evenly"
 
 
 def _storage(plan: TrainPlan) -> str | None:

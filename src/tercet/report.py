@@ -46,8 +46,11 @@ class RunReport(_Document):
     """Each dataset that was trained on, in words, with version, rows, weight and steps; see TrainPlan.shares."""
     num_rows: dict[str, int]
     num_workers: int
+    """Of the last attempt."""
     num_attempts: int = 1
     """Starts of the workers. Each but the first went on from a checkpoint, or from nothing where there was none."""
+    incidents: dict[str, int] = {}
+    """What went wrong on the way, by kind: see docs/failures.md."""
     metric: str
     num_steps: int
     metrics: RunMetrics | None = None
@@ -75,6 +78,8 @@ def screen(report: RunReport, next_commands: list[tuple[str, str]]) -> str:
     attempts = "" if report.num_attempts == 1 else f", in {report.num_attempts} attempts"
     workers = f"{report.num_workers} worker{'s' * (report.num_workers > 1)}"
     lines.append(f"  trained  {report.num_steps} steps on {workers}{attempts}")
+    if report.incidents:
+        lines.append("  trouble  " + ", ".join(f"{count} {kind}" for kind, count in report.incidents.items()))
     if report.status == "failed" or report.metrics is None:
         lines += ["", f"  failed in stage `{report.failed_stage}`: {report.error}"]
     else:

@@ -7,12 +7,13 @@ import datetime
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from tercet import launch
+from tercet import incidents, launch
 from tercet.checkpoint import best_commit, publish_best, read_commits
 from tercet.config import Config
 from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
@@ -24,7 +25,10 @@ from tercet.page import html
 from tercet.plan import TrainPlan, make_plan
 from tercet.report import Metrics, RunMetrics, RunReport, as_json
 from tercet.storage import Storage, open_storage
+from tercet.storage import retries as storage_retries
 from tercet.worker import evaluation_key, training_key
+
+_LAST_EVENTS = ("run finished", "run failed")
 
 
 class Events:
@@ -39,6 +43,9 @@ class Events:
             self._lines = storage.read(self._key).decode().splitlines()
         except ObjectNotFound:
             self._lines = []
+        if self._lines and json.loads(self._lines[-1])["event"] not in _LAST_EVENTS:
+            message = "an earlier start of this run ended without a word"
+            incidents.tell(storage, run_id, f"driver-{len(self._lines)}", "driver_lost", message)
 
     def add(self, event: str, **details: Any) -> None:
         """Record that something happened now."""
@@ -112,6 +119,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
             _write(storage, _report(storage, plan, events, error=error), [], plan)
+            events.add("run failed", error=str(error) or type(error).__name__)
         raise
     _write(storage, report, log_history, plan)
     events.add("run finished")
@@ -203,6 +211,7 @@ def _report(
     metrics: RunMetrics | None = None,
     error: BaseException | None = None,
 ) -> RunReport:
+    attempts = read_attempts(storage, plan.run_id)
     return RunReport(
         run_id=plan.run_id,
         status="finished" if error is None else "failed",
@@ -213,8 +222,9 @@ def _report(
         dataset_version=plan.dataset_version,
         mix=plan.shares,
         num_rows=plan.num_rows,
-        num_workers=plan.config.workers.num_workers,
-        num_attempts=max(len(read_attempts(storage, plan.run_id)), 1),
+        num_workers=attempts[-1].world_size if attempts else plan.config.workers.num_workers,
+        num_attempts=max(len(attempts), 1),
+        incidents=_incidents(storage, plan.run_id),
         metric=plan.metric,
         num_steps=plan.num_steps,
         metrics=metrics,
@@ -222,6 +232,15 @@ def _report(
         run_uri=storage.uri_of(f"runs/{plan.run_id}"),
         best_uri=None if metrics is None else storage.uri_of(f"runs/{plan.run_id}/best"),
     )
+
+
+def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
+    """By kind. Of storage's, those of rank 0 in the last attempt, and of this process."""
+    found = incidents.counts(storage, run_id)
+    retries = Counter(storage_retries)
+    with contextlib.suppress(ObjectNotFound):
+        retries.update(json.loads(storage.read(training_key(run_id)))["storage_retries"])
+    return {**found, **({"storage_retried": retries.total()} if retries else {})}
 
 
 def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:

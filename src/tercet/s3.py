@@ -28,7 +28,7 @@ from tercet.errors import (
     StorageError,
     StorageUnavailable,
 )
-from tercet.storage import ANYTHING, CHUNK, Fetched, Keys, Storage, checked_key, local_errors, sha256_of
+from tercet.storage import ANYTHING, CHUNK, Fetched, Keys, Storage, checked_key, local_errors, retries, sha256_of
 
 FIRST_CONTACT_S = 20.0  # a server that never answered: most likely a wrong endpoint, so a person is told soon
 PATIENCE_S = 120.0  # a server that answered before: outlasts a restart (a gateway takes about 10 s) and a failover
@@ -55,8 +55,7 @@ class S3Storage(Storage):
     Tokens are ETags. Pointers are single PUTs, because RGW ignores conditions on multipart uploads. Each PUT bears a
     random `writer`, so that when a reply is lost and the retry meets a condition that no longer holds, the object
     itself tells whether it was written after all. Uploads that a killed process left unfinished stay invisible, but
-    are paid for: give the bucket a lifecycle rule (AbortIncompleteMultipartUpload).
-    """
+    are paid for: give the bucket a lifecycle rule (AbortIncompleteMultipartUpload)."""
 
     def __init__(self, bucket: str, prefix: str, endpoint: str | None) -> None:
         self._bucket, self._prefix, self._endpoint = bucket, prefix, endpoint
@@ -264,6 +263,7 @@ class S3Storage(Storage):
             return StorageError(f"{server} refused {what}: {error}", "The server does not support this request.")
         if type(error).__name__ in ("ParamValidationError", "InvalidRegionError"):
             return StorageError(f"{what}: {error}", "Check the bucket's name and the region.")
+        retries[str(code)] += 1
         return StorageUnavailable(
             f"{server} did not answer for {what} ({code}: {error})",
             "Check that the server runs and can be reached from this machine: the endpoint (AWS_ENDPOINT_URL), "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -137,6 +137,13 @@ class WorkersConfig(Section):
     """Where it runs. Nothing here changes the experiment, only its speed and memory."""
 
     num_workers: PositiveInt = 1
+    """So many, no fewer and no more; with `min` and `max`, what the plan's figures are for."""
+    min: PositiveInt | None = None
+    max: PositiveInt | None = None
+    """Under Ray, as many from `min` to `max` as there is room for: a run goes on with fewer when machines are lost.
+    Only numbers are taken that share the global batch evenly, so the batches stay what they are."""
+    grow_check_seconds: PositiveFloat = 600.0
+    """How often a run that could have more workers looks for room. To grow it starts again from the last checkpoint."""
     parallelism: Literal["auto"] | Parallelism = "auto"
     """How weights, gradients and optimizer state lie on the workers: whole on each (ddp), the optimizer state sharded
     (zero1), the gradients too (zero2), the weights too (zero3, fsdp2), and kept in host memory (zero3_offload). `auto`:
@@ -151,6 +158,8 @@ class WorkersConfig(Section):
     cpus_per_worker: PositiveInt = 1
     max_failures: int = Field(default=3, ge=0)
     """How often Ray may restart the workers, from the newest complete checkpoint."""
+    max_preemptions: int = Field(default=100, ge=0)
+    """How often machines may be taken away with notice. The run saves, loses no step and goes on elsewhere."""
     step_timeout_seconds: PositiveInt = 1800
     """How long a step, an evaluation or a checkpoint may take. A worker that hangs longer ends, with its stacks in the
     log, and counts as a failure."""
@@ -158,3 +167,18 @@ class WorkersConfig(Section):
     """How long to wait for the cluster to have room for all workers."""
     cache_dir: str | None = None
     """Where a worker keeps shards; without it `TERCET_CACHE_DIR`, else `~/.cache/tercet`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plan_for_the_most(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "num_workers" not in values and values.get("max") is not None:
+            return {**values, "num_workers": values["max"]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_range(self) -> WorkersConfig:
+        if (self.min is None) != (self.max is None):
+            raise ValueError("min and max go together")
+        if self.min is not None and self.max is not None and not self.min <= self.num_workers <= self.max:
+            raise ValueError(f"num_workers {self.num_workers} is not from min {self.min} to max {self.max}")
+        return self

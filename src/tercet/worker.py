@@ -20,13 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tercet import incidents
 from tercet.checkpoint import Commit, fetch, fetch_newest, retain
-from tercet.errors import TercetError
+from tercet.errors import Preempted, StorageError, TercetError
 from tercet.lease import Attempt, Lease
-from tercet.parallelism import deepspeed_settings, environment, fsdp_settings, is_zero, shards_weights
+from tercet.parallelism import environment, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, open_storage, retries
+from tercet.training_arguments import column_prompts, gathers, training_arguments, use_cpu
 from tercet.uploader import Uploader
 
 logger = logging.getLogger("tercet")
@@ -44,12 +46,20 @@ def training_key(run_id: str) -> str:
     return f"runs/{run_id}/training.json"
 
 
-def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None = None) -> None:
+def run_worker(
+    plan: TrainPlan,
+    report: Report | None = None,
+    owner: str | None = None,
+    notice: Callable[[], bool] = lambda: False,
+) -> None:
     """Train this rank's share. `report` gets the metrics of each evaluation, on every rank. `owner` names who starts
-    attempts at this run: one takes over from another of the same owner without waiting.
+    attempts at this run: one takes over from another of the same owner without waiting. `notice` tells whether this
+    machine is about to be taken away.
 
-    Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log."""
+    Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log.
+    Raises Preempted after a notice, when the run is saved and there are steps left."""
     started = time.monotonic()
+    plan = _on_this_world(plan)
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     quiet_libraries()
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -60,6 +70,7 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
     from tercet.loss import load_guide, make_loss
     from tercet.mix import load_splits, load_train_rows, rows_to_order, together
     from tercet.model import make_model, save_whole
+    from tercet.preemption import SaveAndEnd
     from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
     from tercet.trainer import Record, TercetTrainer
@@ -75,7 +86,6 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
         # hit the eval loss: the rows that fill no batch left out, and of the rest all but the last batch of rank 0 too.
         args.dataloader_drop_last = False
         rank, world_size = args.process_index, args.world_size
-        _check_world_size(plan, world_size)
 
         splits = load_splits(plan, storage)
         train_rows = load_train_rows(plan, storage, splits)
@@ -122,9 +132,16 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
 
         trainer.remove_callback(PrinterCallback)
         save_every_steps = config.checkpoint.every_steps
+        preemption = SaveAndEnd(notice, plan.steps_per_epoch)
+
+        def on_hang() -> None:
+            seconds = config.workers.step_timeout_seconds
+            message = f"rank {rank} hung for {seconds} s"
+            incidents.tell(storage, plan.run_id, incidents.end_name(attempt.generation), "hung", message)
+
         record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
         guards = (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), HoldsTheRun(check))
-        for callback in (*guards, record, Deadline(config.workers.step_timeout_seconds)):
+        for callback in (*guards, record, preemption, Deadline(config.workers.step_timeout_seconds, on_hang)):
             trainer.add_callback(callback)
 
         # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,
@@ -137,6 +154,11 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
         trainer.train(resume_from_checkpoint=str(resume_dir) if commit else None)
         seconds["training"] = time.monotonic() - training_started
         uploader.close()
+        if preemption.step is not None:
+            raise Preempted(
+                f"the machine is about to be taken away; step {preemption.step} is saved",
+                hint="the same command goes on from there, elsewhere",
+            )
         seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
         if rank == 0:
             # Once more: an attempt that died after its last commit may have left what no commit comes to clean up.
@@ -147,75 +169,12 @@ def run_worker(plan: TrainPlan, report: Report | None = None, owner: str | None 
                 "parallelism": plan.parallelism,
                 "device": str(args.device),
                 "seconds": finite(seconds, "time"),
+                "storage_retries": dict(retries),
                 "first_step_unix_seconds": record.first_step_unix_seconds,
                 "log_history": trainer.state.log_history,
             }
             storage.put(training_key(plan.run_id), json.dumps(log, indent=1).encode())
         _wait_for_all_ranks()
-
-
-def use_cpu(plan: TrainPlan) -> bool:
-    """Whether this process trains on its CPU."""
-    import torch
-
-    return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
-
-
-def gathers(plan: TrainPlan) -> bool:
-    """Whether the trained model cannot be written as it is: sharded, or with an adapter to merge. ZeRO-1 and 2 lay all
-    weights into one flat tensor, which safetensors refuses to write in parts."""
-    return plan.parallelism != "ddp" or plan.config.model.lora is not None
-
-
-def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
-    """The prompts for training: those that the model uses to encode queries and documents."""
-    role = {column: "query" if column == "anchor" else "document" for column in columns}
-    found = {column: prompts.get(name) or "" for column, name in role.items()}
-    return {column: prompt for column, prompt in found.items() if prompt} or None
-
-
-def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
-    """The plan in the words of transformers' TrainingArguments."""
-    training, on_cpu = plan.config.training, use_cpu(plan)
-    arguments: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
-        "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "num_train_epochs": training.num_epochs,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.lr_scheduler,
-        "warmup_steps": plan.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "seed": training.seed,
-        "use_cpu": on_cpu,
-        # accelerate takes a backend as the promise of a process group, which a lone process has not.
-        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
-        # The pooler, which nothing uses, is frozen. A model's own code may have more; looking for it costs time.
-        "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
-        "dataloader_pin_memory": not on_cpu,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "logging_strategy": "steps",
-        "logging_steps": training.log_every_steps,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would hide what FiniteLoss looks for
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if training.precision == "tf32":
-        arguments["tf32"] = True
-    if is_zero(plan.parallelism):  # autocast is among DeepSpeed's settings
-        arguments["deepspeed"] = deepspeed_settings(plan.config, plan.parallelism, plan.rows_per_rank_and_micro_batch)
-    elif training.precision in ("bf16", "fp16"):
-        arguments[training.precision] = True
-    if plan.parallelism == "fsdp2":
-        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings()}
-    if training.gradient_checkpointing:
-        arguments["gradient_checkpointing"] = True
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return arguments
 
 
 def show_metrics(metrics: dict[str, float]) -> str:
@@ -232,11 +191,21 @@ def _take_the_run(
 
     def take() -> tuple[Commit | None, Attempt]:
         leases.append(Lease(storage, plan.run_id, owner, plan.config.checkpoint.lease_seconds))
-        held.callback(leases[0].release)
-        newest = fetch_newest(storage, plan.run_id, resume_dir)
+        held.push(lambda _, error, __: leases[0].release(finished=error is None))
+        if (lost := leases[0].unfinished_before) is not None:
+            message = "it ended without saying why: a worker was killed, or its machine was lost"
+            incidents.tell(storage, plan.run_id, incidents.end_name(lost.generation), "lost", message)
+        generation = leases[0].generation
+
+        def on_skip(step: int, error: StorageError) -> None:
+            name = f"{generation:04d}-skipped-{step}"
+            incidents.tell(storage, plan.run_id, name, "checkpoint_skipped", str(error))
+
+        newest = fetch_newest(storage, plan.run_id, resume_dir, on_skip)
         return newest, leases[0].begin(uuid.uuid4().hex[:12], newest.step if newest else 0, world_size)
 
     commit, attempt = _as_rank_0(take)
+    held.push(functools.partial(_tell_end, storage, plan.run_id, attempt))
     if commit is not None and not leases:
         fetch(storage, commit, resume_dir)
     return commit, attempt, leases[0].check if leases else lambda: None
@@ -267,18 +236,41 @@ def _wait_for_all_ranks() -> None:
         dist.barrier()
 
 
-def _check_world_size(plan: TrainPlan, world_size: int) -> None:
-    if world_size != plan.config.workers.num_workers:
+def _tell_end(
+    storage: Storage, run_id: str, attempt: Attempt, _: object, error: BaseException | None, __: object
+) -> None:
+    """Write down what ended this rank, where the error tells; and raise tercet's own where it stands for another's."""
+    if error is None:
+        return
+    own = incidents.typed(error)
+    if (kind := incidents.kind_of(own)) is not None:
+        incidents.tell(storage, run_id, incidents.end_name(attempt.generation), kind, str(own))
+    if own is not error:
+        raise own from error
+
+
+def _on_this_world(plan: TrainPlan) -> TrainPlan:
+    """The plan for as many ranks as were started. Raises TercetError when it has none for so many."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size not in plan.world_sizes:
+        allowed = ", ".join(map(str, plan.world_sizes))
         raise TercetError(
-            f"the plan is for {plan.config.workers.num_workers} workers, but {world_size} were started",
+            f"the plan is for {allowed} workers, but {world_size} were started",
             hint="start as many processes as the plan says, or plan again with --set workers.num_workers",
         )
+    return plan.on(world_size)
 
 
 def main() -> int:
     """Run one rank from a plan file."""
+    from tercet.preemption import notice_of_sigterm
+
     plan = TrainPlan.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run_worker(plan)
+    try:
+        run_worker(plan, notice=notice_of_sigterm())
+    except TercetError as error:
+        logger.error("%s: %s\n%s", type(error).__name__, error.message, error.hint)
+        return error.exit_code
     return 0
 
 

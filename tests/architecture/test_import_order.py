@@ -21,7 +21,9 @@ ORDER = [
     "loss_config",
     "config",
     "storage",
+    "local_storage",
     "s3",
+    "incidents",
     "checks",
     "splits",
     "manifest",
@@ -38,6 +40,7 @@ ORDER = [
     "memory",
     "parallelism",
     "dataset_plan",
+    "world_sizes",
     "plan",
     "plan_text",
     "mix",
@@ -51,6 +54,7 @@ ORDER = [
     "model_card",
     "sharding",
     "guards",
+    "preemption",
     "quiet",
     "encoder",
     "loss",
@@ -60,7 +64,9 @@ ORDER = [
     "evaluators",
     "evaluation",
     "trainer",
+    "training_arguments",
     "worker",
+    "controller",
     "launch",
     "run",
     "submit",
@@ -70,10 +76,11 @@ ORDER = [
 # Inside a function only, so that nobody imports it who does not need it.
 BACKWARD = {
     ("storage", "s3"): "the one door chooses the kind of storage behind it",
+    ("storage", "local_storage"): "likewise",
 }
 
 # A file reads in one go. These few are over 300 lines, and may not grow.
-MAX_LINES = {"cli": 335, "storage": 320}
+MAX_LINES = {"cli": 335}
 
 
 def tree(name: str) -> ast.Module:
@@ -129,6 +136,6 @@ def test_a_file_says_what_it_is_for(name: str) -> None:
 def test_only_the_command_line_prints_or_exits(name: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     assert "print" not in calls
-    # worker.py is a program of its own, too, under torchrun.
+    # worker.py is a program of its own, too, under torchrun; guards.py ends a process that hangs.
     exits = [call for call in calls if call in ("sys.exit", "exit", "quit", "os._exit")]
-    assert exits == (["sys.exit"] if name == "worker" else [])
+    assert exits == {"worker": ["sys.exit"], "guards": ["os._exit"]}.get(name, [])

@@ -30,7 +30,8 @@ from tercet.errors import (
     StorageError,
     StorageUnavailable,
 )
-from tercet.storage import LocalStorage, Storage, open_storage, sha256_of
+from tercet.local_storage import LocalStorage
+from tercet.storage import Storage, open_storage, sha256_of
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
@@ -283,7 +284,7 @@ for _ in range(25):
         storage = LocalStorage(tmp_path / "storage")
         script = f"""
 from pathlib import Path
-from tercet.storage import LocalStorage
+from tercet.local_storage import LocalStorage
 s = LocalStorage(Path({str(tmp_path / "storage")!r}))
 print(flush=True)
 while True:
@@ -313,7 +314,7 @@ while True:
             storage.put(".tercet/lock", b"")
 
     def test_a_held_lock_is_not_waited_for_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tercet.storage.LOCK_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("tercet.local_storage.LOCK_TIMEOUT_S", 0.2)
         storage = LocalStorage(tmp_path)
         storage.put("a", b"1")
         with storage._lock():

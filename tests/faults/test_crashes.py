@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 from faults.runs import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
 from flow.conftest import check, run_command
 from flow.workers import commits, training_log, worker_command, write_plan
+from tercet import incidents
 from tercet.crash_point import VARIABLE
+from tercet.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def test_a_kill_changes_nothing(
         assert resumed_from_step == crash.goes_on_from
     assert resumed_from_step in [step for step in (0, *CHECKPOINTS) if step <= crash.goes_on_from]
     assert what_counts(store, run_id) == what_counts(store, whole[crash.num_workers])
+    assert incidents.counts(open_storage(str(store)), run_id) == {"lost": 1}
     attempts = proof(store, tmp_path / f"{run_id}.yaml", run_id).attempts
     assert len(attempts) == (1 if resumed_from_step in (0, NUM_STEPS) else 2)  # of those that made the last checkpoint
 
@@ -84,10 +89,11 @@ def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     armed = f"at=before_step rank={num_workers - 1} step=15 do=hang once={tmp_path / 'fired'}"
     hung = run_command(worker_command(plan), {**environment, VARIABLE: armed}, tmp_path)
     assert hung.returncode != 0
-    assert "Timeout (0:00:08)!" in hung.stdout
+    assert "no step within 8 s" in hung.stdout
     assert "in crash_point" in hung.stdout  # where it hung
     check(run_command(worker_command(plan), environment, tmp_path))
     assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
+    assert incidents.counts(open_storage(str(store)), run_id) == {"hung": 1}
 
 
 def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str], store: Path) -> None:
@@ -97,12 +103,39 @@ def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str]
     assert last.metrics.keys() >= {"loss", "ndcg@10"}
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """1.5 MiB, a third of what the tiny model's checkpoints need."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("this user may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(
+    small_disk: Path, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    plan = write_plan(tmp_path, "full", model, store, **settings())
+    died = run_command(worker_command(plan), {**environment, "TMPDIR": str(small_disk)}, tmp_path)
+    assert died.returncode == 5
+    assert "DiskFull: a disk of this machine is full, or fails" in died.stdout
+    assert commits(store, "full") == []
+    check(run_command(worker_command(plan), environment, tmp_path))
+    assert what_counts(store, "full") == what_counts(store, whole[1])
+    assert incidents.counts(open_storage(str(store)), "full") == {"disk_full": 1}
+
+
 def test_a_run_that_was_killed_twice_and_moved_to_more_workers(
     model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The ledger goes through three attempts, of one, two and one worker."""
+    """The ledger goes through three attempts, of one, two and one worker, all by the plan of an elastic run."""
     for attempt, (num_workers, step) in enumerate([(1, 8), (2, 16), (1, None)]):
-        plan = write_plan(tmp_path, "moved", model, store, **settings(num_workers))
+        sections = settings()
+        sections["workers"] = {"num_workers": num_workers, "min": 1, "max": 2}
+        plan = write_plan(tmp_path, "moved", model, store, **sections)
         armed = {} if step is None else {VARIABLE: f"at=before_commit step={step} once={tmp_path / str(attempt)}"}
         done = run_command(worker_command(plan), {**environment, **armed}, tmp_path)
         assert (done.returncode == 0) == (step is None), done.stdout[-3000:]

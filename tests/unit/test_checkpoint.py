@@ -27,7 +27,7 @@ from tercet.checkpoint import (
 )
 from tercet.errors import CorruptObject, StorageUnavailable
 from tercet.lease import Attempt, Lease
-from tercet.storage import LocalStorage
+from tercet.local_storage import LocalStorage
 
 RUN = "r1"
 FILES = {

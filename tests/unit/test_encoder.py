@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from tercet.encoder import freeze_unused, load_model, stored_model
 from tercet.errors import ConfigError
 from tercet.sections import ModelConfig
-from tercet.worker import column_prompts
+from tercet.training_arguments import column_prompts
 from tiny_model import WORDS, all_texts, tiny_bert
 
 PROMPTS = {"query": WORDS[0] + ": ", "document": WORDS[1] + ": "}

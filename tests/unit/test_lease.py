@@ -15,7 +15,8 @@ import pytest
 from tercet import lease as module
 from tercet.errors import CorruptObject, LeaseLost, RunIsTaken, StorageUnavailable
 from tercet.lease import Attempt, Holder, Lease, is_fenced, lease_key, read_attempts
-from tercet.storage import LocalStorage, Storage, open_storage
+from tercet.local_storage import LocalStorage
+from tercet.storage import Storage, open_storage
 
 SECONDS = 1.0
 
@@ -205,3 +206,23 @@ def _wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_attempt_that_did_not_finish_is_known_to_the_next(storage: LocalStorage) -> None:
+    first = Lease(storage, "r", "one", 60)
+    assert first.unfinished_before is None
+    attempt = first.begin("a", 0, 2)
+    second = Lease(storage, "r", "one", 60)  # the first was never released
+    assert second.unfinished_before == attempt
+    third = Lease(storage, "r", "one", 60)  # the second had not begun
+    assert third.unfinished_before is None
+    attempt = third.begin("c", 0, 2)
+    third.release(finished=False)
+    fourth = Lease(storage, "r", "two", 60)
+    assert fourth.unfinished_before == attempt
+    fourth.begin("d", 0, 2)
+    fourth.release()
+    fifth = Lease(storage, "r", "one", 60)
+    assert fifth.unfinished_before is None
+    for lease in (first, second, fifth):
+        lease.release()

@@ -16,7 +16,7 @@ import made
 from tercet.parallelism import ZERO_STAGES, is_zero
 from tercet.plan import TrainPlan
 from tercet.sections import Parallelism
-from tercet.worker import gathers, training_arguments, use_cpu
+from tercet.training_arguments import gathers, training_arguments, use_cpu
 
 MODES: tuple[Parallelism, ...] = get_args(Parallelism)
 
@@ -82,7 +82,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformerTrainingArguments
 from tercet.plan import TrainPlan
 from tercet.sharding import prepare_process
-from tercet.worker import training_arguments, use_cpu
+from tercet.training_arguments import training_arguments, use_cpu
 
 rows = []
 for text in json.loads(sys.argv[1]):

@@ -1,0 +1,87 @@
+"""What tercet has to say in Ray Train's controller: how many workers it takes, and what is told when some die."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+from tercet import incidents
+from tercet.errors import StorageError, TercetError
+from tercet.lease import read_attempts
+from tercet.storage import Storage
+
+# Of several workers that fail at once, the first of these tells most: where one dies, others lose their connection.
+_MOST_TELLING = ("out_of_memory", "node_lost", "worker_killed", "error")
+
+
+class WholeBatches(ElasticScalingPolicy):  # type: ignore[misc]
+    """Takes only numbers of workers that share the global batch evenly."""
+
+    def __init__(self, scaling_config: ScalingConfig, world_sizes: tuple[int, ...]) -> None:
+        super().__init__(scaling_config)
+        self._world_sizes = world_sizes
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Of Ray 2.60: for how many workers there is room, which may be any number."""
+        room = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._world_sizes if size <= room), default=0)
+
+
+class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc]
+    """A TorchTrainer on one of several numbers of workers."""
+
+    def __init__(self, *args: Any, world_sizes: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._world_sizes = world_sizes
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """Of Ray 2.60: gets the scaling policy, for which there is no public way."""
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = WholeBatches(self.scaling_config, self._world_sizes)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class TellsOfDeadWorkers(UserCallback):  # type: ignore[misc]
+    """Writes down why an attempt ended, for workers that could not do it themselves."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage, self._run_id = storage, run_id
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Called by Ray with the error of each rank that has one."""
+        told = {_kind(error): f"rank {rank}: {_line(error)}" for rank, error in sorted(worker_exceptions.items())}
+        kind = next(kind for kind in _MOST_TELLING if kind in told)
+        try:
+            attempts = read_attempts(self._storage, self._run_id)
+        except StorageError:
+            return  # whoever goes on tells that this attempt ended without a word
+        if attempts:
+            name = incidents.end_name(attempts[-1].generation)
+            incidents.tell(self._storage, self._run_id, name, kind, told[kind])
+
+
+def _cause(error: Exception) -> Exception:
+    inner = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+    return getattr(inner, "_base_exc", inner)
+
+
+def _kind(error: Exception) -> str:
+    cause = _cause(error)
+    if isinstance(cause, OutOfMemoryError):
+        return "out_of_memory"
+    if isinstance(cause, RayActorError):
+        # "The actor died because its node has died", "The actor's node was terminated unexpectedly"
+        node = cause.preempted or "node has died" in str(cause) or "node was terminated" in str(cause)
+        return "node_lost" if node else "worker_killed"
+    return "error"
+
+
+def _line(error: Exception) -> str:
+    cause = _cause(error)
+    text = cause.message if isinstance(cause, TercetError) else str(cause)
+    return f"{type(cause).__name__}: {' '.join(text.split())[:500]}"

@@ -1,0 +1,74 @@
+"""The plan in transformers' words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tercet.parallelism import deepspeed_settings, fsdp_settings, is_zero
+from tercet.plan import TrainPlan
+
+
+def use_cpu(plan: TrainPlan) -> bool:
+    """Whether this process trains on its CPU."""
+    import torch
+
+    return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
+
+
+def gathers(plan: TrainPlan) -> bool:
+    """Whether the trained model cannot be written as it is: sharded, or with an adapter to merge. ZeRO-1 and 2 lay all
+    weights into one flat tensor, which safetensors refuses to write in parts."""
+    return plan.parallelism != "ddp" or plan.config.model.lora is not None
+
+
+def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
+    """The prompts for training: those that the model uses to encode queries and documents."""
+    role = {column: "query" if column == "anchor" else "document" for column in columns}
+    found = {column: prompts.get(name) or "" for column, name in role.items()}
+    return {column: prompt for column, prompt in found.items() if prompt} or None
+
+
+def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
+    """The plan in the words of transformers' TrainingArguments."""
+    training, on_cpu = plan.config.training, use_cpu(plan)
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
+        "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "num_train_epochs": training.num_epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "use_cpu": on_cpu,
+        # accelerate takes a backend as the promise of a process group, which a lone process has not.
+        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
+        # The pooler, which nothing uses, is frozen. A model's own code may have more; looking for it costs time.
+        "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
+        "dataloader_pin_memory": not on_cpu,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_strategy": "steps",
+        "logging_steps": training.log_every_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide what FiniteLoss looks for
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if training.precision == "tf32":
+        arguments["tf32"] = True
+    if is_zero(plan.parallelism):  # autocast is among DeepSpeed's settings
+        arguments["deepspeed"] = deepspeed_settings(plan.config, plan.parallelism, plan.rows_per_rank_and_micro_batch)
+    elif training.precision in ("bf16", "fp16"):
+        arguments[training.precision] = True
+    if plan.parallelism == "fsdp2":
+        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings()}
+    if training.gradient_checkpointing:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return arguments

@@ -1,0 +1,76 @@
+"""What tercet says in Ray Train's controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+from ray.train import ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from tercet import incidents
+from tercet.controller import ElasticTorchTrainer, TellsOfDeadWorkers, WholeBatches
+from tercet.lease import Lease
+from tercet.local_storage import LocalStorage
+
+
+@pytest.mark.parametrize(("room", "taken"), [(0, 0), (1, 0), (2, 2), (3, 2), (7, 4), (8, 8), (50, 8)])
+def test_numbers_of_workers_that_share_the_batch(room: int, taken: int) -> None:
+    policy = WholeBatches(ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2}), (2, 4, 8))
+    assert policy._count_possible_workers({"a": {"CPU": 2.0 * room + 1}}) == taken
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray warns of its own settings
+@pytest.mark.parametrize(("num_workers", "elastic"), [((2, 4), True), (2, False)])
+def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That this is the place where the installed Ray takes it."""
+    got: dict[str, Any] = {}
+
+    class Done:
+        error = None
+
+    def run(_: Any, **arguments: Any) -> Done:
+        got.update(arguments)
+        return Done()
+
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", run)
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.ObjectRefWrapper", lambda function: function)
+    ElasticTorchTrainer(lambda: None, world_sizes=(2, 4), scaling_config=ScalingConfig(num_workers=num_workers)).fit()
+    assert isinstance(got["scaling_policy"], WholeBatches) == elastic
+
+
+def dead(text: str) -> Exception:
+    """A worker that did not answer, as Ray Train wraps it."""
+    error = RayActorError(error_msg=text)
+    return WorkerHealthCheckFailedError("worker 1 died", error)
+
+
+KILLED = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+NODE = "The actor died because its node has died. Node Id: 5f"
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ({0: dead(KILLED)}, "worker_killed"),
+        ({0: RuntimeError("Connection closed by peer"), 1: dead(KILLED)}, "worker_killed"),
+        ({0: dead(KILLED), 1: dead(NODE)}, "node_lost"),
+        ({0: RayActorError(preempted=True)}, "node_lost"),
+        ({0: ActorDiedError()}, "worker_killed"),
+        ({0: dead(KILLED), 1: OutOfMemoryError("the node was short of memory")}, "out_of_memory"),
+        ({0: ValueError("a fault")}, "error"),
+    ],
+)
+def test_why_an_attempt_ended(errors: dict[int, Exception], kind: str, tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "s")
+    TellsOfDeadWorkers(storage, "r").after_exception(None, errors)
+    assert incidents.counts(storage, "r") == {}  # none had begun
+    lease = Lease(storage, "r", "one", 60)
+    lease.begin("a", 0, 2)
+    lease.release()
+    for _ in range(2):
+        TellsOfDeadWorkers(storage, "r").after_exception(None, errors)
+    assert incidents.counts(storage, "r") == {kind: 1}
