@@ -5,12 +5,12 @@
     runs/<run_id>/checkpoints/<step>/COMMIT                 written last, put-if-absent: now it exists
 
 Every attempt (a start of the worker group) writes to a folder of its own, so a late upload of a dead attempt can never
-mix with another's. Without COMMIT there is no checkpoint, whatever lies there.
+mix with another's. Without COMMIT there is no checkpoint, whatever lies there. Every file is checked by its hash in
+COMMIT, and COMMIT by its own (sealed.py) and by where it lies.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from tercet.crash_point import crash_point
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.lease import Attempt, is_fenced, read_attempts
+from tercet.sealed import seal, unseal
 from tercet.storage import Storage, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,15 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: str
     num_bytes: int
+
+
+class Part(BaseModel):
+    """What one rank uploaded to `folder`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    folder: str
+    rank: int
+    files: dict[str, FileRecord]
 
 
 class Commit(BaseModel):
@@ -89,13 +99,11 @@ def attempt_folder(run_id: str, step: int, attempt: str) -> str:
     return f"{_step_prefix(run_id, step)}/{attempt}"
 
 
-def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> dict[str, FileRecord]:
+def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> None:
     """Upload every file below `local_dir`, then this rank's part document."""
     records = upload_files(storage, local_dir, folder)
     crash_point("mid_upload", int(folder.split("/")[-2]))
-    part = {path: record.model_dump() for path, record in records.items()}
-    storage.put(f"{folder}/rank-{rank}.json", json.dumps(part, sort_keys=True).encode())
-    return records
+    storage.put(f"{folder}/rank-{rank}.json", seal(Part(folder=folder, rank=rank, files=records)))
 
 
 def upload_files(storage: Storage, local_dir: Path, folder: str) -> dict[str, FileRecord]:
@@ -121,17 +129,16 @@ def commit_step(
 
     When another attempt committed this step before, its commit stands and is returned, unless it is damaged, or came
     too late to count: then it is replaced, or no later attempt could ever get past it. Raises StorageUnavailable when a
-    part does not come."""
+    part does not come, CorruptObject when one is damaged."""
     folder = attempt_folder(run_id, step, lineage[-1].name)
     files: dict[str, FileRecord] = {}
     deadline = time.monotonic() + wait_seconds
     for rank in range(lineage[-1].world_size):
-        for path, record in _wait_for_part(storage, f"{folder}/rank-{rank}.json", deadline).items():
-            files[path] = FileRecord.model_validate(record)
+        files.update(_wait_for_part(storage, folder, rank, deadline).files)
     commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
     key = f"{_step_prefix(run_id, step)}/{COMMIT}"
     try:
-        storage.put_if_absent(key, commit.model_dump_json(indent=1).encode())
+        storage.put_if_absent(key, seal(commit))
     except AlreadyExists:
         standing = _whole_commit(storage, key)
         if standing is not None and not is_fenced(standing.attempt, step, read_attempts(storage, run_id)):
@@ -139,26 +146,37 @@ def commit_step(
             return standing
         state = "is damaged" if standing is None else "came too late"
         logger.error("step %d was committed by another attempt, but that %s; it is replaced", step, state)
-        storage.put(key, commit.model_dump_json(indent=1).encode())
+        storage.put(key, seal(commit))
     return commit
 
 
 def _whole_commit(storage: Storage, key: str) -> Commit | None:
     """The commit at `key` if all of its files are whole. Reads them all: two attempts seldom commit the same step."""
     try:
-        commit = Commit.model_validate_json(storage.read(key))
+        commit = _read_commit(storage, key)
         with tempfile.TemporaryDirectory(prefix="tercet-verify-") as folder:
             fetch(storage, commit, Path(folder))
-    except (ValueError, CorruptObject, ObjectNotFound):
+    except (CorruptObject, ObjectNotFound):
         return None
     return commit
 
 
-def _wait_for_part(storage: Storage, key: str, deadline: float) -> dict[str, object]:
+def _read_commit(storage: Storage, key: str) -> Commit:
+    """Raises ObjectNotFound, CorruptObject: also for a document that is whole, but of another checkpoint."""
+    commit = unseal(Commit, storage.read(key), storage.uri_of(key))
+    if not f"{commit.folder}/".startswith(f"{key.rpartition('/')[0]}/"):
+        raise CorruptObject(f"{storage.uri_of(key)} is the commit of {commit.folder}")
+    return commit
+
+
+def _wait_for_part(storage: Storage, folder: str, rank: int, deadline: float) -> Part:
+    key = f"{folder}/rank-{rank}.json"
     pause_seconds = 0.05
     while True:
         try:
-            part: dict[str, object] = json.loads(storage.read(key))
+            part = unseal(Part, storage.read(key), storage.uri_of(key))
+            if (part.folder, part.rank) != (folder, rank):
+                raise CorruptObject(f"{storage.uri_of(key)} is the part of rank {part.rank} in {part.folder}")
             return part
         except ObjectNotFound:
             if time.monotonic() > deadline:
@@ -172,20 +190,20 @@ def _wait_for_part(storage: Storage, key: str, deadline: float) -> dict[str, obj
 
 def read_commits(storage: Storage, run_id: str) -> list[Commit]:
     """Every committed checkpoint of a run that counts, newest first. A damaged COMMIT is skipped with a warning, and so
-    is one that an attempt wrote after another had taken over (see lease.py)."""
-    commits, attempts = [], read_attempts(storage, run_id)
+    is one that an attempt wrote after another had taken over (see lease.py).
+
+    Commits name attempts too: where the lease got lost, what came too late still does not count."""
+    found, attempts = [], set(read_attempts(storage, run_id))
     for key in storage.list(checkpoints_prefix(run_id)):
         if key.rsplit("/", 1)[-1] == COMMIT:
             try:
-                commit = Commit.model_validate_json(storage.read(key))
-            except (ValueError, CorruptObject):
-                logger.warning("%s: damaged; this checkpoint is skipped", storage.uri_of(key))
-                continue
-            if is_fenced(commit.attempt, commit.step, attempts):
-                logger.warning("%s: of an attempt that had lost the run; it is skipped", storage.uri_of(key))
-            else:
-                commits.append(commit)
-    return sorted(commits, key=lambda commit: commit.step, reverse=True)
+                found.append(_read_commit(storage, key))
+            except CorruptObject as error:
+                logger.warning("%s: damaged; this checkpoint is skipped: %s", storage.uri_of(key), error)
+    attempts.update(attempt for commit in found for attempt in commit.lineage)
+    for commit in (late := [commit for commit in found if is_fenced(commit.attempt, commit.step, attempts)]):
+        logger.warning("%s: of an attempt that had lost the run; it is skipped", storage.uri_of(commit.folder))
+    return sorted((c for c in found if c not in late), key=lambda commit: commit.step, reverse=True)
 
 
 def fetch(storage: Storage, commit: Commit, local_dir: Path, paths: Iterable[str] | None = None) -> Path:
@@ -215,6 +233,21 @@ def fetch_newest(
 def best_commit(commits: Iterable[Commit], metric: str) -> Commit | None:
     """The commit with the highest metric; the earlier one of equals."""
     return max((c for c in commits if metric in c.metrics), key=lambda c: (c.metrics[metric], -c.step), default=None)
+
+
+def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Commit | None:
+    """The best commit whose model is whole; a damaged one is skipped, loudly, for the next best. Reads the model."""
+    left = list(commits)
+    while (best := best_commit(left, metric)) is not None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="tercet-best-") as folder:
+                fetch(storage, best, Path(folder), best.model_files())
+        except (CorruptObject, ObjectNotFound) as error:
+            logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, error)
+            left.remove(best)
+        else:
+            return best
+    return None
 
 
 def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
@@ -259,13 +292,13 @@ def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Co
         (Path(local) / "README.md").write_text(card, encoding="utf-8")
         best = commit.model_copy(update={"folder": folder, "files": upload_files(storage, Path(local), folder)})
     crash_point("before_publish")
-    storage.put(f"{folder}/{COMMIT}", best.model_dump_json(indent=1).encode())
+    storage.put(f"{folder}/{COMMIT}", seal(best))
     return best
 
 
 def read_best(storage: Storage, run_id: str) -> Commit | None:
     """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
     try:
-        return Commit.model_validate_json(storage.read(f"{best_prefix(run_id)}/{COMMIT}"))
-    except (ObjectNotFound, CorruptObject, ValueError):
+        return _read_commit(storage, f"{best_prefix(run_id)}/{COMMIT}")
+    except (ObjectNotFound, CorruptObject):
         return None

@@ -21,9 +21,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from tercet.errors import Conflict, CorruptObject, LeaseLost, ObjectNotFound, RunIsTaken, StorageError
+from tercet.sealed import seal, unseal
 from tercet.storage import Storage
 
 logger = logging.getLogger("tercet")
@@ -46,6 +47,7 @@ class Holder(BaseModel):
     """The document. `owner` is who starts attempts (a driver's launch), `place` and `pid` say where rank 0 runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    run_id: str
     generation: int
     owner: str
     place: str
@@ -147,7 +149,7 @@ class Lease:
                 return
             changed = self._holder.model_copy(update=changes)
             try:
-                self._token = self._storage.compare_and_swap(lease_key(self._run_id), _as_bytes(changed), self._token)
+                self._token = self._storage.compare_and_swap(lease_key(self._run_id), seal(changed), self._token)
                 self._holder = changed
             except Conflict:
                 self._explain_conflict(changed)
@@ -175,9 +177,9 @@ def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Ho
         if token != last_token:  # a sign of life
             last_token, heard = token, now
         if held is None or held.owner == owner or held.is_gone() or now - heard > seconds:
-            holder = _next_holder(held, owner)
+            holder = _next_holder(run_id, held, owner)
             try:
-                return holder, storage.compare_and_swap(lease_key(run_id), _as_bytes(holder), token), held
+                return holder, storage.compare_and_swap(lease_key(run_id), seal(holder), token), held
             except Conflict:
                 continue  # someone else was quicker, or it lives: look again
         if now - began > 2 * seconds:
@@ -188,8 +190,9 @@ def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Ho
         time.sleep(seconds / POLLS_PER_LEASE)
 
 
-def _next_holder(held: Holder | None, owner: str) -> Holder:
+def _next_holder(run_id: str, held: Holder | None, owner: str) -> Holder:
     return Holder(
+        run_id=run_id,
         generation=held.generation + 1 if held else 1,
         owner=owner,
         place=_place(),
@@ -200,21 +203,16 @@ def _next_holder(held: Holder | None, owner: str) -> Holder:
 
 
 def _read(storage: Storage, run_id: str) -> tuple[Holder | None, str | None]:
-    key = lease_key(run_id)
+    uri = storage.uri_of(lease_key(run_id))
+    hint = "so it is not known who trains this run; if nobody does, delete it and start again"
     try:
-        data, token = storage.read_versioned(key)
-        return Holder.model_validate_json(data), token
+        data, token = storage.read_versioned(lease_key(run_id))
     except ObjectNotFound:
         return None, None
-    except ValidationError as error:
-        raise CorruptObject(
-            f"{storage.uri_of(key)} cannot be read, so it is not known who trains this run",
-            hint="if nobody does, delete it and start again",
-        ) from error
-
-
-def _as_bytes(holder: Holder) -> bytes:
-    return holder.model_dump_json(indent=1).encode()
+    holder = unseal(Holder, data, uri, hint)
+    if holder.run_id != run_id:
+        raise CorruptObject(f"{uri} is the lease of run {holder.run_id}", hint)
+    return holder, token
 
 
 def _place() -> str:

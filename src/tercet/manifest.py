@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from tercet import __version__
 from tercet.errors import AlreadyExists, Conflict, CorruptObject, DataError, DatasetNotFound, ObjectNotFound
+from tercet.sealed import seal, unseal
 from tercet.splits import SplitRule
 from tercet.storage import Storage
 
@@ -138,7 +139,7 @@ def list_versions(storage: Storage, name: str) -> list[str]:
 def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manifest:
     """Read one version; "latest" is the one HEAD.json names.
 
-    Raises DatasetNotFound with what does exist, CorruptObject where a manifest does not describe its own version.
+    Raises DatasetNotFound with what does exist, CorruptObject where a manifest is damaged, or of another version.
     """
     if version == "latest":
         version = read_head(storage, name) or _not_found(storage, name, None)
@@ -146,7 +147,12 @@ def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manif
         data = storage.read(f"{version_prefix(name, version)}/manifest.json")
     except ObjectNotFound:
         _not_found(storage, name, version)
-    return _parse(data, storage.uri_of(f"{version_prefix(name, version)}/manifest.json"), version)
+    uri = storage.uri_of(f"{version_prefix(name, version)}/manifest.json")
+    hint = "Build the version again, or use another one."
+    manifest = unseal(Manifest, data, uri, hint)
+    if (manifest.dataset, manifest.content) != (name, version):
+        raise CorruptObject(f"{uri} describes {manifest.dataset} with other content ({manifest.content})", hint)
+    return manifest
 
 
 def read_head(storage: Storage, name: str) -> str | None:
@@ -158,17 +164,20 @@ def read_head(storage: Storage, name: str) -> str | None:
 def publish(storage: Storage, manifest: Manifest) -> Manifest:
     """Make a version visible, then the newest. Its shards must be in storage already.
 
-    Returns what storage holds: `manifest`, or the one of an earlier build of the same content. Publishing twice is
-    safe; of two publishers at once both versions exist, and the later one is HEAD. Raises DataError where
-    `manifest.version` is not the id of its content, Conflict where HEAD kept changing.
+    Returns what storage holds: `manifest`, or the one of an earlier build of the same content, unless that is damaged:
+    then it is replaced. Publishing twice is safe; of two publishers at once both versions exist, and the later one is
+    HEAD. Raises DataError where `manifest.version` is not the id of its content, Conflict where HEAD kept changing.
     """
     if manifest.version != manifest.content:
         raise DataError(f"version {manifest.version} describes content {manifest.content}", "Use content_id().")
     key = f"{version_prefix(manifest.dataset, manifest.version)}/manifest.json"
     try:
-        storage.put_if_absent(key, (manifest.model_dump_json(indent=2) + "\n").encode())
+        storage.put_if_absent(key, seal(manifest))
     except AlreadyExists:
-        manifest = read_manifest(storage, manifest.dataset, manifest.version)
+        try:
+            manifest = read_manifest(storage, manifest.dataset, manifest.version)
+        except CorruptObject:
+            storage.put(key, seal(manifest))
     _move_head(storage, manifest.dataset, manifest.version)
     return manifest
 
@@ -207,17 +216,6 @@ def _read_head(storage: Storage, name: str) -> tuple[dict[str, str | int] | None
         raise CorruptObject(
             f"{storage.uri_of(key)} is not a HEAD: {error}", "Delete it and publish a version again."
         ) from error
-
-
-def _parse(data: bytes, uri: str, version: str) -> Manifest:
-    hint = "Use another version, or build it again; a newer tercet may have written it."
-    try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        raise CorruptObject(f"{uri} is not a manifest: {error.errors()[0]['msg']}", hint) from error
-    if manifest.content != version:
-        raise CorruptObject(f"{uri} describes other content ({manifest.content}) than its version", hint)
-    return manifest
 
 
 def _names(storage: Storage, prefix: str, suffix: str) -> list[str]:

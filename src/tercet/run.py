@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tercet import incidents, launch
-from tercet.checkpoint import best_commit, publish_best, read_commits
+from tercet.checkpoint import best_commit, best_whole, publish_best, read_commits
 from tercet.config import Config
 from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.lease import read_attempts
@@ -24,6 +24,7 @@ from tercet.model_source import locate, read_facts
 from tercet.page import html
 from tercet.plan import TrainPlan, make_plan
 from tercet.report import Metrics, RunMetrics, RunReport, as_json
+from tercet.sealed import seal, unseal
 from tercet.storage import Storage, open_storage
 from tercet.storage import retries as storage_retries
 from tercet.worker import evaluation_key, training_key
@@ -92,7 +93,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     _check_same_experiment(storage, plan)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
-    storage.put(_plan_key(plan.run_id), as_json(plan))
+    storage.put(_plan_key(plan.run_id), seal(plan))
     events = Events(storage, plan.run_id)
     try:
         with events.timed("start"):
@@ -102,10 +103,14 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             if not storage.exists(training_key(plan.run_id)):  # written last by the workers
                 launch.train(plan)
         with events.timed("test"):
-            best = best_commit(read_commits(storage, plan.run_id), plan.metric)
+            commits = read_commits(storage, plan.run_id)
+            best = best_whole(storage, commits, plan.metric)
+            if (chosen := best_commit(commits, plan.metric)) is not None and chosen != best:
+                events.add("best checkpoint damaged", step=chosen.step, next_best_step=best and best.step)
             if best is None:
                 raise TrainingError(
-                    "the training ended without a committed checkpoint", hint="look at the workers' logs"
+                    "the training ended without a whole checkpoint that was evaluated",
+                    hint="look at the workers' logs; another --run-id trains anew",
                 )
             test = launch.evaluate_test(plan, best)
         with events.timed("publish"):
@@ -140,15 +145,16 @@ def list_runs(storage: Storage) -> list[str]:
 
 
 def read_plan(storage: Storage, run_id: str) -> TrainPlan:
-    """The plan of a run that was started. Raises ConfigError when there is no such run."""
+    """The plan of a run that was started. Raises ConfigError when there is no such run, CorruptObject when its plan is
+    damaged, or of another run or version of tercet."""
+    uri = storage.uri_of(_plan_key(run_id))
     try:
-        return TrainPlan.model_validate_json(storage.read(_plan_key(run_id)))
+        plan = unseal(TrainPlan, storage.read(_plan_key(run_id)), uri, hint="choose a new --run-id")
     except ObjectNotFound:
         raise unknown_run(storage, run_id) from None
-    except ValueError:
-        raise ConfigError(
-            f"run {run_id} was planned by another version of tercet", hint="choose a new --run-id"
-        ) from None
+    if plan.run_id != run_id:
+        raise CorruptObject(f"{uri} is the plan of run {plan.run_id}", hint="choose a new --run-id")
+    return plan
 
 
 def unknown_run(storage: Storage, run_id: str) -> ConfigError:

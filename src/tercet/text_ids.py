@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tercet.dataset import hash_of, whole
 from tercet.sampling import Rows, TextIds
 
 if TYPE_CHECKING:
@@ -34,21 +35,13 @@ def text_ids(rows: Dataset, cache_dir: Path) -> TextIds:
     folder.mkdir(parents=True, exist_ok=True)
     name = rows._fingerprint
     with FileLock(folder / f"{name}.lock"):
-        path = _found(folder, name) or _write(rows, folder, name)
+        path = whole(folder, name, "npy") or _write(rows, folder, name)
     table: npt.NDArray[np.int64] = np.load(path, mmap_mode="r")
 
     def of(numbers: Rows) -> npt.NDArray[np.int64]:
         return np.asarray(table[numbers])
 
     return of
-
-
-def _found(folder: Path, name: str) -> Path | None:
-    for path in folder.glob(f"{name}.*.npy"):
-        if path.name == f"{name}.{_hash_of(path)}.npy":
-            return path
-        path.unlink()
-    return None
 
 
 def _write(rows: Dataset, folder: Path, name: str) -> Path:
@@ -65,14 +58,4 @@ def _write(rows: Dataset, folder: Path, name: str) -> Path:
             file.write(np.array(columns, dtype=np.uint64).T.astype("<u8").tobytes())
         file.flush()
         os.fsync(file.fileno())
-    return partial.rename(folder / f"{name}.{_hash_of(partial)}.npy")
-
-
-def _hash_of(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
+    return partial.rename(folder / f"{name}.{hash_of(partial)}.npy")

@@ -23,6 +23,7 @@ ORDER = [
     "storage",
     "local_storage",
     "s3",
+    "sealed",
     "incidents",
     "checks",
     "splits",

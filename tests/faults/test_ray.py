@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import tiny_model
 from faults.runs import proof, settings, what_counts
 from flow.conftest import check, run_command, tercet
-from flow.workers import training_log
-from tercet.checkpoint import read_best
+from flow.workers import training_log, worker_command, write_plan
+from tercet.checkpoint import read_best, read_commits
 from tercet.crash_point import VARIABLE
 from tercet.storage import open_storage
 
@@ -57,3 +57,23 @@ def test_a_driver_that_dies_while_it_publishes(
     best = read_best(storage, "publishing")
     assert best is not None
     assert load_file(store / best.folder / "model.safetensors").keys()
+
+
+def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Of a run whose training has ended: the next best is measured and published, and that is said."""
+    sections = settings()
+    sections["checkpoint"] = {"keep_last": 100}
+    check(run_command(worker_command(write_plan(tmp_path, "damaged", model, store, **sections)), environment, tmp_path))
+    storage = open_storage(str(store))
+    best, expected = sorted(read_commits(storage, "damaged"), key=lambda commit: -commit.metrics["ndcg@10"])
+    path = store / best.folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    command = tercet("train", tmp_path / "damaged.yaml", "--run-id", "damaged")
+    done = check(run_command(command, environment, tmp_path, timeout=240))
+    assert f"the best checkpoint, of step {best.step}, is damaged; the next best is taken" in done.stdout
+    published = read_best(storage, "damaged")
+    assert published is not None
+    assert (published.step, report(store, "damaged")["metrics"]["best_step"]) == (expected.step, expected.step)
+    events = [json.loads(line) for line in (store / "runs/damaged/events.jsonl").read_text().splitlines()]
+    (event,) = (event for event in events if event["event"] == "best checkpoint damaged")
+    assert (event["step"], event["next_best_step"]) == (best.step, expected.step)

@@ -171,9 +171,8 @@ def _same_step(store: Path, step: int) -> Any:
 def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
     """Weights once, by rank 0; the optimizer's state cut among the ranks; a state of random numbers each."""
     for commit in commits(trained, f"{mode}-ranking"):
-        parts = [
-            json.loads((model_folder(trained, commit) / f"rank-{rank}.json").read_text()).keys() for rank in (0, 1)
-        ]
+        documents = (model_folder(trained, commit) / f"rank-{rank}.json" for rank in (0, 1))
+        parts = [json.loads(document.read_text())["files"].keys() for document in documents]
         of_rank = [
             {f"optimizer-0000{n}-of-00002.safetensors", f"ledger-0000{n}-of-00002.npy", f"rng_state_{n}.pth"}
             for n in (0, 1)

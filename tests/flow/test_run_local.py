@@ -161,10 +161,11 @@ def test_events_tell_each_stage_in_order(finished: Finished) -> None:
 
 
 def test_plan_report_and_page_are_valid(finished: Finished) -> None:
-    from tercet.plan import TrainPlan
     from tercet.report import RunReport
+    from tercet.run import read_plan
+    from tercet.storage import open_storage
 
-    plan = TrainPlan.model_validate(finished.document("plan.json"))
+    plan = read_plan(open_storage(str(finished.store)), RUN_ID)
     report = RunReport.model_validate(finished.document("report.json"))
     assert (plan.num_steps, plan.config.workers.num_workers, report.status) == (33, 2, "finished")
     assert report.metrics is not None

@@ -16,6 +16,7 @@ from tercet.checkpoint import (
     FileRecord,
     attempt_folder,
     best_commit,
+    best_whole,
     commit_step,
     fetch,
     fetch_newest,
@@ -26,8 +27,9 @@ from tercet.checkpoint import (
     upload_part,
 )
 from tercet.errors import CorruptObject, StorageUnavailable
-from tercet.lease import Attempt, Lease
+from tercet.lease import Attempt, Lease, lease_key
 from tercet.local_storage import LocalStorage
+from tercet.sealed import seal
 
 RUN = "r1"
 FILES = {
@@ -140,6 +142,17 @@ def test_a_part_that_comes_late_is_waited_for(storage: Recording, tmp_path: Path
     late.join()
 
 
+def test_the_part_of_another_rank_is_damage(storage: Recording, tmp_path: Path) -> None:
+    """Or a checkpoint would be committed without the files of one rank."""
+    folder = attempt_folder(RUN, 10, "a")
+    for rank in (0, 1):
+        upload_part(storage, trained(tmp_path, files={f"rng_state_{rank}.pth": b"x"}), folder, rank)
+    storage.put(f"{folder}/rank-0.json", storage.read(f"{folder}/rank-1.json"))
+    with pytest.raises(CorruptObject, match=r"rank-0\.json is the part of rank 1"):
+        commit_step(storage, RUN, 10, 1.0, {}, lineage("a", 2), wait_seconds=1)
+    assert read_commits(storage, RUN) == []
+
+
 def test_of_two_attempts_at_one_step_the_first_stands(storage: Recording, tmp_path: Path) -> None:
     first = committed(storage, tmp_path, 10, 0.5, "a", b"first")
     second = committed(storage, tmp_path, 10, 0.6, "b", b"second")
@@ -205,6 +218,42 @@ def test_a_damaged_commit_document_is_skipped(
     assert newest.step == 20
 
 
+@pytest.mark.parametrize("name", ["metrics", "step", "sha256", "another step", "another run"])
+def test_no_damage_to_a_commit_document_makes_another_commit(storage: Recording, tmp_path: Path, name: str) -> None:
+    before, newest = committed(storage, tmp_path, 10), committed(storage, tmp_path, 20)
+    key = f"runs/r1/checkpoints/00000020/{COMMIT}"
+    data = storage.read(key)
+    elsewhere = newest.model_copy(update={"folder": newest.folder.replace("r1", "r2")})
+    damaged = {
+        "metrics": data.replace(b'"ndcg@10": 0.5', b'"ndcg@10": 0.7'),
+        "step": data.replace(b'"step": 20', b'"step": 30'),
+        "sha256": data.replace(newest.files["model.safetensors"].sha256.encode(), b"0" * 64),
+        "another step": storage.read(f"runs/r1/checkpoints/00000010/{COMMIT}"),
+        "another run": seal(elsewhere),
+    }[name]
+    assert damaged != data
+    storage.put(key, damaged)
+    assert read_commits(storage, RUN) == [before]
+
+
+def test_the_next_best_is_taken_where_the_best_is_damaged(
+    storage: Recording, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, metric in ((10, 0.7), (20, 0.9), (30, 0.8)):
+        committed(storage, tmp_path, step, metric)
+    found = read_commits(storage, RUN)
+    assert best_whole(storage, found, "ndcg@10") == found[1]
+    flip_a_byte(storage, f"{found[1].folder}/optimizer-00000-of-00001.safetensors")
+    assert best_whole(storage, found, "ndcg@10") == found[1]  # the model is whole
+    assert caplog.text == ""
+    flip_a_byte(storage, f"{found[1].folder}/model.safetensors")
+    assert best_whole(storage, found, "ndcg@10") == found[0]
+    assert "the best checkpoint, of step 20, is damaged" in caplog.text
+    for commit in (found[0], found[2]):
+        storage.delete(f"{commit.folder}/model.safetensors")
+    assert best_whole(storage, found, "ndcg@10") is None
+
+
 def record(step: int, **metrics: float) -> Commit:
     return Commit(step=step, epoch=1.0, lineage=lineage("a"), folder="f", metrics=metrics, files={})
 
@@ -240,6 +289,26 @@ def test_what_an_attempt_commits_after_another_took_over_does_not_count(storage:
     assert (newest.step, newest.attempt.name, newest.metrics) == (20, "b", {"m": 0.6})
     assert (fetch(storage, newest, tmp_path / "right") / "model.safetensors").read_bytes() == b"right"
     lease.release()
+
+
+@pytest.mark.parametrize("lost", ["gone", "old"])
+def test_nor_does_it_count_where_the_lease_got_lost(storage: Recording, tmp_path: Path, lost: str) -> None:
+    """The commits of the later attempt say that there was one."""
+    lease = Lease(storage, RUN, "one", 60)
+    first = (lease.begin("a", 0, 1),)
+    lease.release()
+    old = storage.read(lease_key(RUN))
+    lease = Lease(storage, RUN, "two", 60)
+    second = (*first, lease.begin("b", 10, 1))
+    lease.release()
+    for step, attempt in ((20, second), (30, first)):
+        upload_part(storage, trained(tmp_path), attempt_folder(RUN, step, attempt[-1].name), rank=0)
+        commit_step(storage, RUN, step, 1.0, {}, attempt, wait_seconds=1)
+    if lost == "gone":
+        storage.delete(lease_key(RUN))
+    else:
+        storage.put(lease_key(RUN), old)
+    assert [commit.step for commit in read_commits(storage, RUN)] == [20]
 
 
 def test_a_late_commit_does_not_replace_one_that_counts(storage: Recording, tmp_path: Path) -> None:

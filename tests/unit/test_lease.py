@@ -16,6 +16,7 @@ from tercet import lease as module
 from tercet.errors import CorruptObject, LeaseLost, RunIsTaken, StorageUnavailable
 from tercet.lease import Attempt, Holder, Lease, is_fenced, lease_key, read_attempts
 from tercet.local_storage import LocalStorage
+from tercet.sealed import seal, unseal
 from tercet.storage import Storage, open_storage
 
 SECONDS = 1.0
@@ -27,13 +28,13 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 def holder(storage: Storage) -> Holder:
-    return Holder.model_validate_json(storage.read(lease_key("r")))
+    return unseal(Holder, storage.read(lease_key("r")), "LEASE.json")
 
 
 def of_elsewhere(storage: Storage, **changes: object) -> None:
     """The run is held by a process of another machine."""
     values = {"generation": 3, "owner": "one", "place": "elsewhere -", "pid": 1, "since_unix_seconds": 0.0, **changes}
-    storage.put(lease_key("r"), Holder(**values).model_dump_json().encode())  # type: ignore[arg-type]
+    storage.put(lease_key("r"), seal(Holder(run_id="r", **values)))  # type: ignore[arg-type]
 
 
 def test_a_run_that_nobody_holds(storage: LocalStorage) -> None:
@@ -160,8 +161,16 @@ def test_an_answer_that_got_lost_is_no_loss(storage: LocalStorage, monkeypatch: 
 
 def test_a_document_that_cannot_be_read(storage: LocalStorage) -> None:
     storage.put(lease_key("r"), b"{")
-    with pytest.raises(CorruptObject, match="it is not known who trains this run"):
+    with pytest.raises(CorruptObject, match=r"LEASE\.json is damaged") as caught:
         Lease(storage, "r", "one", SECONDS)
+    assert "it is not known who trains this run" in caught.value.hint
+
+
+def test_the_lease_of_another_run(storage: LocalStorage) -> None:
+    Lease(storage, "other", "one", SECONDS).release()
+    storage.put(lease_key("r"), storage.read(lease_key("other")))
+    with pytest.raises(CorruptObject, match="is the lease of run other"):
+        read_attempts(storage, "r")
 
 
 def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tercet.manifest import (
     read_manifest,
     version_prefix,
 )
+from tercet.sealed import seal
 from tercet.splits import SplitRule
 from tercet.storage import Storage, open_storage
 
@@ -162,11 +163,11 @@ def test_not_found_says_what_exists(storage: Storage) -> None:
     assert _manifest(1).version in caught.value.hint
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 1}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 1}', b'{"version": 1}\n'])
 def test_a_damaged_manifest_or_head_is_corrupt(storage: Storage, damage: bytes) -> None:
     version = publish(storage, _manifest(1)).version
     storage.put(f"{version_prefix('faq', version)}/manifest.json", damage)
-    with pytest.raises(CorruptObject, match="not a manifest"):
+    with pytest.raises(CorruptObject, match=r"manifest\.json is damaged"):
         read_manifest(storage, "faq")
     storage.put("datasets/faq/HEAD.json", damage)
     with pytest.raises(CorruptObject, match="not a HEAD"):
@@ -176,8 +177,17 @@ def test_a_damaged_manifest_or_head_is_corrupt(storage: Storage, damage: bytes) 
 def test_a_manifest_that_was_changed_is_corrupt(storage: Storage) -> None:
     version = publish(storage, _manifest(1)).version
     key = f"{version_prefix('faq', version)}/manifest.json"
-    storage.put(key, storage.read(key).replace(b'"num_bytes": 9', b'"num_bytes": 8'))
-    with pytest.raises(CorruptObject, match="other content"):
+    storage.put(key, storage.read(key).replace(b'"train": 1', b'"train": 2'))  # rows, which are not in the version's id
+    with pytest.raises(CorruptObject, match="its sha256 is not the one"):
+        read_manifest(storage, "faq")
+    assert publish(storage, _manifest(1)) == _manifest(1) == read_manifest(storage, "faq")  # building it again mends it
+
+
+@pytest.mark.parametrize("of", [_manifest(2), _manifest(1, dataset="other")])
+def test_the_manifest_of_another_version_is_corrupt(storage: Storage, of: Manifest) -> None:
+    version = publish(storage, _manifest(1)).version
+    storage.put(f"{version_prefix('faq', version)}/manifest.json", seal(of))
+    with pytest.raises(CorruptObject, match=f"describes {of.dataset} with other content"):
         read_manifest(storage, "faq")
 
 

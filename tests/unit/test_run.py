@@ -9,8 +9,8 @@ import pytest
 import made
 from tercet.errors import ConfigError, LearnedNothing
 from tercet.manifest import publish
-from tercet.report import as_json
 from tercet.run import _metrics, run, survey
+from tercet.sealed import seal
 from tercet.storage import open_storage
 
 
@@ -24,7 +24,7 @@ def test_a_run_is_not_resumed_with_another_version_of_a_mixed_dataset(tmp_path: 
         made.manifest().version,
         made.mixed_manifest("docs").version,
     ]
-    storage.put("runs/mine/plan.json", as_json(plan))
+    storage.put("runs/mine/plan.json", seal(plan))
     publish(storage, made.mixed_manifest("docs", train=60))
     with pytest.raises(ConfigError, match="run mine exists with another dataset version"):
         run(config, "mine")

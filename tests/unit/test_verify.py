@@ -19,8 +19,8 @@ from tercet.lease import Attempt
 from tercet.ledger import Ledger, file_name
 from tercet.manifest import read_manifest
 from tercet.plan import TrainPlan, make_plan
-from tercet.report import as_json
 from tercet.sampling import DatasetRows, mixed_batches
+from tercet.sealed import seal
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage
 from tercet.verify import verify_rows
@@ -186,7 +186,7 @@ def test_the_command(
     storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan], wrong: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_plan = plan()
-    storage.put("runs/r/plan.json", as_json(made_plan))
+    storage.put("runs/r/plan.json", seal(made_plan))
     steps = consumed(made_plan)
     if wrong:
         steps[0] = steps[1]

@@ -1,0 +1,30 @@
+"""A damaged object is refused, or an older whole one is taken and that is said; none is ever loaded in silence."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import tiny_model
+from faults.damage import DAMAGES, GOOD, OUTCOMES, Run, trial
+from faults.runs import settings
+
+NUM_TRIALS = 60
+
+
+@pytest.fixture
+def run(whole: dict[int, str], store: Path, model: Path, triplets_file: Path, tmp_path: Path) -> Run:
+    recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings(2))
+    return Run(tmp_path / "run", store, whole[2], recipe, triplets_file)
+
+
+def test_no_damage_goes_unnoticed(run: Run, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    trials = [trial(run, rng, tmp_path / "scratch") for _ in range(NUM_TRIALS)]
+    assert [found for found in trials if found.outcome not in GOOD] == []
+    assert {found.outcome for found in trials} == set(GOOD) <= set(OUTCOMES)
+    assert {found.damage for found in trials} == set(DAMAGES)
+    assert min(Counter(found.kind for found in trials).values()) >= 1
