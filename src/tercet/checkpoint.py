@@ -33,13 +33,7 @@ PART_WAIT_SECONDS = 600.0
 
 # What the trainer needs to go on, and who loads the model does not.
 TRAINER_STATE_FILES = (
-    "ledger-",
-    "optimizer-",
-    "scheduler.pt",
-    "scaler.pt",
-    "trainer_state.json",
-    "training_args.bin",
-    "rng_state",
+    *("ledger-", "optimizer-", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "rng_state"),
     "trained_weights.safetensors",
 )
 
@@ -218,7 +212,11 @@ def fetch_newest(
 ) -> Commit | None:
     """Download the newest checkpoint that is whole; a damaged one is skipped, loudly, for the one before. `on_skip`
     gets the step of each damaged one, and what is wrong with it."""
-    for commit in read_commits(storage, run_id):
+    commits = read_commits(storage, run_id)
+    for step in sorted({int(key.split("/")[3]) for key in storage.list(checkpoints_prefix(run_id))}):
+        if step > max((commit.step for commit in commits), default=-1):
+            logger.warning("step %d has files but no commit that counts: it was not finished, or lost it", step)
+    for commit in commits:
         try:
             fetch(storage, commit, local_dir)
         except (CorruptObject, ObjectNotFound) as error:

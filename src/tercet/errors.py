@@ -20,7 +20,7 @@
     │   ├── RunIsTaken          6   another attempt at the same run lives
     │   ├── Preempted           6   the machine was taken away, with notice; the run was saved
     │   ├── OutOfMemory         6   a worker had not the memory for a step
-    │   ├── NonFiniteError      6   NaN or Inf in the loss or a metric
+    │   ├── NonFiniteError      6   NaN or Inf in a loss, gradient, weight, embedding or metric
     │   └── LearnedNothing      6   the weights did not move
     └── JobError                7   a submitted Ray job failed, or was stopped
 
@@ -132,7 +132,7 @@ class OutOfMemory(TrainingError):
 
 
 class NonFiniteError(TrainingError):
-    """NaN or Inf in the loss or in a metric."""
+    """NaN or Inf in a loss, a gradient, a weight, an embedding or a metric."""
 
 
 class LearnedNothing(TrainingError):

@@ -23,6 +23,11 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.util import batch_to_device
 from torch.distributed.fsdp import FSDPModule
 
+from tercet.errors import NonFiniteError
+from tercet.guards import NOT_FINITE_HINT
+
+EXAMPLE_CHARS = 80
+
 
 class Encodings:
     """Embeddings of the texts of one evaluation, by role (query or document: a model may have a prompt for each)."""
@@ -35,6 +40,17 @@ class Encodings:
         """Forget everything: the model has changed."""
         self._rows.clear()
         self._embeddings.clear()
+
+    def check(self, step: int) -> None:
+        """Raises NonFiniteError where an embedding is NaN or Inf: the evaluators would take it for merely far away."""
+        wrong = ~torch.cat(self._embeddings).isfinite().all(dim=1)
+        if wrong.any():
+            text = next(text for (_, text), row in self._rows.items() if wrong[row])
+            raise NonFiniteError(
+                f"evaluation{f' at step {step}' if step >= 0 else ''}: the embeddings of {int(wrong.sum())} of "
+                f"{len(wrong)} texts are NaN or Inf, such as that of {text[:EXAMPLE_CHARS]!r}",
+                hint=NOT_FINITE_HINT,
+            )
 
     def of(self, model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
         """Shape (len(texts), embedding width), fp32; only the texts not seen yet are encoded, shared by all ranks."""
@@ -156,12 +172,15 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
         for evaluator in evaluators:
             evaluator.encodings = self._encodings
 
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Metrics by name, of all evaluators."""
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Metrics by name, of all evaluators. Raises NonFiniteError, on all ranks."""
         if isinstance(model, FSDPModule):
             _pass_without_inference_mode(model)
         try:
-            metrics: dict[str, float] = super().__call__(model, *args, **kwargs)
+            metrics: dict[str, float] = super().__call__(model, output_path, epoch, steps)
+            self._encodings.check(steps)
         finally:
             self._encodings.clear()
         return metrics

@@ -29,6 +29,9 @@ SECONDS_TO_SAY_SO = 20.0
 SMALLEST_SQUARE = 1e-24
 
 
+NOT_FINITE_HINT = "lower training.learning_rate, raise training.warmup_ratio, or look for broken rows"
+
+
 def finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
     """The numbers as plain floats. Raises NonFiniteError naming the first that is NaN or Inf.
 
@@ -36,19 +39,90 @@ def finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
     plain = {name: float(value) for name, value in metrics.items()}
     for name, value in plain.items():
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{what}: {name} is {value}",
-                hint="lower training.learning_rate, raise training.warmup_ratio, or look for broken rows",
-            )
+            raise NonFiniteError(f"{what}: {name} is {value}", hint=NOT_FINITE_HINT)
     return plain
 
 
-class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stops at the first logged loss or gradient norm that is NaN or Inf."""
+class FiniteNumbers(TrainerCallback):  # type: ignore[misc]
+    """Stops at the first loss, gradient or weight that is NaN or Inf, and says which of them, and of what parameter.
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        numbers: dict[str, Any] = {name: (logs or {})[name] for name in ("loss", "grad_norm") if name in (logs or {})}
-        finite(numbers, f"step {state.global_step}")
+    No step waits for the device: of the first step that is not finite, the loss and the norm of each gradient stay
+    there until the training waits in any case, to log, evaluate or save. Weights are looked at then. So nothing of such
+    a step is committed. What it spoiled after it is not told.
+
+    All ranks stop, with the same words."""
+
+    def __init__(self, device: torch.device, scales_loss: bool = False) -> None:
+        """device: of this rank. scales_loss: gradients are scaled up to fit into 16 bits, and steps skipped where that
+        was too much (fp16): gradients are not looked at."""
+        self._device, self._scales_loss = device, scales_loss
+        self._loss: torch.Tensor | None = None
+        self._names: list[str] = []
+        self._norms: list[torch.Tensor] = []
+        self._record: torch.Tensor | None = None  # of a step: its number, loss, norm of each gradient, norm of them all
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Of a micro-batch, on this rank."""
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def add_gradients(self, model: torch.nn.Module) -> torch.Tensor:
+        """Before they are clipped, which makes all of them NaN where one is. Returns the norm of what this rank holds
+        of each parameter's gradient, 0 where there is none."""
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        none = torch.zeros((), device=self._device)
+        self._names = [name for name, _ in named]
+        self._norms = [self._norms_of([none if p.grad is None else local_values(p.grad) for _, p in named])]
+        return self._norms[0]
+
+    def close_step(self, step: int, norm: Any) -> None:
+        """All of its losses and gradients were added; `norm` is of all gradients together, of FSDP2 this rank's."""
+        assert self._loss is not None
+        numbers = [torch.full((1,), step, device=self._device), self._loss.reshape(1)]
+        if not self._scales_loss:
+            norm = local_values(norm) if isinstance(norm, torch.Tensor) else torch.tensor(norm, device=self._device)
+            numbers += [*self._norms, norm.reshape(1)]
+        now = torch.cat([number.float() for number in numbers])
+        before = now if self._record is None else self._record
+        self._record = torch.where(before.isfinite().all(), now, before)
+        self._loss, self._norms = None, []
+
+    def check(self, step: int, model: torch.nn.Module) -> None:
+        """Raises NonFiniteError. A collective: all ranks call it after the same step."""
+        reshard(model)
+        weights = self._norms_of([local_values(parameter) for parameter in model.parameters()])
+        record = weights[:0] if self._record is None else self._record
+        bad = 1 - torch.cat([weights, record]).isfinite().all().float()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bad:
+            named = zip((name for name, _ in model.named_parameters()), weights.tolist(), strict=True)
+            found = _of_all_ranks(self._first(record.tolist(), step, dict(named)))
+            raise NonFiniteError(min(filter(None, found))[1], hint=NOT_FINITE_HINT)
+
+    def _norms_of(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Of each, in fp32. As torch's `clip_grad_norm_` computes them."""
+        return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).to(self._device)
+
+    def _first(self, record: list[float], step: int, weights: dict[str, float]) -> tuple[int, str] | None:
+        """The place and the words of what was wrong first, if anything is on this rank. Of gradients that is the last
+        of the model: backward they spread from there."""
+        gradients = [(f"the gradient of {name}", norm) for name, norm in zip(self._names, record[2:], strict=False)]
+        told = [*zip(["the loss"], record[1:], strict=False), *reversed(gradients)]
+        if len(record) > 2:
+            told.append(("the norm of all gradients together", record[-1]))
+        told = [(f"step {record[0]:.0f}: {what}", value) for what, value in told]
+        told += [(f"after step {step}: the weight {name}", value) for name, value in weights.items()]
+        wrong = ((place, f"{text} is {value}") for place, (text, value) in enumerate(told) if not math.isfinite(value))
+        return next(wrong, None)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        if "loss" in (logs or {}):
+            self.check(state.global_step, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.check(state.global_step, model)
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
@@ -134,12 +208,12 @@ class WeightsMove(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def _of_all_ranks(fingerprint: torch.Tensor) -> list[torch.Tensor]:
+def _of_all_ranks(own: Any) -> list[Any]:
     if not torch.distributed.is_initialized():
-        return [fingerprint]
-    gathered: list[list[float]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, fingerprint.tolist())
-    return [torch.tensor(values, dtype=torch.double) for values in gathered]
+        return [own]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
 
 
 def _fingerprint(model: torch.nn.Module) -> torch.Tensor:

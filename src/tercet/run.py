@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from tercet import incidents, launch
-from tercet.checkpoint import best_commit, best_whole, publish_best, read_commits
+from tercet.checkpoint import Commit, best_whole, publish_best, read_commits
 from tercet.config import Config
 from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.lease import read_attempts
@@ -28,6 +29,8 @@ from tercet.sealed import seal, unseal
 from tercet.storage import Storage, open_storage
 from tercet.storage import retries as storage_retries
 from tercet.worker import evaluation_key, training_key
+
+logger = logging.getLogger("tercet")
 
 _LAST_EVENTS = ("run finished", "run failed")
 
@@ -103,15 +106,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             if not storage.exists(training_key(plan.run_id)):  # written last by the workers
                 launch.train(plan)
         with events.timed("test"):
-            commits = read_commits(storage, plan.run_id)
-            best = best_whole(storage, commits, plan.metric)
-            if (chosen := best_commit(commits, plan.metric)) is not None and chosen != best:
-                events.add("best checkpoint damaged", step=chosen.step, next_best_step=best and best.step)
-            if best is None:
-                raise TrainingError(
-                    "the training ended without a whole checkpoint that was evaluated",
-                    hint="look at the workers' logs; another --run-id trains anew",
-                )
+            best = _best(storage, plan, events)
             test = launch.evaluate_test(plan, best)
         with events.timed("publish"):
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
@@ -129,6 +124,23 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     _write(storage, report, log_history, plan)
     events.add("run finished")
     return report
+
+
+def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
+    """The best checkpoint that is whole. That it is not the one with the best evaluation is told."""
+    best = best_whole(storage, read_commits(storage, plan.run_id), plan.metric)
+    if best is None:
+        raise TrainingError(
+            "the training ended without a whole checkpoint that was evaluated",
+            hint="look at the workers' logs; another --run-id trains anew",
+        )
+    evaluated = max(_evaluations(storage, plan)[1:], key=lambda evaluation: evaluation[plan.metric])
+    if best.step != evaluated["step"]:
+        message = f"the best checkpoint, of step {evaluated['step']}, is lost; that of step {best.step} is taken"
+        logger.error("%s", message)
+        incidents.tell(storage, plan.run_id, f"best-{evaluated['step']}", "best_checkpoint_lost", message)
+        events.add("best checkpoint lost", step=evaluated["step"], taken_step=best.step)
+    return best
 
 
 def read_report(storage: Storage, run_id: str) -> RunReport | None:

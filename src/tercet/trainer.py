@@ -22,7 +22,7 @@ from tercet import optimizer_state
 from tercet.checkpoint import Commit
 from tercet.crash_point import crash_point
 from tercet.evaluation import named
-from tercet.guards import finite
+from tercet.guards import FiniteNumbers, finite
 from tercet.ledger import Ledger
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
@@ -50,15 +50,19 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         parallelism: Parallelism,
         save_whole: Callable[[dict[str, Any], Path], None] | None,
         loss_runs_backward: bool,
+        scales_loss: bool,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` says which of them were trained on.
         save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
-        loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching)."""
+        loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
+        scales_loss: as FiniteNumbers takes it."""
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         self.ledger = Ledger()
         super().__init__(**kwargs)
+        self._finite = FiniteNumbers(self.args.device, scales_loss)
+        self.add_callback(self._finite)
 
     def create_accelerator_and_postprocess(self) -> None:
         """After `Trainer.create_accelerator_and_postprocess`: on CPUs accelerate 1.15 falls back from FSDP to DDP
@@ -97,11 +101,11 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Instead of `BaseTrainer.evaluation_loop`, which shares the evaluator's work over ranks for DDP alone, and
         lets every rank do all of it otherwise. Here every rank runs the evaluator, which shares the encoding (see
         evaluators.py), so that sharded models meet in each forward pass."""
+        self._finite.check(self.state.global_step, self.model)
         output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         crash_point("in_evaluation", self.state.global_step)
-        if self.evaluator is not None:
-            metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -112,11 +116,32 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return num_epochs, num_micro_batches
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Around `Trainer.training_step`: writes down which rows the micro-batch was made of."""
+        """Around `Trainer.training_step`: writes down which rows the micro-batch was made of, and its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._finite.add_loss(loss)
         crash_point("after_backward", self.state.global_step + 1)
         self.ledger.consume(self._batches.handed_out.popleft())
         return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Instead of `Trainer._clip_grad_norm` where gradients are whole: the norm of all is made of the norm of each
+        in any case; here each is kept. Around it for FSDP2. DeepSpeed has clipped by now, and keeps none."""
+        if self._parallelism == "ddp":
+            self.accelerator.unscale_gradients()
+            norm = torch.linalg.vector_norm(self._finite.add_gradients(self.model))
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+            return norm
+        if not is_zero(self._parallelism):
+            self._finite.add_gradients(self.model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Around `Trainer._get_grad_norm`, which is called once a step: likewise where nothing is clipped."""
+        if grad_norm is None and not is_zero(self._parallelism):
+            self._finite.add_gradients(self.model)
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite.close_step(self.state.global_step + 1, norm)
+        return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Around `Trainer._prepare_for_training`: checks what came out, and loads tercet's own state instead of each
@@ -234,8 +259,7 @@ class Record(TrainerCallback):  # type: ignore[misc]
         self._save_every_steps = save_every_steps
         self._on_evaluation, self._on_commit = on_evaluation, on_commit
         self._metrics: tuple[int, dict[str, float]] = (0, {})
-        self._started_at = time.monotonic()
-        self._started_step = 0
+        self._started_at, self._started_step = time.monotonic(), 0
         self.first_step_unix_seconds: float | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -254,16 +278,11 @@ class Record(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self._started_at
-        rate = (state.global_step - self._started_step) / max(seconds, 1e-9)
-        logger.info(
-            "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %.0f s left",
-            state.global_step,
-            self._num_steps,
-            logs["loss"],
-            logs.get("learning_rate", float("nan")),
-            rate,
-            (self._num_steps - state.global_step) / max(rate, 1e-9),
-        )
+        step, last, learning_rate = state.global_step, self._num_steps, logs.get("learning_rate", float("nan"))
+        rate = (step - self._started_step) / max(seconds, 1e-9)
+        left = (last - step) / max(rate, 1e-9)
+        text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %.0f s left"
+        logger.info(text, step, last, logs["loss"], learning_rate, rate, left)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any

@@ -56,7 +56,7 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "logging_strategy": "steps",
         "logging_steps": training.log_every_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would hide what FiniteLoss looks for
+        "logging_nan_inf_filter": False,  # it would hide them from guards.py
         "report_to": "none",
         "disable_tqdm": True,
     }

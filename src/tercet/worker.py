@@ -66,7 +66,7 @@ def run_worker(
     from transformers import PrinterCallback, set_seed
 
     from tercet.evaluation import make_evaluator
-    from tercet.guards import Deadline, FiniteLoss, HoldsTheRun, WeightsMove, finite
+    from tercet.guards import Deadline, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
     from tercet.mix import load_splits, load_train_rows, rows_to_order, together
     from tercet.model import make_model, save_whole
@@ -107,6 +107,7 @@ def run_worker(
             parallelism=plan.parallelism,
             save_whole=functools.partial(save_whole, config.model) if gathers(plan) else None,
             loss_runs_backward=config.loss.is_cached,
+            scales_loss=config.training.precision == "fp16",
             model=model,
             args=args,
             train_dataset=train,
@@ -140,7 +141,7 @@ def run_worker(
             incidents.tell(storage, plan.run_id, incidents.end_name(attempt.generation), "hung", message)
 
         record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
-        guards = (FiniteLoss(), WeightsMove(shards_weights(plan.parallelism)), HoldsTheRun(check))
+        guards = (WeightsMove(shards_weights(plan.parallelism)), HoldsTheRun(check))
         for callback in (*guards, record, preemption, Deadline(config.workers.step_timeout_seconds, on_hang)):
             trainer.add_callback(callback)
 

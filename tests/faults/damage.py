@@ -34,7 +34,7 @@ from tercet.dataset import load_split
 from tercet.errors import TercetError, TrainingError
 from tercet.lease import Lease
 from tercet.manifest import publish, read_manifest
-from tercet.run import _check_same_experiment, read_plan, survey
+from tercet.run import Events, _best, _check_same_experiment, read_plan, survey
 from tercet.sealed import seal
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage, sha256_of
@@ -45,7 +45,6 @@ OUTCOMES = ("refused", "fell back", "unaffected", "LOADED DAMAGED", "NO TYPED ER
 GOOD = OUTCOMES[:3]
 DAMAGES = ("flip a bit", "cut", "append a byte", "swap", "delete")
 METRIC = "ndcg@10"
-USUAL_WARNING = "of an attempt that had lost the run; it is skipped"
 
 
 class Run:
@@ -70,12 +69,12 @@ class Run:
         assert best is not None
         publish_best(storage, run_id, best, "# A card")
         self.newest, *_ = read_commits(storage, run_id)
-        with _warnings() as warned:
+        with _warnings(folder / "store") as self.usual_warnings:
             self.expected = {name: load(self, folder / "store", folder / "cache") for name, load in LOADS.items()}
-        assert warned == []
         self.steps = {
             commit.step: _state(commit, folder / "store" / commit.folder) for commit in read_commits(storage, run_id)
         }
+        self.proofs = [self._proof_of(step) for step in self.steps]
 
     def _take_over(self, storage: Storage) -> None:
         last, *_ = read_commits(storage, self.run_id)
@@ -90,6 +89,15 @@ class Run:
                 upload_part(storage, part, attempt_folder(self.run_id, step, lineage[-1].name), rank)
             metrics = {METRIC: last.metrics[METRIC] - step / 1000}
             commit_step(storage, self.run_id, step, last.epoch, metrics, lineage, wait_seconds=1)
+
+    def _proof_of(self, newest: int) -> Any:
+        """What `verify` says where this is the newest step."""
+        copy = self.folder / f"up-to-{newest}"
+        shutil.copytree(self.folder / "store", copy)
+        for path in copy.glob("runs/*/checkpoints/*/COMMIT"):
+            if int(path.parent.name) > newest:
+                path.unlink()
+        return verify(self, copy, copy)
 
     def objects(self, store: Path, cache: Path) -> dict[str, list[Path]]:
         """What may be damaged, by kind."""
@@ -130,16 +138,14 @@ def resume(run: Run, store: Path, scratch: Path) -> Any:
 def choose(run: Run, store: Path, scratch: Path) -> Any:
     """The best checkpoint, as the test stage takes it."""
     storage = open_storage(str(store))
-    best = best_whole(storage, read_commits(storage, run.run_id), METRIC)
-    return best and _state(best, fetch(storage, best, scratch / "best"))
+    best = _best(storage, make_plan(run.recipe, run.run_id), Events(storage, run.run_id))
+    return _state(best, fetch(storage, best, scratch / "best"))
 
 
 def serve(run: Run, store: Path, scratch: Path) -> Any:
     """`best/`, as publishing leaves it; published again first, as a run that is started again does."""
     storage = open_storage(str(store))
-    best = best_whole(storage, read_commits(storage, run.run_id), METRIC)
-    if best is None:
-        return None
+    best = _best(storage, make_plan(run.recipe, run.run_id), Events(storage, run.run_id))
     publish_best(storage, run.run_id, best, "# A card")
     published = read_best(storage, run.run_id)
     assert published is not None
@@ -150,7 +156,7 @@ def commit_again(run: Run, store: Path, scratch: Path) -> Any:
     """The newest checkpoint, from the parts of its ranks: as if its COMMIT were written only now."""
     storage = open_storage(str(store))
     newest = run.newest
-    (store / newest.folder).with_name("COMMIT").unlink()
+    (store / newest.folder).with_name("COMMIT").unlink(missing_ok=True)
     commit_step(storage, run.run_id, newest.step, newest.epoch, newest.metrics, newest.lineage, wait_seconds=0.2)
     return resume(run, store, scratch)
 
@@ -255,7 +261,7 @@ def hurt(path: Path, damage: str, other: Path, place: float, bit: int) -> None:
 
 
 def _outcome(run: Run, name: str, store: Path, cache: Path) -> tuple[str, str]:
-    with _warnings() as warned:
+    with _warnings(store) as said:
         try:
             found = LOADS[name](run, store, cache)
         except TercetError as error:
@@ -264,10 +270,19 @@ def _outcome(run: Run, name: str, store: Path, cache: Path) -> tuple[str, str]:
             return "NO TYPED ERROR", f"({type(error).__name__}: {error})"
     if found == run.expected[name]:
         return "unaffected", ""
-    # To the state of another step, every byte of it, or to none at all: then it begins anew.
-    older = found is None or (name in ("resume", "choose", "commit_again") and found == run.steps.get(found[0]))
-    published = name == "serve" and found is not None and _without_card(found, run)
-    return ("fell back", warned[0]) if (older or published) and warned else ("LOADED DAMAGED", str(found)[:500])
+    if name == "verify" and found in run.proofs:
+        return "fell back", "(which its number of steps says)"
+    warned = [text for text in said if text not in run.usual_warnings]
+    if _is_older(found, run, name) and warned:
+        return "fell back", warned[0]
+    return "LOADED DAMAGED", str(found)[:500]
+
+
+def _is_older(found: Any, run: Run, name: str) -> bool:
+    """Whether it is of another checkpoint, every byte of it, or of none at all: then a run begins anew."""
+    if name == "serve":
+        return _without_card(found, run)
+    return found is None or (name in ("resume", "choose", "commit_again") and found == run.steps.get(found[0]))
 
 
 def _without_card(found: Any, run: Run) -> bool:
@@ -277,12 +292,13 @@ def _without_card(found: Any, run: Run) -> bool:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What is said at WARNING or above, but for what is said of the undamaged run too."""
+def _warnings(store: Path) -> Iterator[list[str]]:
+    """What is said at WARNING or above, without the folder."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.addFilter(lambda record: USUAL_WARNING not in record.getMessage())
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(  # type: ignore[method-assign]
+        record.getMessage().replace(str(store), "")
+    )
     logger = logging.getLogger("tercet")
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False

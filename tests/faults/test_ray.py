@@ -70,10 +70,10 @@ def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: d
     path.write_bytes(path.read_bytes()[:-1])
     command = tercet("train", tmp_path / "damaged.yaml", "--run-id", "damaged")
     done = check(run_command(command, environment, tmp_path, timeout=240))
-    assert f"the best checkpoint, of step {best.step}, is damaged; the next best is taken" in done.stdout
+    assert f"the best checkpoint, of step {best.step}, is lost; that of step {expected.step} is taken" in done.stdout
     published = read_best(storage, "damaged")
     assert published is not None
     assert (published.step, report(store, "damaged")["metrics"]["best_step"]) == (expected.step, expected.step)
     events = [json.loads(line) for line in (store / "runs/damaged/events.jsonl").read_text().splitlines()]
-    (event,) = (event for event in events if event["event"] == "best checkpoint damaged")
-    assert (event["step"], event["next_best_step"]) == (best.step, expected.step)
+    (event,) = (event for event in events if event["event"] == "best checkpoint lost")
+    assert (event["step"], event["taken_step"]) == (best.step, expected.step)

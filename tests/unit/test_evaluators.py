@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, TripletEvaluator
 
 import tiny_model
+from tercet.errors import NonFiniteError
 from tercet.evaluation import evaluate, make_evaluator, named
 from tercet.evaluators import Encodings, num_sharing_ranks
 
@@ -64,6 +65,30 @@ def test_the_metrics_are_those_of_sentence_transformers(model: SentenceTransform
     assert found == pytest.approx(named({**retrieval, **triplet}), abs=1e-6)
     assert 0 < found["ndcg@10"] < 1
     assert 0 < found["triplet_accuracy"] < 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_an_error(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """sentence-transformers' own evaluators count them as far away."""
+    rows = splits()
+    text, encode = rows["eval"]["positive"][3], model.encode_document
+
+    def planted(texts: list[str], **kwargs: Any) -> Any:
+        embeddings = encode(texts, **kwargs).clone()
+        if text in texts:
+            embeddings[texts.index(text), 5] = value
+        return embeddings
+
+    monkeypatch.setattr(model, "encode_document", planted)
+    evaluator = make_evaluator(rows, "eval", BATCH_SIZE)
+    with pytest.raises(NonFiniteError, match=f"at step 7: the embeddings of 1 of .* such as that of '{text}'"):
+        evaluator(model, epoch=1.0, steps=7)
+    with pytest.raises(NonFiniteError, match=r"^evaluation: the embeddings"):
+        evaluate(model, rows, "eval", BATCH_SIZE)
+    monkeypatch.undo()
+    evaluator(model, epoch=1.0, steps=8)
 
 
 def test_no_text_is_encoded_twice(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:

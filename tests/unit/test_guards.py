@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 
 from tercet import guards
 from tercet.errors import LearnedNothing, LeaseLost, NonFiniteError, TrainingError
-from tercet.guards import LEARNED_NOTHING_STEPS, FiniteLoss, HoldsTheRun, WeightsMove, finite
+from tercet.guards import LEARNED_NOTHING_STEPS, FiniteNumbers, HoldsTheRun, WeightsMove, finite
+from tercet.trainer import TercetTrainer
 
 
 def test_finite_makes_plain_floats() -> None:
@@ -29,14 +32,148 @@ def test_finite_refuses_by_name(value: float) -> None:
     assert "training.learning_rate" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_the_first_bad_log_line_ends_training(name: str) -> None:
-    guard, state = FiniteLoss(), SimpleNamespace(global_step=3)
-    guard.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 2.0})
-    guard.on_log(None, state, None, logs={"eval_loss": float("nan")})  # that is looked at by the evaluation
-    guard.on_log(None, state, None, logs=None)
-    with pytest.raises(NonFiniteError, match=f"step 3: {name} is nan"):
-        guard.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 2.0, name: float("nan")})
+NAN, INF = float("nan"), float("inf")
+CPU = torch.device("cpu")
+
+
+class Steps:
+    """Plays the trainer around FiniteNumbers: real steps of a real optimizer, and a log line every `log_every`."""
+
+    def __init__(self, log_every: int = 5, **settings: bool) -> None:
+        torch.manual_seed(0)
+        self.guard, self.log_every, self.step = FiniteNumbers(CPU, **settings), log_every, 0
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def run(self, num_steps: int, cause: str = "", value: float = NAN, at: int = 3) -> None:
+        for _ in range(num_steps):
+            self.step += 1
+            planted = cause if self.step == at else ""
+            loss = self.model(torch.ones(4, 3)).square().sum()
+            if planted == "loss":
+                loss = loss * value
+            self.guard.add_loss(loss.detach() / 2)
+            self.guard.add_loss(loss.detach() / 2)
+            loss.backward()
+            for name, parameter in self.model.named_parameters():
+                if planted == f"gradient {name}":
+                    parameter.grad[0] = value  # type: ignore[index]
+            norm = torch.linalg.vector_norm(self.guard.add_gradients(self.model))
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
+            self.guard.close_step(self.step, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if planted == f"weight {name}":
+                        parameter[0] = value
+            if self.step % self.log_every == 0:
+                state = SimpleNamespace(global_step=self.step)
+                self.guard.on_log(
+                    None, state, None, logs={"eval_loss": 1.0}, model=None
+                )  # which is looked at elsewhere
+                self.guard.on_log(None, state, None, logs={"loss": 1.0}, model=self.model)
+
+    def save(self) -> None:
+        self.guard.on_save(None, SimpleNamespace(global_step=self.step), None, model=self.model)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("cause", ["loss", "gradient 1.weight", "gradient 0.bias", "gradient 2.bias"])
+def test_the_first_loss_or_gradient_that_is_not_finite_is_named(cause: str, value: float) -> None:
+    """Two steps before anything is logged. By then all weights are NaN."""
+    steps = Steps()
+    steps.run(4, cause, value)
+    number = {"loss": str(value)}.get(cause, "nan" if math.isnan(value) else "inf")
+    what = cause.replace("gradient", "gradient of")
+    with pytest.raises(NonFiniteError, match=f"^step 3: the {what} is {number}$") as caught:
+        steps.run(1)
+    assert "training.learning_rate" in caught.value.hint
+
+
+def test_of_several_gradients_the_one_nearest_to_the_loss_is_named() -> None:
+    steps = Steps(log_every=1)
+    steps.model[1].register_full_backward_hook(lambda _, inputs, __: (inputs[0] * NAN,))
+    with pytest.raises(NonFiniteError, match=r"^step 1: the gradient of 0\.bias is nan$"):
+        steps.run(1)
+
+
+def test_gradients_whose_norm_overflows_are_named_too() -> None:
+    with pytest.raises(NonFiniteError, match=r"^step 3: the gradient of 1\.weight is inf$"):
+        Steps().run(5, "gradient 1.weight", 3e38)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("when", ["log", "save"])
+def test_a_weight_that_is_not_finite_is_named(value: float, when: str) -> None:
+    steps = Steps()
+    if when == "log":
+        with pytest.raises(NonFiniteError, match=f"^after step 5: the weight 1.bias is {value}$"):
+            steps.run(5, "weight 1.bias", value, at=5)
+    else:
+        steps.run(4, "weight 1.bias", value, at=4)
+        with pytest.raises(NonFiniteError, match=f"^after step 4: the weight 1.bias is {value}$"):
+            steps.save()
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient 2.bias"])
+def test_nothing_that_is_not_finite_is_saved(cause: str) -> None:
+    steps = Steps()
+    steps.run(2, cause)
+    steps.save()
+    steps.run(1, cause)
+    with pytest.raises(NonFiniteError, match=f"^step 3: the {cause.replace('gradient', 'gradient of')} is nan$"):
+        steps.save()
+
+
+def test_steps_that_are_finite_are_left_alone() -> None:
+    steps = Steps()
+    steps.run(20)
+    steps.save()
+
+
+def test_a_step_that_overflowed_under_loss_scaling_is_no_fault_but_a_loss_is() -> None:
+    """The scaler skips such a step."""
+    steps = Steps(scales_loss=True)
+    steps.guard.add_loss(torch.tensor(1.0))
+    steps.guard.add_gradients(steps.model)
+    steps.guard.close_step(1, INF)
+    steps.save()
+    steps.run(5)
+    with pytest.raises(NonFiniteError, match=r"^step 8: the loss is inf$"):
+        steps.run(5, "loss", INF, at=8)
+
+
+def test_deepspeed_keeps_the_norm_of_all_gradients_alone() -> None:
+    steps = Steps()
+    for step, norm in ((1, 0.5), (2, INF), (3, NAN)):
+        steps.guard.add_loss(torch.tensor(1.0))
+        steps.guard.close_step(step, norm)
+    with pytest.raises(NonFiniteError, match=r"^step 2: the norm of all gradients together is inf$"):
+        steps.save()
+
+
+def test_clipping_is_torchs_own_to_the_bit() -> None:
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 2))
+    ours(torch.randn(8, 30)).square().sum().backward()
+    theirs = copy.deepcopy(ours)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is not None
+        other.grad = mine.grad.clone()
+    trainer: Any = SimpleNamespace(
+        _parallelism="ddp",
+        _finite=FiniteNumbers(CPU),
+        model=ours,
+        accelerator=SimpleNamespace(unscale_gradients=lambda: None),
+        args=SimpleNamespace(max_grad_norm=0.3),
+    )
+    norm = TercetTrainer._clip_grad_norm(trainer, ours)
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3) > 0.3
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.equal(mine.grad, other.grad)
 
 
 class Run:

@@ -1,0 +1,47 @@
+"""A number that is not finite ends a run with its name, on all ranks, and nothing of that step is committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flow.conftest import check, run_command
+from flow.workers import commits, torchrun, write_plan
+
+STEP = 6
+NAME = r"0.model.encoder.layer.1.output.dense.weight"
+ALL = "the norm of all gradients together is inf"
+TOLD = {
+    ("ddp", "loss"): f"step {STEP}: the loss is nan",
+    ("ddp", "gradient"): f"step {STEP}: the gradient of {NAME} is nan",
+    ("ddp", "weight"): f"after step {STEP}: the weight {NAME} is nan",
+    ("ddp", "embedding"): "evaluation at step 11: the embeddings of ",
+    ("fsdp2", "gradient"): f"step {STEP}: the gradient of {NAME} is nan",
+    ("fsdp2", "weight"): f"after step {STEP}: the weight {NAME} is nan",
+    ("zero2", "gradient"): f"step {STEP}: {ALL}",
+    ("zero3", "gradient"): f"step {STEP}: {ALL}",
+    ("zero3", "weight"): f"after step {STEP}: the weight {NAME} is nan",
+}
+
+
+@pytest.mark.parametrize(("mode", "kind"), TOLD)
+def test_it_is_named_and_not_committed(
+    tmp_path: Path, tiny_model_dir: Path, store: Path, environment: dict[str, str], mode: str, kind: str
+) -> None:
+    run_id = f"not-finite-{mode}-{kind}"
+    sections = {
+        "training": {"num_epochs": 1, "log_every_steps": 100},
+        "checkpoint": {"every_steps": 2},
+        "workers": {"num_workers": 2, "parallelism": mode},
+    }
+    plan = write_plan(tmp_path, run_id, tiny_model_dir, store, **sections)
+    step = 11 if kind == "embedding" else STEP
+    script = str(Path(__file__).with_name("planted.py"))
+    done = check(run_command(torchrun(2, [script, str(plan), kind, str(step)]), environment, tmp_path))
+    for rank in (0, 1):
+        assert f"rank {rank}: {TOLD[mode, kind]}" in done.stdout, done.stdout[-5000:]
+    kept = [commit.step for commit in commits(store, run_id)]
+    assert set(kept) <= set(range(2, step, 2))  # an upload may be on its way when the run ends
+    assert 2 in kept
+    assert not (store / "runs" / run_id / "training.json").exists()
