@@ -271,7 +271,9 @@ class Record(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ledger.close_step()
         crash_point("after_step", state.global_step)
-        if self._save_every_steps is not None and state.global_step % self._save_every_steps == 0:
+        # The end of an epoch has its checkpoint, after its evaluation.
+        ends_epoch = state.global_step % (self._num_steps // int(args.num_train_epochs)) == 0
+        if self._save_every_steps and state.global_step % self._save_every_steps == 0 and not ends_epoch:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -153,6 +153,17 @@ def test_a_checkpoint_holds_what_its_commit_lists(trained: Path) -> None:
         assert not any(name.startswith(("optimizer", "rng_state", "trainer_state")) for name in commit.model_files())
 
 
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_one_with_its_metrics(
+    tmp_path: Path, tiny_model_dir: Path, store: Path, environment: dict[str, str]
+) -> None:
+    """Not one before the evaluation and another after it, into the same folder."""
+    sections: dict[str, Any] = {"training": {"num_epochs": 2}, "checkpoint": {"every_steps": 11}}
+    plan = write_plan(tmp_path, "due", tiny_model_dir, store, **sections)
+    done = check(run_command(worker_command(plan), environment, tmp_path))
+    assert [(commit.step, "ndcg@10" in commit.metrics) for commit in commits(store, "due")] == [(22, True), (11, True)]
+    assert done.stdout.count("checkpoint committed") == 2
+
+
 def test_a_plan_for_more_workers_than_started_is_refused(
     tmp_path: Path, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> None:
