@@ -1,0 +1,187 @@
+"""What share of the training's time does the upload of checkpoints take?
+
+python benchmarks/upload_stall.py [--steps 60] [--every 10] [--hidden 512] [--rounds 3] [--put-seconds 0.05] [--no-s3]
+
+One CPU worker trains a BERT made at random, of --hidden and 6 layers (19 million weights by default, 76 MB; three times
+that a checkpoint, with the optimizer's state). Each round runs it three times: without checkpoints, with one every
+--every steps to a local folder, and likewise to a real S3 server on this machine behind a proxy that lets each PUT wait
+for --put-seconds. Measured from the second step to the last, medians over rounds:
+
+    stall    seconds in which `Uploader.submit` holds the training thread. It queues one checkpoint behind the one that
+             is on its way, and waits where both are: if uploads take longer than the steps between them, they must
+    save     seconds to write the checkpoint to the local disk, which the training waits for as well
+    steps/s  with everything: on a machine without idle cores an upload also takes time from the steps beside it
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+import tiny_model  # noqa: E402
+from flow.conftest import check, run_command  # noqa: E402
+from flow.workers import make_plan  # noqa: E402
+from s3_server import FaultyProxy, Gateway, S3Server  # noqa: E402
+from tercet.shards import build_version  # noqa: E402
+from tercet.storage import open_storage  # noqa: E402
+
+BATCH = 16
+RESULT = "upload-stall "
+
+
+def work(plan: str) -> None:
+    """The worker, with a clock at each place. Prints what it measured."""
+    from tercet import trainer, worker
+    from tercet.uploader import Uploader
+
+    submits, saves, steps = [], [], []
+
+    class Clocked(trainer.Record):
+        def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            steps.append(time.perf_counter())
+
+    def timed(method: object, into: list[float]) -> object:
+        def around(*args: object, **kwargs: object) -> object:
+            started = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                if len(steps) < num_steps:  # the one after the last step is not within what is measured
+                    into.append(time.perf_counter() - started)
+
+        return around
+
+    num_steps = json.loads(Path(plan).read_text())["num_steps"]
+    trainer.Record = Clocked
+    trainer.TercetTrainer._save_checkpoint = timed(trainer.TercetTrainer._save_checkpoint, saves)
+    Uploader.submit = timed(Uploader.submit, submits)
+    sys.argv = [sys.argv[0], plan]
+    worker.main()
+    seconds = steps[-1] - steps[1]
+    found = {"seconds": seconds, "steps": len(steps) - 2, "submits": submits, "saves": saves}
+    print(RESULT + json.dumps(found), flush=True)
+
+
+def bert(folder: Path, hidden: int) -> Path:
+    """A SentenceTransformer of 6 layers with random weights."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    tokenizer = tiny_model.tiny_tokenizer(tiny_model.all_texts())
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=6,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=64,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    encoder = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[encoder, Pooling(hidden, "mean")], device="cpu").save_pretrained(str(folder / "st"))
+    return folder / "st"
+
+
+def main() -> None:
+    """A line a run, then the medians."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--put-seconds", type=float, default=0.05)
+    parser.add_argument("--no-s3", action="store_true")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        model = bert(folder, arguments.hidden)
+        num_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        print(f"{num_bytes / 1e6:.0f} MB of weights, a checkpoint every {arguments.every} of {arguments.steps} steps")
+        local = {"uri": str(folder / "store")}
+        places = {"no checkpoints": local, "local folder": local}
+        gateway = Gateway(folder / "rgw")
+        try:
+            if not arguments.no_s3:
+                places["S3"] = s3(gateway.start(die_with_parent=True), arguments.put_seconds)
+            measure(folder, model, places, arguments)
+        finally:
+            if not arguments.no_s3:
+                gateway.stop()
+
+
+def s3(server: S3Server, put_seconds: float) -> dict[str, str]:
+    """The storage section of a bucket whose every PUT waits."""
+    own = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+    os.environ.update(own, AWS_EC2_METADATA_DISABLED="true", NO_PROXY="127.0.0.1")
+    proxy = FaultyProxy(server)
+    proxy.decide = lambda method, _: time.sleep(put_seconds) if method == "PUT" else None
+    return {"uri": f"{server.new_bucket()}/p", "endpoint_url": proxy.endpoint_url}
+
+
+def measure(folder: Path, model: Path, places: dict[str, dict[str, str]], arguments: argparse.Namespace) -> None:
+    """Places take turns, so that what else this machine does hits all of them."""
+    # Of the rows, 80 % are trained on; what is over fills no batch.
+    triplets = tiny_model.write_triplets(folder / "t.jsonl", round(arguments.steps * BATCH / 0.8 * 1.1))
+    for storage in {place["uri"]: place for place in places.values()}.values():
+        build_version([triplets], open_storage(storage["uri"], storage.get("endpoint_url")), "tiny", group="group")
+    own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found: dict[str, list[dict[str, float]]] = {place: [] for place in places}
+    for number in range(arguments.rounds):
+        for place, storage in places.items():
+            run_id = f"{place.replace(' ', '-')}-{number}"
+            sections = {
+                "storage": storage,
+                "training": {
+                    "num_epochs": 1,
+                    "global_batch_size": BATCH,
+                    "max_train_rows": arguments.steps * BATCH,
+                    "log_every_steps": 10,
+                },
+                "checkpoint": {"keep_last": 2}
+                | ({} if place == "no checkpoints" else {"every_steps": arguments.every}),
+            }
+            recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", model, "unused", **sections)
+            plan = recipe.with_suffix(".json")
+            plan.write_text(make_plan(recipe, run_id).model_dump_json())
+            command = [sys.executable, str(Path(__file__).resolve()), "--work", str(plan)]
+            done = check(run_command(command, {**os.environ, **own, "PYTHON": sys.executable}, folder, timeout=1800))
+            line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
+            one = json.loads(line.removeprefix(RESULT))
+            checkpoints = max(len(one["submits"]), 1)
+            values = {
+                "steps/s": one["steps"] / one["seconds"],
+                "stall": 100 * sum(one["submits"]) / one["seconds"],
+                "longest": max(one["submits"], default=0.0),
+                "save": sum(one["saves"]) / checkpoints,
+                "save share": 100 * sum(one["saves"]) / one["seconds"],
+            }
+            found[place].append(values)
+            print(f"{run_id:<20}", "  ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
+    print("\n| to | steps/s | stall, % of time | longest submit, s | save, s each | save, % of time |")
+    print("|:--|--:|--:|--:|--:|--:|")
+    for place, runs in found.items():
+        medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        print(
+            f"| {place} | {medians['steps/s']:.3f} | {medians['stall']:.3f} | {medians['longest']:.3f} "
+            f"| {medians['save']:.2f} | {medians['save share']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
