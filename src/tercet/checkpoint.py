@@ -84,13 +84,14 @@ def checkpoints_prefix(run_id: str) -> str:
     return f"runs/{run_id}/checkpoints"
 
 
-def _step_prefix(run_id: str, step: int) -> str:
+def step_prefix(run_id: str, step: int) -> str:
+    """Where one step's checkpoint lies, of whatever attempt."""
     return f"{checkpoints_prefix(run_id)}/{step:08d}"
 
 
 def attempt_folder(run_id: str, step: int, attempt: str) -> str:
     """The key of the folder into which one attempt writes one step's files."""
-    return f"{_step_prefix(run_id, step)}/{attempt}"
+    return f"{step_prefix(run_id, step)}/{attempt}"
 
 
 def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> None:
@@ -130,7 +131,7 @@ def commit_step(
     for rank in range(lineage[-1].world_size):
         files.update(_wait_for_part(storage, folder, rank, deadline).files)
     commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
-    key = f"{_step_prefix(run_id, step)}/{COMMIT}"
+    key = f"{step_prefix(run_id, step)}/{COMMIT}"
     try:
         storage.put_if_absent(key, seal(commit))
     except AlreadyExists:
@@ -246,30 +247,6 @@ def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Comm
         else:
             return best
     return None
-
-
-def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
-    """Delete what no one needs any more: every committed checkpoint but the newest `keep_last` and the best, and what
-    dead attempts left up to the newest step. COMMIT goes first, so that no checkpoint is ever there in part."""
-    commits = read_commits(storage, run_id)
-    if not commits:
-        return
-    kept = {commit.folder for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None}
-    for commit in commits:
-        if commit.folder not in kept:
-            storage.delete(f"{_step_prefix(run_id, commit.step)}/{COMMIT}")
-            crash_point("mid_retention", commit.step)
-    keys = storage.list(checkpoints_prefix(run_id))
-    kept_steps = {folder.rpartition("/")[0] for folder in kept}
-    # A COMMIT that could not be read is left to a person, with its files; one that does not count is to be replaced.
-    left = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
-        _step_prefix(run_id, commit.step) for commit in commits
-    }
-    depth = checkpoints_prefix(run_id).count("/") + 3
-    for folder in {"/".join(key.split("/")[:depth]) for key in keys if not key.endswith(f"/{COMMIT}")} - kept:
-        step = folder.rpartition("/")[0]
-        if step not in left and int(step.rpartition("/")[2]) <= commits[0].step:
-            storage.delete(folder if step in kept_steps else step)
 
 
 def best_prefix(run_id: str) -> str:

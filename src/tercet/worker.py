@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tercet import incidents
-from tercet.checkpoint import Commit, fetch, fetch_newest, retain
+from tercet.checkpoint import Commit, fetch, fetch_newest
 from tercet.errors import Preempted, StorageError, TercetError
 from tercet.lease import Attempt, Lease
 from tercet.parallelism import environment, shards_weights
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
+from tercet.retention import retain
 from tercet.storage import Storage, open_storage, retries
 from tercet.training_arguments import column_prompts, gathers, training_arguments, use_cpu
 from tercet.uploader import Uploader

@@ -48,6 +48,7 @@ ORDER = [
     "ledger",
     "lease",
     "checkpoint",
+    "retention",
     "uploader",
     "verify",
     "report",

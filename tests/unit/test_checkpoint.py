@@ -23,12 +23,12 @@ from tercet.checkpoint import (
     publish_best,
     read_best,
     read_commits,
-    retain,
     upload_part,
 )
 from tercet.errors import CorruptObject, StorageUnavailable
 from tercet.lease import Attempt, Lease, lease_key
 from tercet.local_storage import LocalStorage
+from tercet.retention import retain
 from tercet.sealed import seal
 
 RUN = "r1"
