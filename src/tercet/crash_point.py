@@ -2,15 +2,16 @@
 
     TERCET_CRASH="at=before_commit rank=1 step=8 do=kill once=/tmp/fired"
 
-`do` is kill (SIGKILL), hang or notice (SIGTERM); `once` names a file that is made when it fires: where it exists, the
-place is inert again, so that a restart gets past.
+`do` is kill (SIGKILL), notice (SIGTERM), or hang: for ever, or with `until=/tmp/go` until that file exists. `once`
+names a file that is made when it fires: where it exists, the place is inert again, so that a restart gets past. Several
+are parted by `;`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 from pathlib import Path
 
 VARIABLE = "TERCET_CRASH"
@@ -20,15 +21,20 @@ def crash_point(name: str, step: int | None = None) -> None:
     """Does what the environment asks for at this place, step and rank."""
     if VARIABLE not in os.environ:
         return
-    armed = dict(item.split("=", 1) for item in os.environ[VARIABLE].split())
-    if armed["at"] != name or armed.get("rank", "0") != os.environ.get("RANK", "0"):
-        return
-    if step is not None and int(armed.get("step", step)) != step:
-        return
+    for text in os.environ[VARIABLE].split(";"):
+        armed = dict(item.split("=", 1) for item in text.split())
+        here = armed["at"] == name and armed.get("rank", "0") == os.environ.get("RANK", "0")
+        if here and (step is None or int(armed.get("step", step)) == step):
+            _fire(armed)
+
+
+def _fire(armed: dict[str, str]) -> None:
     try:
         Path(armed["once"]).touch(exist_ok=False)
     except FileExistsError:
         return
-    if armed.get("do") == "hang":
-        threading.Event().wait()
-    os.kill(os.getpid(), signal.SIGTERM if armed.get("do") == "notice" else signal.SIGKILL)
+    if armed.get("do") != "hang":
+        os.kill(os.getpid(), signal.SIGTERM if armed.get("do") == "notice" else signal.SIGKILL)
+        return
+    while "until" not in armed or not Path(armed["until"]).exists():
+        time.sleep(0.05)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tercet.checkpoint import Commit
 from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError
+from tercet.head import while_head_answers
 from tercet.plan import TrainPlan
 from tercet.sections import WorkersConfig
 from tercet.storage import open_storage
@@ -82,8 +83,8 @@ def with_devices(plan: TrainPlan) -> TrainPlan:
 def train(plan: TrainPlan) -> None:
     """Run the workers to the end, elsewhere where machines are taken away. What they made is in storage.
 
-    Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows; PlanError
-    when the cluster had no room in time."""
+    Raises the worker's own TercetError; TrainingError when workers died more often than the recipe allows, or the head
+    or Ray's controller did; PlanError when the cluster had no room in time."""
     owner = uuid.uuid4().hex  # all attempts are of one owner: a restart does not wait for the lease of the one before
     error: TercetError | None = None
     for _ in range(plan.config.workers.max_preemptions + 1):
@@ -97,6 +98,7 @@ def train(plan: TrainPlan) -> None:
 
 def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
     """One run of Ray Train. Returns what all workers met and others would meet again, or a notice of preemption."""
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
@@ -131,7 +133,7 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
             ),
         )
         try:
-            result = trainer.fit()
+            result = while_head_answers(trainer.fit)
         except WorkerGroupError as error:
             raise _cause(error.worker_failures) from error
         except PreemptionError as error:
@@ -145,6 +147,11 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
                 f"Ray Train could not start {count} workers with {_resources(workers)} each:"
                 f" {str(error.controller_failure).splitlines()[0]}",
                 hint="does the cluster have the room (`ray status`)? raise workers.start_timeout_seconds if it is slow",
+            ) from error
+        except RayActorError as error:
+            raise TrainingError(
+                f"Ray Train's controller is lost: {str(error).splitlines()[0]}",
+                hint="the same command again: the run goes on from its last checkpoint",
             ) from error
     return result.return_value if isinstance(result.return_value, TercetError) else None
 
@@ -208,7 +215,7 @@ def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]
     )(evaluate_in_process)
     pending = {"baseline": task.remote(plan, None), "best": task.remote(plan, commit)}
     try:
-        return {name: ray.get(reference) for name, reference in pending.items()}
+        return while_head_answers(lambda: {name: ray.get(reference) for name, reference in pending.items()})
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, TercetError) else error from None
     except RayError as error:

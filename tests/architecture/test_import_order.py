@@ -68,6 +68,7 @@ ORDER = [
     "trainer",
     "training_arguments",
     "worker",
+    "head",
     "controller",
     "launch",
     "run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -25,16 +26,35 @@ SCRIPT = "from tercet.crash_point import crash_point; crash_point('here', 3); pr
         ("at=here step=3 rank=1", None, False),
         ("at=here step=3 rank=1", "1", True),
         ("at=here step=3", "1", False),
+        ("at=there once=/nowhere;at=here step=3", None, True),
     ],
 )
 def test_it_fires_where_it_is_armed(tmp_path: Path, armed: str | None, rank: str | None, dies: bool) -> None:
     once = tmp_path / "fired"
-    environment = {} if armed is None else {VARIABLE: f"{armed} once={once}"}
+    environment = dict(os.environ)
+    environment |= {} if armed is None else {VARIABLE: f"{armed} once={once}"}
     environment |= {} if rank is None else {"RANK": rank}
     for died in (dies, False):  # and never again
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, check=False)
         assert done.returncode == (-signal.SIGKILL if died else 0), done.stderr
         assert once.exists() == dies
+
+
+def test_a_hang_ends_when_it_may(tmp_path: Path) -> None:
+    fired, go = tmp_path / "fired", tmp_path / "go"
+    environment = {**os.environ, VARIABLE: f"at=here do=hang until={go} once={fired}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not fired.exists():
+                assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.3)
+            go.touch()
+            assert process.communicate(timeout=10)[0] == "alive\n"
+        finally:
+            process.kill()
 
 
 def test_it_costs_nothing_where_it_is_not_armed(monkeypatch: pytest.MonkeyPatch) -> None:

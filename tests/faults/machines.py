@@ -1,0 +1,144 @@
+"""Machines that can be cut off and switched off, all on this one: each is a network namespace with an address of its
+own. A switch, in a namespace too, joins them, so nothing of this machine's own network is touched.
+
+Needs root and `ip netns` (iproute2).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+INTERFACE = "eth0"
+
+
+class CannotIsolate(Exception):
+    """This machine does not allow network namespaces."""
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+class Machine:
+    """Switched on at once. `switch_off` kills all that runs on it, and takes it off the network."""
+
+    def __init__(self, switch: str, number: int) -> None:
+        self.address = f"10.77.0.{number}"
+        self._switch, self._port, self._namespace = switch, f"port{number}", f"{switch}-{number}"
+        self._started: list[subprocess.Popen[bytes]] = []
+        _ip("netns", "add", self._namespace)
+        inside = ("-n", self._namespace)
+        _ip(*inside, "link", "add", INTERFACE, "type", "veth", "peer", "name", self._port, "netns", switch)
+        _ip("-n", switch, "link", "set", self._port, "master", "bridge", "up")
+        _ip(*inside, "address", "add", f"{self.address}/24", "dev", INTERFACE)
+        for interface in ("lo", INTERFACE):
+            _ip(*inside, "link", "set", interface, "up")
+
+    def start(
+        self, command: list[str], environment: Mapping[str, str], log: Path, cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """A process on this machine; what it prints goes to `log`. Its pid is that of the command itself."""
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self._namespace, *command],
+                env=dict(environment),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self._started.append(process)
+        return process
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run on it."""
+        found = []
+        for pid in _ip("netns", "pids", self._namespace).split():
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """Those whose command line begins with a program or a title that has `part` in it."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if part in (process.cmdline() or [""])[0]:
+                    found.append(process)
+        return found
+
+    def kill(self, part: str) -> None:
+        """SIGKILL to all that are `named` so; there must be one."""
+        found = self.named(part)
+        assert found, f"no {part} on {self._namespace}: {[process.name() for process in self.processes()]}"
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def cut(self) -> None:
+        """Pull its plug from the switch: its processes live on, and nothing comes or goes."""
+        _ip("-n", self._switch, "link", "set", self._port, "down")
+
+    def mend(self) -> None:
+        """Put the plug in again."""
+        _ip("-n", self._switch, "link", "set", self._port, "up")
+
+    def kill_all(self) -> None:
+        """SIGKILL to everything, until nothing is left: a process may start another meanwhile."""
+        while processes := self.processes():
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
+        for process in self._started:
+            process.wait(timeout=10)
+
+    def switch_off(self) -> None:
+        self.kill_all()
+        _ip("netns", "delete", self._namespace)
+
+
+class Network:
+    """A switch, and the machines on it."""
+
+    def __init__(self) -> None:
+        self._switch = f"tercet-{uuid.uuid4().hex[:6]}"
+        self.machines: list[Machine] = []
+        if shutil.which("ip") is None:
+            raise CannotIsolate("there is no `ip` (iproute2)")
+        try:
+            _ip("netns", "add", self._switch)
+        except subprocess.CalledProcessError as error:
+            raise CannotIsolate(f"`ip netns add`: {error.stderr.strip()}") from None
+
+    def add(self) -> Machine:
+        """One more machine."""
+        self.machines.append(Machine(self._switch, len(self.machines) + 1))
+        return self.machines[-1]
+
+    def end(self) -> None:
+        """Switch everything off."""
+        for machine in self.machines:
+            machine.switch_off()
+        _ip("netns", "delete", self._switch)
+
+
+@contextmanager
+def network() -> Iterator[Network]:
+    """Gone at the end, whatever happens. Raises CannotIsolate."""
+    made = Network()
+    try:
+        _ip("-n", made._switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", made._switch, "link", "set", "bridge", "up")
+        yield made
+    finally:
+        made.end()

@@ -1,0 +1,233 @@
+"""Anything under Ray is lost: a node, the controller, the driver, the head, a network link. Nothing changes.
+
+On a cluster of machines of its own (see machines.py), so these tests need root and `ip netns`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+import tiny_model
+from faults.machines import CannotIsolate
+from faults.ray_cluster import CONTROLLER, RayCluster, ray_cluster
+from faults.runs import proof, settings, what_counts
+from flow.conftest import tercet
+from flow.workers import training_log, wait_until
+from tercet.crash_point import VARIABLE
+from tercet.lease import Attempt, read_attempts
+from tercet.storage import open_storage
+
+# How long anything is waited for. With a lease of ten minutes, a command that waits for one does not end in time.
+PATIENCE_SECONDS = 200
+
+
+@pytest.fixture(scope="module")
+def new_cluster(environment: dict[str, str]) -> Iterator[Callable[[], RayCluster]]:
+    """Makes clusters, all gone in the end."""
+    with ExitStack() as made:
+
+        def make() -> RayCluster:
+            try:
+                return made.enter_context(ray_cluster(environment))
+            except CannotIsolate as error:
+                pytest.skip(f"no network namespaces here: {error}")
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared(new_cluster: Callable[[], RayCluster]) -> RayCluster:
+    """A cluster that loses nodes, and gets new ones."""
+    return new_cluster()
+
+
+@pytest.fixture
+def cluster(shared: RayCluster) -> Iterator[RayCluster]:
+    """The shared one; drivers are killed at the end of each test."""
+    yield shared
+    shared.end_drivers()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, and its command: on a head, or from a laptop as a job."""
+
+    run_id: str
+    recipe: Path
+    store: Path
+
+    def train(self, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
+        """Start `tercet train`."""
+        command = tercet("train", self.recipe, "--run-id", self.run_id)
+        return cluster.start(command, self.recipe.with_suffix(".log"), {VARIABLE: armed} if armed else {})
+
+    def ends(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
+        """Exit code, and what was printed since the run began."""
+        code = process.wait(timeout=PATIENCE_SECONDS)
+        return code, self.recipe.with_suffix(".log").read_text()
+
+    def ends_well(self, process: subprocess.Popen[bytes]) -> str:
+        code, output = self.ends(process)
+        assert code == 0, output[-6000:]
+        return output
+
+    def rank_0(self) -> int:
+        """The process id that the lease was taken with last."""
+        pid: int = json.loads((self.store / "runs" / self.run_id / "LEASE.json").read_text())["pid"]
+        return pid
+
+    def attempts(self) -> tuple[Attempt, ...]:
+        return read_attempts(open_storage(str(self.store)), self.run_id)
+
+
+@pytest.fixture
+def new_run(model: Path, store: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Writes the recipe of a run."""
+
+    def make(run_id: str, num_workers: int = 2, lease_seconds: float = 600) -> Run:
+        sections = settings(num_workers, lease_seconds)
+        sections["workers"] = {**sections["workers"], "max_failures": 2}
+        recipe = tiny_model.write_recipe(tmp_path / f"{run_id}.yaml", model, store, **sections)
+        return Run(run_id, recipe, store)
+
+    return make
+
+
+def test_a_node_is_lost(
+    cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
+) -> None:
+    """With rank 0 on it, amid an upload. The other node and a third one go on."""
+    cluster.provide(3)
+    run, fired = new_run("node-lost"), tmp_path / "fired"
+    driver = run.train(cluster, f"at=mid_upload step=12 do=hang once={fired}")
+    wait_until(fired.exists, driver, PATIENCE_SECONDS)
+    node = cluster.machine_of(run.rank_0())
+    node.kill("raylet")
+    assert "in 2 attempts" in run.ends_well(driver)
+    assert node.named("ray::") == []  # the worker has died with its node
+    assert training_log(store, run.run_id)["resumed_from_step"] == 11
+    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    proof(store, run.recipe, run.run_id)
+
+
+def test_the_controller_dies(
+    cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
+) -> None:
+    """In the middle of a step. Ray does not start another, so the command says what to do."""
+    cluster.provide(2)
+    run, fired = new_run("no-controller"), tmp_path / "fired"
+    driver = run.train(cluster, f"at=after_backward step=9 rank=1 do=hang once={fired}")
+    wait_until(fired.exists, driver, PATIENCE_SECONDS)
+    cluster.head.kill(CONTROLLER)
+    code, output = run.ends(driver)
+    assert code == 6
+    assert "tercet: Ray Train's controller is lost" in output
+    assert "→ the same command again: the run goes on from its last checkpoint" in output
+    assert "Traceback" not in output
+
+    run.ends_well(run.train(cluster))
+    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    proof(store, run.recipe, run.run_id)
+
+
+def test_the_driver_dies(
+    cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
+) -> None:
+    """Ray ends its workers; the next does not wait for a lease that is held by none."""
+    cluster.provide(2)
+    run, fired = new_run("no-driver"), tmp_path / "fired"
+    driver = run.train(cluster, f"at=before_commit step=16 do=hang once={fired}")
+    wait_until(fired.exists, driver, PATIENCE_SECONDS)
+    driver.kill()
+    run.ends_well(run.train(cluster))
+    assert training_log(store, run.run_id)["resumed_from_step"] == 12
+    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    proof(store, run.recipe, run.run_id)
+
+
+def test_a_node_is_cut_off_and_comes_back(
+    cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
+) -> None:
+    """Its worker lives on, reaches storage, and commits after another has taken over: that does not count. The other
+    one waits before it commits the same step, so that it finds what came too late."""
+    cluster.provide(2)
+    run = new_run("cut-off", num_workers=1)
+    held, go, held_2, go_2 = (tmp_path / name for name in ("held", "go", "held-2", "go-2"))
+    held_2.touch()  # the first attempt passes this place
+    first = f"at=before_commit step=12 do=hang once={held} until={go}"
+    driver = run.train(cluster, f"{first};at=before_upload step=12 do=hang once={held_2} until={go_2}")
+    wait_until(held.exists, driver, PATIENCE_SECONDS)
+    worker = psutil.Process(run.rank_0())
+    node = cluster.machine_of(worker.pid)
+    held_2.unlink()
+    node.cut()
+    wait_until(held_2.exists, driver, PATIENCE_SECONDS)
+    attempts = run.attempts()
+    assert [attempt.first_step for attempt in attempts] == [0, 11]
+    assert worker.is_running()
+    go.touch()
+    commit = store / "runs" / run.run_id / "checkpoints/00000012/COMMIT"
+    wait_until(commit.exists, driver, PATIENCE_SECONDS)
+    assert attempts[0].name in commit.read_text()
+    node.mend()
+    worker.wait(timeout=60)  # Ray tells a node that it gave up to end
+    go_2.touch()
+    assert "step 12 was committed by another attempt, but that came too late; it is replaced" in run.ends_well(driver)
+    assert what_counts(store, run.run_id) == what_counts(store, whole[1])
+    assert len(proof(store, run.recipe, run.run_id).attempts) == 2
+
+
+def test_the_head_is_lost_twice(
+    new_cluster: Callable[[], RayCluster],
+    new_run: Callable[..., Run],
+    whole: dict[int, str],
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    """First Ray's own process on it alone, under a driver; then the whole machine, under a job. On a fresh cluster the
+    same run goes on."""
+    run = new_run("no-head", lease_seconds=30)
+    first, fired = new_cluster(), tmp_path / "fired"
+    first.provide(2)
+    driver = run.train(first, f"at=in_evaluation step=11 do=hang once={fired}")
+    wait_until(fired.exists, driver, PATIENCE_SECONDS)
+    first.head.kill("gcs_server")
+    code, output = run.ends(driver)
+    assert code != 0
+    assert "tercet: the head of the Ray cluster" in output
+    assert "→ start the cluster again, then the same command: the run goes on from its last checkpoint" in output
+    assert "Traceback" not in output
+
+    second, fired = new_cluster(), tmp_path / "fired-2"
+    second.provide(2)
+    job = submit(run, second, f"at=after_step step=14 do=hang once={fired}")
+    wait_until(fired.exists, job, PATIENCE_SECONDS)
+    second.switch_off()
+    code, output = run.ends(job)
+    assert code == 7
+    assert "tercet: the cluster stopped answering" in output
+    assert "→ submit again when it is back: no-head resumes from its last checkpoint" in output
+
+    third = new_cluster()
+    third.provide(2)
+    run.ends_well(submit(run, third))
+    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert len(proof(store, run.recipe, run.run_id).attempts) == 3
+
+
+def submit(run: Run, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
+    """`tercet submit` from the laptop, which gives a silent head up sooner than it would."""
+    impatient = "import sys; from tercet import cli, submit; submit.UNREACHABLE_SECONDS = 5; sys.exit(cli.main())"
+    command = [sys.executable, "-c", impatient, "submit", str(run.recipe), "--run-id", run.run_id]
+    variables = {VARIABLE: armed} if armed else {}
+    return cluster.start(
+        [*command, "--address", cluster.dashboard], run.recipe.with_suffix(".log"), variables, cluster.laptop
+    )
