@@ -111,25 +111,30 @@ class Network:
     """A switch, and the machines on it."""
 
     def __init__(self) -> None:
+        """Raises CannotIsolate."""
         self._switch = f"tercet-{uuid.uuid4().hex[:6]}"
-        self.machines: list[Machine] = []
+        self._machines: list[Machine] = []
         if shutil.which("ip") is None:
             raise CannotIsolate("there is no `ip` (iproute2)")
         try:
             _ip("netns", "add", self._switch)
+            _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", self._switch, "link", "set", "bridge", "up")
         except subprocess.CalledProcessError as error:
-            raise CannotIsolate(f"`ip netns add`: {error.stderr.strip()}") from None
+            self.end()
+            raise CannotIsolate(f"`{' '.join(error.cmd)}`: {error.stderr.strip()}") from None
 
     def add(self) -> Machine:
         """One more machine."""
-        self.machines.append(Machine(self._switch, len(self.machines) + 1))
-        return self.machines[-1]
+        self._machines.append(Machine(self._switch, len(self._machines) + 1))
+        return self._machines[-1]
 
     def end(self) -> None:
         """Switch everything off."""
-        for machine in self.machines:
+        for machine in self._machines:
             machine.switch_off()
-        _ip("netns", "delete", self._switch)
+        if Path("/run/netns", self._switch).exists():
+            _ip("netns", "delete", self._switch)
 
 
 @contextmanager
@@ -137,8 +142,6 @@ def network() -> Iterator[Network]:
     """Gone at the end, whatever happens. Raises CannotIsolate."""
     made = Network()
     try:
-        _ip("-n", made._switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", made._switch, "link", "set", "bridge", "up")
         yield made
     finally:
         made.end()

@@ -18,7 +18,7 @@ CONTROLLER = "ray::TrainController"  # the title of Ray Train's controller, an a
 
 WORKER = "ray::RayTrainWorker"
 
-# Ray gives a node up after half a minute, and the head after a whole one. Here nothing is far away.
+# Ray gives a silent node up after about a minute, and so it does the head. Here nothing is far away.
 SHORT_PATIENCE = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",

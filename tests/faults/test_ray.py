@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 import tiny_model
 from faults.runs import proof, settings, what_counts
 from flow.conftest import check, run_command, tercet
-from flow.workers import training_log, worker_command, write_plan
+from flow.workers import training_log, wait_until, worker_command, write_plan
 from tercet.checkpoint import read_best, read_commits
 from tercet.crash_point import VARIABLE
 from tercet.storage import open_storage
@@ -37,6 +39,27 @@ def test_ray_starts_dead_workers_again_and_nothing_changes(
     assert training_log(store, "ray")["resumed_from_step"] == 11
     assert what_counts(store, "ray") == what_counts(store, whole[2])
     assert len(proof(store, recipe, "ray").attempts) == 2
+
+
+def test_a_driver_that_is_interrupted_says_so(
+    model: Path, store: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """By Ctrl-C, with a worker in the middle of a step. Ray Train's own handler would end it with exit code 1."""
+    recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings())
+    log, fired = tmp_path / "log", tmp_path / "fired"
+    armed = {VARIABLE: f"at=after_backward step=6 do=hang once={fired}"}
+    with log.open("w") as out:
+        driver = subprocess.Popen(
+            tercet("train", recipe, "--run-id", "interrupted"), env={**environment, **armed}, stdout=out, stderr=out
+        )
+    try:
+        wait_until(fired.exists, driver, 200)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(timeout=60) == 130
+    finally:
+        driver.kill()
+    assert "tercet: interrupted; the same command resumes" in log.read_text()
+    assert report(store, "interrupted")["status"] == "failed"
 
 
 def test_a_driver_that_dies_while_it_publishes(
