@@ -31,8 +31,8 @@ SHORT_PATIENCE = {
 class RayCluster:
     """Started as a person would, by `ray start`. Drivers run on the head; `laptop` is a machine without Ray."""
 
-    def __init__(self, machines: Network, folder: Path, environment: Mapping[str, str]) -> None:
-        """folder: a short path, because names of sockets have 107 characters at most."""
+    def __init__(self, machines: Network, folder: Path, environment: Mapping[str, str], dashboard: bool) -> None:
+        """folder: a short path, because names of sockets have 107 characters at most. dashboard: which takes jobs."""
         self._machines, self._folder = machines, folder
         settings = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "GLOO_SOCKET_IFNAME": INTERFACE}
         self._environment = {**environment, **settings, **SHORT_PATIENCE, "NO_PROXY": "*"}
@@ -41,7 +41,8 @@ class RayCluster:
         self._drivers: list[subprocess.Popen[bytes]] = []
         self._address = f"{self.head.address}:6379"
         self.dashboard = f"http://{self.head.address}:8265"
-        started = self._ray_start(self.head, "--head", "--dashboard-host", self.head.address, "--num-cpus", "0")
+        place = ["--include-dashboard", str(dashboard), "--dashboard-host", self.head.address]
+        started = self._ray_start(self.head, "--head", *place, "--num-cpus", "0")
         self._wait_for(started, self.head)
 
     def provide(self, num_nodes: int) -> None:
@@ -91,11 +92,11 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(environment: Mapping[str, str]) -> Iterator[RayCluster]:
+def ray_cluster(environment: Mapping[str, str], dashboard: bool = False) -> Iterator[RayCluster]:
     """All of it is gone at the end, whatever happens. Raises CannotIsolate."""
     folder = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))
     try:
         with network() as machines:
-            yield RayCluster(machines, folder, environment)
+            yield RayCluster(machines, folder, environment, dashboard)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -31,13 +31,13 @@ PATIENCE_SECONDS = 200
 
 
 @pytest.fixture(scope="module")
-def new_cluster(environment: dict[str, str]) -> Iterator[Callable[[], RayCluster]]:
+def new_cluster(environment: dict[str, str]) -> Iterator[Callable[..., RayCluster]]:
     """Makes clusters, all gone in the end. Skips where there are no namespaces, unless TERCET_REQUIRE_NETNS=1."""
     with ExitStack() as made:
 
-        def make() -> RayCluster:
+        def make(dashboard: bool = False) -> RayCluster:
             try:
-                return made.enter_context(ray_cluster(environment))
+                return made.enter_context(ray_cluster(environment, dashboard))
             except CannotIsolate as error:
                 if os.environ.get("TERCET_REQUIRE_NETNS") == "1":
                     raise
@@ -47,7 +47,7 @@ def new_cluster(environment: dict[str, str]) -> Iterator[Callable[[], RayCluster
 
 
 @pytest.fixture(scope="module")
-def shared(new_cluster: Callable[[], RayCluster]) -> RayCluster:
+def shared(new_cluster: Callable[..., RayCluster]) -> RayCluster:
     """A cluster that loses nodes, and gets new ones."""
     return new_cluster()
 
@@ -189,7 +189,7 @@ def test_a_node_is_cut_off_and_comes_back(
 
 
 def test_the_head_is_lost_twice(
-    new_cluster: Callable[[], RayCluster],
+    new_cluster: Callable[..., RayCluster],
     new_run: Callable[..., Run],
     whole: dict[int, str],
     store: Path,
@@ -197,9 +197,9 @@ def test_the_head_is_lost_twice(
 ) -> None:
     """First Ray's own process on it alone, under a driver; then the whole machine, under a job. On a fresh cluster the
     same run goes on."""
-    run = new_run("no-head", lease_seconds=30)
+    run = new_run("no-head", num_workers=1, lease_seconds=30)
     first, fired = new_cluster(), tmp_path / "fired"
-    first.provide(2)
+    first.provide(1)
     driver = run.train(first, f"at=in_evaluation step=11 do=hang once={fired}")
     wait_until(fired.exists, driver, PATIENCE_SECONDS)
     first.head.kill("gcs_server")
@@ -209,8 +209,8 @@ def test_the_head_is_lost_twice(
     assert "→ start the cluster again, then the same command: the run goes on from its last checkpoint" in output
     assert "Traceback" not in output
 
-    second, fired = new_cluster(), tmp_path / "fired-2"
-    second.provide(2)
+    second, fired = new_cluster(dashboard=True), tmp_path / "fired-2"
+    second.provide(1)
     job = submit(run, second, f"at=after_step step=14 do=hang once={fired}")
     wait_until(fired.exists, job, PATIENCE_SECONDS)
     second.switch_off()
@@ -219,10 +219,10 @@ def test_the_head_is_lost_twice(
     assert "tercet: the cluster stopped answering" in output
     assert "→ submit again when it is back: no-head resumes from its last checkpoint" in output
 
-    third = new_cluster()
-    third.provide(2)
+    third = new_cluster(dashboard=True)
+    third.provide(1)
     run.ends_well(submit(run, third))
-    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert what_counts(store, run.run_id) == what_counts(store, whole[1])
     assert len(proof(store, run.recipe, run.run_id).attempts) == 3
 
 
