@@ -7,8 +7,10 @@ from typing import Any
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tercet import incidents
 from tercet.errors import StorageError, TercetError
@@ -32,6 +34,18 @@ class WholeBatches(ElasticScalingPolicy):  # type: ignore[misc]
         return max((size for size in self._world_sizes if size <= room), default=0)
 
 
+class StartsAreAttempts(DefaultFailurePolicy):  # type: ignore[misc]
+    """Counts a worker that dies while it starts like one that dies later. Ray counts it like a cluster without room,
+    which has only one more chance: a long run would end at the second unlucky moment."""
+
+    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        """Of Ray 2.60."""
+        failure = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            return super().make_decision(WorkerGroupError(str(failure), {0: failure}))
+        return super().make_decision(training_failed_error)
+
+
 class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer on one of several numbers of workers."""
 
@@ -40,7 +54,8 @@ class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc]
         self._world_sizes = world_sizes
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        """Of Ray 2.60: gets the scaling policy, for which there is no public way."""
+        """Of Ray 2.60: gets the two policies, for which there is no public way."""
+        arguments["failure_policy"] = StartsAreAttempts(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = WholeBatches(self.scaling_config, self._world_sizes)
         return super()._initialize_and_run_controller(**arguments)

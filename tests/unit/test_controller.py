@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
-from ray.train import ScalingConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 from tercet import incidents
-from tercet.controller import ElasticTorchTrainer, TellsOfDeadWorkers, WholeBatches
+from tercet.controller import ElasticTorchTrainer, StartsAreAttempts, TellsOfDeadWorkers, WholeBatches
 from tercet.lease import Lease
 from tercet.local_storage import LocalStorage
 
@@ -40,6 +46,16 @@ def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytes
     monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.ObjectRefWrapper", lambda function: function)
     ElasticTorchTrainer(lambda: None, world_sizes=(2, 4), scaling_config=ScalingConfig(num_workers=num_workers)).fit()
     assert isinstance(got["scaling_policy"], WholeBatches) == elastic
+    assert isinstance(got["failure_policy"], StartsAreAttempts)
+
+
+@pytest.mark.parametrize(
+    ("failure", "chances"), [(WorkerGroupStartupFailedError("it died"), 3), (WorkerGroupStartupTimeoutError(2), 1)]
+)
+def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(failure: Exception, chances: int) -> None:
+    policy = StartsAreAttempts(FailureConfig(max_failures=3, controller_failure_limit=1))
+    decisions = [policy.make_decision(ControllerError(failure)) for _ in range(chances + 1)]
+    assert decisions == [FailureDecision.RETRY] * chances + [FailureDecision.RAISE]
 
 
 def dead(text: str) -> Exception:
