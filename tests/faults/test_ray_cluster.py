@@ -114,7 +114,9 @@ def test_a_node_is_lost(
     wait_until(fired.exists, driver, PATIENCE_SECONDS)
     node = cluster.machine_of(run.rank_0())
     node.kill("raylet")
-    assert "in 2 attempts" in run.ends_well(driver)
+    output = run.ends_well(driver)
+    assert "in 2 attempts" in output
+    assert "trouble  1 node_lost" in output
     assert node.named("ray::") == []  # the worker has died with its node
     assert training_log(store, run.run_id)["resumed_from_step"] == 11
     assert what_counts(store, run.run_id) == what_counts(store, whole[2])
@@ -134,7 +136,7 @@ def test_the_controller_dies(
     assert code == 6
     assert "tercet: Ray Train's controller is lost" in output
     assert "→ the same command again: the run goes on from its last checkpoint" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in of_the_command(output)
 
     run.ends_well(run.train(cluster))
     assert what_counts(store, run.run_id) == what_counts(store, whole[2])
@@ -207,7 +209,7 @@ def test_the_head_is_lost_twice(
     assert code != 0
     assert "tercet: the head of the Ray cluster" in output
     assert "→ start the cluster again, then the same command: the run goes on from its last checkpoint" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in of_the_command(output)
 
     second, fired = new_cluster(dashboard=True), tmp_path / "fired-2"
     second.provide(1)
@@ -224,6 +226,11 @@ def test_the_head_is_lost_twice(
     run.ends_well(submit(run, third))
     assert what_counts(store, run.run_id) == what_counts(store, whole[1])
     assert len(proof(store, run.recipe, run.run_id).attempts) == 3
+
+
+def of_the_command(output: str) -> str:
+    """Without what other processes print through it: threads of Ray's own end with a traceback when it is lost."""
+    return "\n".join(line for line in output.splitlines() if " pid=" not in line)
 
 
 def submit(run: Run, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
