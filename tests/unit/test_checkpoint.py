@@ -184,6 +184,16 @@ def test_the_newest_whole_one_is_found_and_the_damage_is_told(
     assert "checkpoint of step 20 is damaged and skipped" in caplog.text
 
 
+def test_a_commit_that_is_gone_is_told(storage: Recording, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may as well be a checkpoint that was never finished; in any case it is not a silence."""
+    before, newest = committed(storage, tmp_path, 10), committed(storage, tmp_path, 20)
+    assert fetch_newest(storage, RUN, tmp_path / "newest") == newest
+    assert caplog.text == ""
+    storage.delete(f"runs/r1/checkpoints/00000020/{COMMIT}")
+    assert fetch_newest(storage, RUN, tmp_path / "before") == before
+    assert "step 20 has files but no commit that counts" in caplog.text
+
+
 def test_a_missing_file_is_damage_too(storage: Recording, tmp_path: Path) -> None:
     before, newest = committed(storage, tmp_path, 10), committed(storage, tmp_path, 20)
     storage.delete(f"{newest.folder}/optimizer-00000-of-00001.safetensors")
