@@ -114,9 +114,7 @@ def test_a_node_is_lost(
     wait_until(fired.exists, driver, PATIENCE_SECONDS)
     node = cluster.machine_of(run.rank_0())
     node.kill("raylet")
-    output = run.ends_well(driver)
-    assert "in 2 attempts" in output
-    assert "trouble  1 node_lost" in output
+    assert "in 2 attempts" in run.ends_well(driver)
     assert node.named("ray::") == []  # the worker has died with its node
     assert training_log(store, run.run_id)["resumed_from_step"] == 11
     assert what_counts(store, run.run_id) == what_counts(store, whole[2])
