@@ -70,7 +70,9 @@ class TellsOfDeadWorkers(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Called by Ray with the error of each rank that has one."""
         told = {_kind(error): f"rank {rank}: {_line(error)}" for rank, error in sorted(worker_exceptions.items())}
-        kind = next(kind for kind in _MOST_TELLING if kind in told)
+        kind = next((kind for kind in _MOST_TELLING if kind in told), None)
+        if kind is None:
+            return  # ranks lost their connection to one whose death is not known yet: whoever goes on tells that
         try:
             attempts = read_attempts(self._storage, self._run_id)
         except StorageError:
@@ -93,7 +95,7 @@ def _kind(error: Exception) -> str:
         # "The actor died because its node has died", "The actor's node was terminated unexpectedly"
         node = cause.preempted or "node has died" in str(cause) or "node was terminated" in str(cause)
         return "node_lost" if node else "worker_killed"
-    return "error"
+    return "connection" if "onnection" in str(cause) else "error"
 
 
 def _line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults.machines import INTERFACE, Machine, Network, network
 
-RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 CONTROLLER = "ray::TrainController"  # the title of Ray Train's controller, an actor on the driver's machine
 
 WORKER = "ray::RayTrainWorker"
@@ -54,9 +54,24 @@ class RayCluster:
             self._wait_for(process, node)
         self.nodes += added
 
+    def drain(self, node: Machine, seconds: int) -> None:
+        """Give notice, as a cloud does of a spot machine, that a node will be gone after so many seconds."""
+        # By itself the command would take the node of any raylet that it sees, and all of them share their process ids.
+        named = next(part for part in node.named("raylet")[0].cmdline() if part.startswith("--node_id="))
+        which = ["--address", self._address, "--node-id", named.removeprefix("--node_id=")]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = [*RAY, "drain-node", *which, *why, "--deadline-remaining-seconds", str(seconds)]
+        self._wait_for(node.start(command, self._environment, self._log(node)), node)
+        self.nodes.remove(node)
+
+    def num_logs_with(self, text: str) -> int:
+        """How many of Ray's own log files, of all machines, say so."""
+        logs = [path for path in self._folder.rglob("*.log") if not path.is_symlink()]
+        return sum(text in path.read_text(errors="replace") for path in logs)
+
     def _ray_start(self, machine: Machine, *arguments: str) -> subprocess.Popen[bytes]:
         place = ["--node-ip-address", machine.address, "--temp-dir", str(self._folder / machine.address)]
-        command = [*RAY_START, *arguments, *place, "--object-store-memory", "80000000"]
+        command = [*RAY, "start", "--disable-usage-stats", *arguments, *place, "--object-store-memory", "80000000"]
         return machine.start(command, self._environment, self._log(machine))
 
     def _wait_for(self, process: subprocess.Popen[bytes], machine: Machine) -> None:

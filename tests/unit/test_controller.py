@@ -58,6 +58,16 @@ def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(failure: 
     assert decisions == [FailureDecision.RETRY] * chances + [FailureDecision.RAISE]
 
 
+def test_a_lost_connection_alone_tells_nothing(tmp_path: Path) -> None:
+    """The death of the rank at its other end may be known a moment later."""
+    storage = LocalStorage(tmp_path / "s")
+    lease = Lease(storage, "r", "one", 60)
+    lease.begin("a", 0, 2)
+    lease.release(finished=False)
+    TellsOfDeadWorkers(storage, "r").after_exception(None, {0: RuntimeError("Connection closed by peer [10.0.0.1]")})
+    assert incidents.counts(storage, "r") == {}
+
+
 def dead(text: str) -> Exception:
     """A worker that did not answer, as Ray Train wraps it."""
     error = RayActorError(error_msg=text)
@@ -78,6 +88,7 @@ NODE = "The actor died because its node has died. Node Id: 5f"
         ({0: ActorDiedError()}, "worker_killed"),
         ({0: dead(KILLED), 1: OutOfMemoryError("the node was short of memory")}, "out_of_memory"),
         ({0: ValueError("a fault")}, "error"),
+        ({0: RuntimeError("Connection closed by peer"), 1: ValueError("a fault")}, "error"),
     ],
 )
 def test_why_an_attempt_ended(errors: dict[int, Exception], kind: str, tmp_path: Path) -> None:
