@@ -22,6 +22,7 @@ from tercet.sections import (
     CheckpointConfig,
     DatasetConfig,
     EvaluationConfig,
+    GateConfig,
     ModelConfig,
     Section,
     StorageConfig,
@@ -45,6 +46,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
     workers: WorkersConfig = WorkersConfig()
 
     @field_validator("mix")
@@ -57,10 +59,10 @@ class Config(Section):
         return mix
 
     def experiment_hash(self) -> str:
-        """Eight hex digits over what decides the result. Storage, workers and checkpoints are left out: a run that
-        moves to more workers is the same run, and resumes. So is the mix where there is none, and the weight 1 of the
-        dataset, which earlier versions did not have: their runs keep their hash."""
-        content = self.model_dump(mode="json", exclude={"storage", "workers", "checkpoint"})
+        """Eight hex digits over what decides the result. Storage, workers, checkpoints and the gate are left out: a
+        run that moves to more workers is the same run, and resumes. So is the mix where there is none, and the weight 1
+        of the dataset, which earlier versions did not have: their runs keep their hash."""
+        content = self.model_dump(mode="json", exclude={"storage", "workers", "checkpoint", "gate"})
         for part in (content["dataset"], *content["mix"]):
             part.pop("version")
         if not content["mix"]:

@@ -182,3 +182,27 @@ class WorkersConfig(Section):
         if self.min is not None and self.max is not None and not self.min <= self.num_workers <= self.max:
             raise ValueError(f"num_workers {self.num_workers} is not from min {self.min} to max {self.max}")
         return self
+
+class GateConfig(Section):
+    """When a candidate takes the champion's place. Metrics are shares of 1: 0.01 is one point. Nothing here changes the
+    experiment; docs/decisions/0010-the-gate.md says what each error rate means."""
+
+    alpha: float = Field(default=0.01, ge=0.001, le=0.2)
+    """How often a candidate that is no better may pass for better by chance."""
+    minimum_effect: NonNegativeFloat = 0.005
+    """A smaller gain of `evaluation.metric` is not worth a new model, however sure it is."""
+    guard_alpha: float = Field(default=0.05, ge=0.001, le=0.2)
+    """How often a loss above its limit may pass for none, in the other metrics and out of domain. In slices, how often
+    a candidate may be held back although no slice loses more than its limit."""
+    max_loss: PositiveFloat = 0.02
+    """In the other metrics. That it is no more must be shown."""
+    max_loss_out_of_domain: PositiveFloat = 0.02
+    """In data that the model is not trained for. That it is no more must be shown."""
+    max_loss_in_slice: PositiveFloat = 0.05
+    """A slice that is shown to lose more holds the candidate back."""
+    min_groups: int = Field(default=50, ge=10)
+    """Nothing is decided on fewer independent groups of rows, neither on the whole nor on a slice."""
+    num_resamples: int = Field(default=9_999, ge=999)
+    """Random subsets of the groups that a p value is counted from."""
+    seed: int = Field(default=0, ge=0)
+    """Of these subsets."""

@@ -290,6 +290,7 @@ def test_the_hash_ignores_where_it_runs() -> None:
         storage={"uri": "s3://b", "endpoint_url": "https://h"},
         workers={"num_workers": 8, "use_gpu": True, "cpus_per_worker": 4, "max_failures": 0, "cache_dir": "/tmp"},
         dataset={"version": "0123456789abcdef"},
+        gate={"alpha": 0.05, "seed": 1},
     )
     assert elsewhere.experiment_hash() == config().experiment_hash()
     assert len(config().experiment_hash()) == 8

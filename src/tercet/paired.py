@@ -1,0 +1,187 @@
+"""Two models on the same rows: how much better one is, and how sure that is.
+
+Rows of one group (a document, a module) rise and fall together, so the unit of chance is the group and not the row. All
+that is said here comes from one thing: the mean differences of random halves of the groups. If neither model were
+better by more than `bound`, swapping the two in any group would change nothing, and the mean of a random subset of the
+groups would fall below `bound` as often as above (Hartigan 1969, "Using subsample values as typical values": it is the
+sign-flip test of grouped differences, turned around). So the share of subsets below a bound is a p value, and a
+quantile of them is a confidence bound. Exact for differences that are symmetric about their mean; for others see
+docs/decisions/0010-the-gate.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+TRIPLET_ACCURACY = "triplet_accuracy"
+POWER = 0.8
+TOLERANCE = 1e-12  # a sum of differences that should be zero may be off by rounding; then it counts as not above
+CELLS_AT_ONCE = 4_000_000  # of the matrix of random subsets: 32 MB
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of two models, row by row. All arrays have the shape (num_rows,), where a row is a triplet (right 1,
+    wrong 0) or a query (its nDCG@10 or MRR@10)."""
+
+    metric: str
+    champion: Floats
+    candidate: Floats
+    groups: NDArray[np.int64]
+    """Which rows belong together, as numbers from 0 on."""
+    slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """Rows that are looked at by themselves; they may overlap."""
+
+    @staticmethod
+    def of(
+        metric: str,
+        champion: ArrayLike,
+        candidate: ArrayLike,
+        groups: ArrayLike | None = None,
+        slices: Mapping[str, ArrayLike] | None = None,
+    ) -> Paired:
+        """From anything that numpy takes. `groups`: a label a row, without which each row is a group of its own.
+        `slices`: a truth value a row, by name. Raises ValueError when lengths differ."""
+        labels = np.arange(len(np.asarray(champion))) if groups is None else np.asarray(groups)
+        paired = Paired(
+            metric=metric,
+            champion=np.asarray(champion, dtype=np.float64),
+            candidate=np.asarray(candidate, dtype=np.float64),
+            groups=np.unique(labels, return_inverse=True)[1].astype(np.int64),
+            slices={name: np.asarray(mask, dtype=np.bool_) for name, mask in (slices or {}).items()},
+        )
+        shapes = {array.shape for array in (paired.champion, paired.candidate, labels, *paired.slices.values())}
+        if shapes != {(len(paired.champion),)}:
+            raise ValueError(f"{metric}: results, groups and slices must have one value a row, not {sorted(shapes)}")
+        return paired
+
+    def is_finite(self) -> bool:
+        """Whether all results are numbers."""
+        return bool(np.isfinite(self.champion).all() and np.isfinite(self.candidate).all())
+
+    def only(self, rows: NDArray[np.bool_]) -> Paired:
+        """The rows of a slice."""
+        return Paired(
+            self.metric, self.champion[rows], self.candidate[rows], np.unique(self.groups[rows], False, True)[1]
+        )
+
+    def sha256(self) -> str:
+        """Of everything that was compared."""
+        digest = hashlib.sha256(self.metric.encode())
+        named = {"champion": self.champion, "candidate": self.candidate, "groups": self.groups, **self.slices}
+        for name, values in named.items():
+            digest.update(
+                f"\n{name} {values.dtype.str} {values.shape}\n".encode() + np.ascontiguousarray(values).tobytes()
+            )
+        return digest.hexdigest()
+
+
+def slices_of(labels: ArrayLike) -> dict[str, NDArray[np.bool_]]:
+    """A slice for each label, of one label a row, such as a language."""
+    array = np.asarray(labels)
+    return {str(label): array == label for label in np.unique(array)}
+
+
+class Comparison:
+    """What the rows of a `Paired` tell. Needs one row at least."""
+
+    def __init__(self, paired: Paired, num_resamples: int, seed: int) -> None:
+        """num_resamples: random subsets of the groups; a p value is a multiple of 1 / (num_resamples + 1)."""
+        self.metric = paired.metric
+        difference = paired.candidate - paired.champion
+        self.num_rows = len(difference)
+        self.num_better, self.num_worse = int((difference > 0).sum()), int((difference < 0).sum())
+        self.champion, self.candidate = float(paired.champion.mean()), float(paired.candidate.mean())
+        sums = np.bincount(paired.groups, weights=difference)
+        sizes = np.bincount(paired.groups).astype(np.float64)
+        order = np.lexsort((sizes, sums))  # so that neither the order of the rows nor the groups' names matter
+        self._sums, self._sizes = sums[order], sizes[order]
+        self._num_resamples, self._seed = num_resamples, seed
+
+    @property
+    def num_groups(self) -> int:
+        """Groups with a row."""
+        return len(self._sums)
+
+    @property
+    def num_different_groups(self) -> int:
+        """Groups in which the two models differ."""
+        return int((np.abs(self._sums) > TOLERANCE).sum())
+
+    @property
+    def effect(self) -> float:
+        """The candidate's mean over rows less the champion's."""
+        return float(self._sums.sum() / self.num_rows)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the effect, by groups; NaN with one group."""
+        if self.num_groups < 2:
+            return math.nan
+        rest = self._sums - self.effect * self._sizes
+        return math.sqrt(float(rest @ rest) * self.num_groups / (self.num_groups - 1)) / self.num_rows
+
+    @cached_property
+    def _means(self) -> Floats:
+        """Mean differences of random subsets of the groups, shape (num_resamples,); NaN for a subset without any."""
+        rng = np.random.default_rng(self._seed)
+        columns = np.stack([self._sums, self._sizes], axis=1)
+        means = np.empty(self._num_resamples)
+        step = max(1, CELLS_AT_ONCE // self.num_groups)
+        for start in range(0, self._num_resamples, step):
+            part = means[start : start + step]
+            num_bytes = -(-self.num_groups // 8)
+            bits = np.unpackbits(rng.integers(0, 256, (len(part), num_bytes), dtype=np.uint8), axis=1)
+            totals = bits[:, : self.num_groups].astype(np.float64) @ columns
+            np.divide(totals[:, 0], totals[:, 1], out=part, where=totals[:, 1] > 0)
+            part[totals[:, 1] == 0] = np.nan
+        return means
+
+    def p_above(self, bound: float) -> float:
+        """One-sided p value of "the effect is `bound` or less": small where it is shown to be more."""
+        return float(1 + (~(self._means > bound + TOLERANCE)).sum()) / (self._num_resamples + 1)
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p value of "the effect is `bound` or more": small where it is shown to be less."""
+        return float(1 + (~(self._means < bound - TOLERANCE)).sum()) / (self._num_resamples + 1)
+
+    def bounds(self, alpha: float) -> tuple[float, float]:
+        """What the effect is above, and what it is below, each wrong in a share of `alpha`."""
+        rank = math.floor(alpha * (self._num_resamples + 1) + TOLERANCE) - 1
+        lowest = np.sort(np.nan_to_num(self._means, nan=-np.inf))
+        highest = np.sort(np.nan_to_num(self._means, nan=np.inf))
+        return float(lowest[rank]), float(highest[-1 - rank])
+
+    def mcnemar_p(self) -> float | None:
+        """One-sided exact McNemar: as many triplets newly right among those that changed, by chance? It takes rows for
+        independent. None for a metric that is not right or wrong."""
+        if self.metric != TRIPLET_ACCURACY:
+            return None
+        return float(stats.binom.sf(self.num_better - 1, self.num_better + self.num_worse, 0.5))
+
+    def p_better(self) -> float:
+        """Of "the candidate is not better". For triplets the larger of two: by groups, and McNemar's."""
+        return max(self.p_above(0.0), self.mcnemar_p() or 0.0)
+
+    def minimum_detectable_effect(self, alpha: float, minimum_effect: float) -> float:
+        """The true effect that is promoted with a probability of 80 %: significant at `alpha`, and no less than
+        `minimum_effect`. By Student's t with the standard error that was found."""
+        degrees = self.num_groups - 1
+        critical = float(stats.t.isf(alpha, degrees)) * self.standard_error
+        return max(critical, minimum_effect) + float(stats.t.ppf(POWER, degrees)) * self.standard_error
+
+    def facts(self) -> dict[str, Any]:
+        """What was counted, for a document."""
+        names = ("metric", "num_rows", "num_groups", "num_different_groups", "num_better", "num_worse")
+        return {name: getattr(self, name) for name in (*names, "champion", "candidate", "effect")}
