@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tercet import __version__
 from tercet.errors import TercetError
+from tercet.models_cli import add_models
 
 if TYPE_CHECKING:
     from tercet.config import Config
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run_id")
     verify.set_defaults(call=_runs_verify)
 
+    add_models(verbs, store)
     demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
     demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
     demo.add_argument(

@@ -10,6 +10,7 @@
     │   ├── ObjectNotFound      5   no such object
     │   ├── AlreadyExists       5   put-if-absent found an object
     │   ├── Conflict            5   compare-and-swap found another value than expected
+    │   │   └── ChampionMoved   5   another publisher moved the champion: compare with the new one
     │   ├── AccessDenied        5   credentials missing, wrong or expired
     │   ├── BucketNotFound      5   no such bucket
     │   ├── StorageUnavailable  5   no answer after all retries
@@ -87,6 +88,10 @@ class AlreadyExists(StorageError):
 
 class Conflict(StorageError):
     """Compare-and-swap found another value than the expected one."""
+
+
+class ChampionMoved(Conflict):
+    """Another publisher moved the champion; a candidate is to be compared with the new one."""
 
 
 class AccessDenied(StorageError):

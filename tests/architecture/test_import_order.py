@@ -58,6 +58,8 @@ ORDER = [
     "gate_decision",
     "gate",
     "index_impact",
+    "champion",
+    "registry",
     "sharding",
     "guards",
     "preemption",
@@ -77,6 +79,7 @@ ORDER = [
     "launch",
     "run",
     "submit",
+    "models_cli",
     "cli",
 ]
 
@@ -139,7 +142,7 @@ def test_a_file_says_what_it_is_for(name: str) -> None:
     assert ast.get_docstring(tree(name))
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if name != "cli"])
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("cli", "models_cli")])
 def test_only_the_command_line_prints_or_exits(name: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     assert "print" not in calls

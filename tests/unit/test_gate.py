@@ -96,6 +96,15 @@ def test_a_gain_of_exactly_the_minimum_is_enough() -> None:
     assert gate(ndcg(0.0049, spread=0.01), config=GateConfig(minimum_effect=0.0)).verdict == "promote"
 
 
+def test_the_minimum_is_met_by_what_equals_it() -> None:
+    """12 of 400 are 0.03 exactly; a mean of sums may be off by rounding."""
+    assert 12 / 400 == 0.03
+    for minimum, verdict in ((0.03, "promote"), (0.0301, "keep")):
+        config = GateConfig(minimum_effect=minimum)
+        assert gate(triplets(14, 2), metric=TRIPLET_ACCURACY, config=config).verdict == verdict
+    assert gate(ndcg(0.07), config=GateConfig(minimum_effect=0.07 + 1e-15)).verdict == "promote"
+
+
 def test_groups_count_and_not_rows() -> None:
     """What is sure of 400 rows is not of 57 groups in which all rows move together."""
     block = np.arange(NUM_ROWS) // 7
@@ -179,7 +188,7 @@ def test_a_slice_with_too_few_groups_is_undecided() -> None:
 
 
 def test_many_slices_are_corrected_for() -> None:
-    """One of p = 0.02 among ten: alone it would be a veto. And where several are far off, the correction eases (Holm)."""
+    """What is a veto alone is none among ten. Where the nine are far off, the correction eases (Holm)."""
     alone = gate(with_slices(de=0.0715))
     assert 0.006 < alone.slices[0].p_worse <= 0.05
     assert alone.reasons == ("worse_in_slice",)
@@ -188,7 +197,7 @@ def test_many_slices_are_corrected_for() -> None:
     assert decision.verdict == "promote"
     assert decision.slices[0].alpha == pytest.approx(0.05 / 10)
     assert decision.slices[0].state == "undecided"
-    far = gate(with_slices(de=0.0715, **{name: 0.2 for name in others}))
+    far = gate(with_slices(de=0.0715, **dict.fromkeys(others, 0.2)))
     assert far.slices[0].alpha == pytest.approx(0.05)
     assert {guard.state for guard in far.slices} == {"worse"}
 

@@ -44,6 +44,14 @@ def test_where_each_row_is_a_group_the_subsets_are_mcnemar(better: int, worse: i
     assert found.p_above(0.0) == pytest.approx(found.mcnemar_p(), abs=0.006)
 
 
+def test_chance_in_the_subsets_does_not_go_below_mcnemar() -> None:
+    paired = Paired.of(TRIPLET_ACCURACY, [0] * 14 + [1] * 4, [1] * 14 + [0] * 4)
+    made = [Comparison(paired, 999, seed) for seed in range(20)]
+    exact = stats.binomtest(14, 18, alternative="greater").pvalue
+    assert min(found.p_above(0.0) for found in made) < exact
+    assert min(found.p_better() for found in made) == pytest.approx(exact)
+
+
 def all_subsets(sums: list[float], sizes: list[int], bound: float) -> float:
     """The p value of "bound or less", with every subset of the groups counted out; the empty one counts."""
     subsets = itertools.product((0, 1), repeat=len(sums))
@@ -172,7 +180,13 @@ def test_the_hash_is_of_all_that_was_compared() -> None:
         return Paired.of(**values)  # type: ignore[arg-type]
 
     assert paired().sha256() == paired(groups=["a", "b"]).sha256()
-    others = [{"metric": "m"}, {"champion": [0, 0]}, {"candidate": [0, 1]}, {"groups": [0, 0]}, {"slices": {"a": [1, 0]}}]
+    others = [
+        {"metric": "m"},
+        {"champion": [0, 0]},
+        {"candidate": [0, 1]},
+        {"groups": [0, 0]},
+        {"slices": {"a": [1, 0]}},
+    ]
     assert len({paired().sha256(), *(paired(**other).sha256() for other in others)}) == 6
 
 
