@@ -23,6 +23,7 @@ from tercet.champion import (
     Document,
     Kind,
     as_bytes,
+    history,
     model_prefix,
     move_champion,
     parse,
@@ -64,7 +65,7 @@ class Version(Document):
 
 
 class Promotion(NamedTuple):
-    """How a candidate fared: what serves now, and the last decision; None where the candidate served already."""
+    """How a candidate fared: what serves now, and the last decision; None where it had been the champion before."""
 
     champion: Champion | None
     decision: GateDecision | None
@@ -78,9 +79,8 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
     if commit is None:
         raise ObjectNotFound(f"run {lineage.run_id} has no best model in {storage.uri}", hint="has it finished?")
     numbers = list_versions(storage, name)
-    for number in reversed(numbers):  # an earlier try is among the newest
-        found = read_version(storage, name, number)
-        if (found.lineage.run_id, found.commit.files) == (lineage.run_id, commit.files):
+    for found in versions_of(storage, name, lineage.run_id):
+        if found.commit.files == commit.files:
             return found
     number, nonce = (numbers[-1] if numbers else 0) + 1, uuid.uuid4().hex
     while True:
@@ -109,11 +109,13 @@ def promote(
     """Gate a run's best model against the champion, and put it in its place if it is better. Where another publisher
     moves the champion meanwhile, the candidate is gated again, against the new one.
 
-    Every decision is kept in storage. Called again after a crash, it goes on. Raises ChampionMoved when the champion
-    does not come to rest."""
+    Every decision is kept in storage. Called again after a crash, it goes on. A run that was the champion once is not
+    promoted again: somebody put another one in its place. Raises ChampionMoved when the champion does not come to rest.
+    """
     for _ in range(MAX_PROMOTION_ATTEMPTS):
         present = read_champion(storage, name)
-        if present is not None and read_version(storage, name, present.version).lineage.run_id == lineage.run_id:
+        published = {version.number for version in versions_of(storage, name, lineage.run_id)}
+        if published and any(champion.version in published for champion in history(storage, name)):
             return Promotion(present, None)
         decision = decide(present)
         key = _keep(storage, name, decision)
@@ -217,6 +219,12 @@ def list_versions(storage: Storage, name: str) -> list[int]:
     """Numbers of a model's versions, the oldest first."""
     keys = storage.list(f"{model_prefix(name)}/versions")
     return sorted(int(key.rpartition("/")[2].removesuffix(".json")) for key in keys)
+
+
+def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
+    """What was published of a run, the newest first. Reads every version of the model."""
+    versions = (read_version(storage, name, number) for number in reversed(list_versions(storage, name)))
+    return [version for version in versions if version.lineage.run_id == run_id]
 
 
 def _version_key(name: str, number: int) -> str:

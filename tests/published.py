@@ -1,0 +1,48 @@
+"""Runs with a best model, and decisions, as small as they can be: what the registry publishes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
+from tercet.gate_decision import GateDecision, Origin, Verdict
+from tercet.lease import Attempt
+from tercet.registry import Lineage
+from tercet.sections import GateConfig
+from tercet.storage import Storage
+
+
+def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage:
+    """Two files and a COMMIT below runs/<run_id>/best; where the run comes from."""
+    folder = best_prefix(run_id)
+    with tempfile.TemporaryDirectory() as local:
+        (Path(local) / "model.safetensors").write_bytes(weights or run_id.encode() * 500)
+        (Path(local) / "1_Pooling").mkdir()
+        (Path(local) / "1_Pooling" / "config.json").write_text(f'{{"of": "{run_id}"}}')
+        files = upload_files(storage, Path(local), folder)
+    attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
+    commit = Commit(step=8, epoch=1.0, lineage=(attempt,), folder=folder, metrics={"ndcg@10": 0.5}, files=files)
+    storage.put(f"{folder}/{COMMIT}", commit.model_dump_json().encode())
+    return Lineage(run_id=run_id, recipe_hash="370c47fc", dataset_versions={"poems": "0123456789abcdef"})
+
+
+def decision(verdict: Verdict = "promote", sentence: str = "It is better.") -> GateDecision:
+    """Of this verdict."""
+    return GateDecision(
+        verdict=verdict,
+        reasons=("better",) if verdict == "promote" else ("not_better",),
+        sentence=sentence,
+        against="champion",
+        metric="ndcg@10",
+        estimate=None,
+        p_better=0.001,
+        mcnemar_p=None,
+        minimum_detectable_effect=None,
+        others=(),
+        out_of_domain=(),
+        slices=(),
+        origin=Origin(),
+        results_sha256={},
+        config=GateConfig(),
+    )
