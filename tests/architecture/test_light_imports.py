@@ -24,7 +24,22 @@ def imported_by(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1])) & {*HEAVY, "numpy"}
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "storage", "manifest", "report", "page", "model_source", "cli"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "errors",
+        "config",
+        "storage",
+        "manifest",
+        "report",
+        "page",
+        "model_source",
+        "cli",
+        "gate_decision",
+        "champion",
+        "registry",
+    ],
+)
 def test_files_that_import_nothing_heavy(name: str) -> None:
     assert imported_by(f"import tercet.{name}") == set()
 
@@ -58,3 +73,4 @@ def test_plan_imports_numpy_alone(tmp_path: Path) -> None:
     assert imported_by(call("plan", str(recipe))) <= {"numpy"}
     assert imported_by(call("datasets", "list", "--storage", store)) == set()
     assert imported_by(call("runs", "list", "--storage", store)) <= {"numpy"}
+    assert imported_by(call("models", "list", "--storage", store)) == set()

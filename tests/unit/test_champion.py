@@ -193,14 +193,22 @@ def test_names_that_cannot_be(storage: LocalStorage, name: str) -> None:
         read_champion(storage, name)
 
 
+MOVE_TEN_TIMES = f"""
+from tercet.errors import ChampionMoved
+done = lost = 0
+while done < 10:
+    try:
+        {MOVE.strip().replace(chr(10), chr(10) + "        ")}
+        done += 1
+    except ChampionMoved:
+        lost += 1
+print(lost)
+"""
+
+
 def test_of_many_processes_one_wins_each_place(storage: LocalStorage) -> None:
     """Each tries to add 10 generations to what it reads; who loses reads again."""
-    script = MOVE.splitlines()
-    loop = "\n".join(
-        [*script[:6], "from tercet.errors import ChampionMoved", "done = lost = 0", "while done < 10:", "    try:"]
-        + [f"        {script[6]}", "        done += 1", "    except ChampionMoved:", "        lost += 1", "print(lost)"]
-    )
-    commands = [[sys.executable, "-c", loop, storage.uri, str(version)] for version in (1, 2, 3, 4)]
+    commands = [[sys.executable, "-c", MOVE_TEN_TIMES, storage.uri, str(version)] for version in (1, 2, 3, 4)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     lost = [int(process.communicate(timeout=120)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
@@ -208,5 +216,3 @@ def test_of_many_processes_one_wins_each_place(storage: LocalStorage) -> None:
     assert len(chain) == 40
     assert sorted(found.version for found in chain) == [1] * 10 + [2] * 10 + [3] * 10 + [4] * 10
     assert sum(lost) > 0, "nobody ever lost: they did not race"
-
-
