@@ -19,6 +19,7 @@ exact McNemar).
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -108,16 +109,18 @@ def rate(hits: int, nights: int) -> str:
     return f"{100 * hits / nights:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
-def simulate(metric: str, split: Split, shift: float, trade: bool, nights: int, seed: int) -> dict[str, int]:
+def simulate(
+    metric: str, split: Split, shift: float, trade: bool, nights: int, stream: np.random.SeedSequence
+) -> dict[str, int]:
     """Promotions by rule."""
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng(stream)
     hits = dict.fromkeys(
         ("gate", "at alpha 0.005", "its test alone", "> 0", "> 0.5 points", "rows independent", "detectable"), 0
     )
     detectable = 0.0
-    for number in range(nights):
+    for _ in range(nights):
         results = night(split, shift, trade, rng)
-        config = GateConfig(num_resamples=999, seed=number)
+        config = GateConfig(num_resamples=999, seed=int(rng.integers(2**32)))
         decision = decide(results, metric, config)
         effect = float((results[metric].candidate - results[metric].champion).mean())
         hits["gate"] += decision.verdict == "promote"
@@ -146,22 +149,25 @@ def main() -> None:
     arguments = parser.parse_args()
     nights, seed = arguments.nights, arguments.seed
     started = time.monotonic()
+    streams = iter(np.random.SeedSequence(seed).spawn(100))
     splits = {size: Split.make(size, np.random.default_rng([seed, size])) for size in SIZES}
     rules = ["gate", "at alpha 0.005", "its test alone", "> 0", "> 0.5 points", "rows independent"]
     for metric in (NDCG, TRIPLET_ACCURACY):
         challengers = {"equal": (0.0, False), "worse": (calibrate(metric, -0.01, False, seed), False)}
         challengers["trade"] = (calibrate(metric, 0.0, True, seed), True)
-        lines = []
+        lines, together = [], Counter[str]()
         for kind, (shift, trade) in challengers.items():
             for size, split in splits.items():
-                hits = simulate(metric, split, shift, trade, nights, seed)
+                hits = simulate(metric, split, shift, trade, nights, next(streams))
+                together.update(hits)
                 name = f"{kind}, {size:,} rows in {split.groups[-1] + 1:,} groups"
                 lines.append([name, *(rate(hits[rule], nights) for rule in rules)])
+        lines.append(["all together", *(rate(together[rule], nights * len(lines)) for rule in rules)])
         table([f"{metric}: promoted, though no better", *rules], lines, print)
         lines = []
         for size, split in splits.items():
             powers = [
-                simulate(metric, split, calibrate(metric, gain, False, seed), False, nights // 4, seed)
+                simulate(metric, split, calibrate(metric, gain, False, seed), False, nights // 4, next(streams))
                 for gain in GAINS
             ]
             found = f"{powers[0]['detectable'] / 1000:.1f} points"
