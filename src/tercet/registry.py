@@ -145,7 +145,7 @@ def serve(
         instead_of,
         name=version.name,
         version=version.number,
-        version_sha256=sha256(as_bytes(version)),
+        version_sha256=sha256(storage.read(_version_key(version.name, version.number))),
         kind=kind,
         reason=reason,
         who=who,
@@ -160,13 +160,14 @@ def resolve(storage: Storage, name: str) -> tuple[Champion, Version]:
     if champion is None:
         known = ", ".join(list_models(storage)) or "none"
         raise ObjectNotFound(f"model {name} has no champion in {storage.uri}", hint=f"models there: {known}")
-    version = read_version(storage, name, champion.version)
-    if sha256(as_bytes(version)) != champion.version_sha256:
+    key = _version_key(name, champion.version)
+    data = storage.read(key)
+    if sha256(data) != champion.version_sha256:
         raise CorruptObject(
-            f"{storage.uri_of(_version_key(name, version.number))} is not what was made the champion",
+            f"{storage.uri_of(key)} is not what was made the champion",
             hint="roll back to another version: tercet models rollback",
         )
-    return champion, version
+    return champion, parse(Version, data, storage.uri_of(key))
 
 
 def download(storage: Storage, version: Version, folder: Path) -> Path:

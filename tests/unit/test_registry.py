@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from published import decision, finished_run
-from tercet.champion import Champion, as_bytes, history, read_champion
+from tercet.champion import Champion, as_bytes, history, read_champion, sha256
 from tercet.checkpoint import best_prefix
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.gate_decision import GateDecision
@@ -247,6 +247,15 @@ def test_a_version_that_was_changed_is_not_served(storage: LocalStorage) -> None
     storage.put("models/m/versions/00000001.json", as_bytes(version.model_copy(update={"who": "another"})))
     with pytest.raises(CorruptObject, match="is not what was made the champion"):
         resolve(storage, "m")
+
+
+def test_a_version_that_another_tercet_wrote_in_its_own_way_is_served(storage: LocalStorage) -> None:
+    """The hash is of the bytes that lie there, not of what this tercet would make of them."""
+    version = publish(storage, "r1")
+    storage.put("models/m/versions/00000001.json", version.model_dump_json(indent=7).encode())
+    champion = serve(storage, version, None, "by hand", "a try", "me")
+    assert champion.version_sha256 == sha256(storage.read("models/m/versions/00000001.json"))
+    assert resolve(storage, "m") == (champion, version)
 
 
 def test_threads_that_publish_at_once_get_numbers_of_their_own(storage: LocalStorage) -> None:
