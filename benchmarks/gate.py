@@ -2,7 +2,7 @@
 
 python benchmarks/gate.py [--nights 1000] [--seed 0]
 
-Simulated nights on test splits of 200, 1,000 and 5,000 rows in groups of 1 to 60 (3.6 on average). Each row has a
+Simulated nights on test splits of 200, 1,000 and 5,000 rows in groups of 1 to 60 (3.8 on average). Each row has a
 difficulty, in part its group's. A model adds noise of its own, 30 % of it shared by a group; that gives the rank of the
 positive, hence nDCG@10 (about 0.5, half of the rows equal for both models), and whether the triplet is right (about
 0.9). The challengers that must not be promoted:
