@@ -112,7 +112,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
             log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
             # Where it was stored and on what it ran is not a reader's business: a card may become public.
-            public_recipe = recipe(plan.config, exclude={"storage", "workers", "checkpoint"})
+            public_recipe = recipe(plan.config, exclude={"storage", "workers", "checkpoint", "gate"})
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
             storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
