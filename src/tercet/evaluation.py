@@ -97,6 +97,7 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
 
     Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
     from tercet.encoder import load_model, stored_model
+    from tercet.packed_model import prepare
 
     quiet_libraries()
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
@@ -106,4 +107,6 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
         if commit is not None:
             fetch(storage, commit, Path(folder), commit.model_files())
             config = stored_model(config, Path(folder))
-        return evaluate(load_model(config), splits, "test", plan.config.evaluation.batch_size)
+        model = load_model(config)
+        prepare(model, plan.config.workers.packing)
+        return evaluate(model, splits, "test", plan.config.evaluation.batch_size)

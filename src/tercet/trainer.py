@@ -24,6 +24,7 @@ from tercet.crash_point import crash_point
 from tercet.evaluation import named
 from tercet.guards import FiniteNumbers, finite
 from tercet.ledger import Ledger
+from tercet.packed_model import Forward
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
 from tercet.sections import Parallelism
@@ -51,12 +52,15 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         save_whole: Callable[[dict[str, Any], Path], None] | None,
         loss_runs_backward: bool,
         scales_loss: bool,
+        forward: Forward,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` says which of them were trained on.
         save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
-        scales_loss: as FiniteNumbers takes it."""
+        scales_loss: as FiniteNumbers takes it.
+        forward: how the columns of a batch share a forward pass."""
+        self._forward = forward
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         self.ledger = Ledger()
@@ -114,6 +118,18 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         num_epochs, num_micro_batches = super()._init_training_state(*args, **kwargs)
         self._batches.skip(num_micro_batches // self.args.gradient_accumulation_steps)
         return num_epochs, num_micro_batches
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Instead of `BaseTrainer.compute_loss`, which gives the wrapped model to the loss, to be called for each
+        column: all columns are embedded together, and the loss finds their embeddings. A loss with gradient caching
+        still calls the model for each of its mini-batches."""
+        if not self._forward.is_together:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        features, labels = self.collect_features(inputs)
+        loss = self._forward.loss(self.loss, model, features, labels)
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Around `Trainer.training_step`: writes down which rows the micro-batch was made of, and its loss."""

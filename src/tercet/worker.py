@@ -71,6 +71,7 @@ def run_worker(
     from tercet.loss import load_guide, make_loss
     from tercet.mix import load_splits, load_train_rows, rows_to_order, together
     from tercet.model import make_model, save_whole
+    from tercet.packed_model import prepare
     from tercet.preemption import SaveAndEnd
     from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
@@ -96,6 +97,10 @@ def run_worker(
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
         model = make_model(config.model, str(args.device), resume_dir if commit else None)
         args.prompts = column_prompts(tuple(train.column_names), model.prompts)
+        loss = make_loss(config.loss, model, guide)
+        forward = prepare(model, config.workers.packing, config.loss.is_cached, guide)
+        if rank == 0:
+            logger.info("forward pass: %s (%s)", forward.packing, forward.reason)
         trainer = TercetTrainer(
             batches=RankBatches(
                 datasets=rows_to_order(plan, train_rows),
@@ -109,11 +114,12 @@ def run_worker(
             save_whole=functools.partial(save_whole, config.model) if gathers(plan) else None,
             loss_runs_backward=config.loss.is_cached,
             scales_loss=config.training.precision == "fp16",
+            forward=forward,
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=splits["eval"],
-            loss=make_loss(config.loss, model, guide),
+            loss=loss,
             evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
         )
 

@@ -1,0 +1,328 @@
+"""Packed and in chunks: embeddings, loss and all gradients are those of sentence-transformers' own way."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from sentence_transformers import SentenceTransformer
+
+from tercet.lora import add_adapter
+from tercet.loss import make_loss
+from tercet.loss_config import LossConfig
+from tercet.packed_model import Forward, prepare
+from tercet.sections import LoraConfig
+from tiny_families import FAMILIES, MAX_LENGTH, tiny_encoder
+from tiny_model import all_texts, tiny_bert, tiny_stella
+
+Columns = list[list[str]]
+Run = tuple[list[torch.Tensor], float, dict[str, torch.Tensor]]
+
+# Tokens without [CLS] and [SEP]: none, one, all of one length in a column, as long as can be and longer, far apart.
+LENGTHS = {
+    "mixed": [[3, 1, 7, 5, 2, 9], [12, 4, 30, 1, 8, 8], [6, 6, 2, 20, 11, 3]],
+    "edges": [[0, 1, 1], [MAX_LENGTH - 2, MAX_LENGTH + 40, 1], [0, 2, 0]],
+    "alike": [[4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]],
+    "one row": [[2], [40], [1]],
+}
+WAYS = ("packed", "chunked")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Operations this small only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A fresh model of a family, in training mode."""
+
+    @cache
+    def folder(family: str, pooling: str, dropout: float, include_prompt: bool) -> Path:
+        path = tmp_path_factory.mktemp("family")
+        return tiny_encoder(path, family, all_texts(), pooling, dropout, include_prompt)
+
+    def make(family: str = "bert", pooling: str = "mean", dropout: float = 0.0, include_prompt: bool = True) -> Any:
+        return SentenceTransformer(str(folder(family, pooling, dropout, include_prompt)), device="cpu").train()
+
+    return make
+
+
+def columns(lengths: list[list[int]]) -> Columns:
+    draw = random.Random(7)
+    return [[" ".join(draw.choices(all_texts(), k=length)) for length in column] for column in lengths]
+
+
+def config(name: str, **parameters: Any) -> Any:
+    guide = {"guide": "another/model"} if "GIST" in name else {}
+    return TypeAdapter(LossConfig).validate_python({"name": name, **guide, **parameters})
+
+
+def run(
+    model: SentenceTransformer,
+    texts: Columns,
+    wanted: Any,
+    loss: Any = None,
+    prompts: tuple[str | None, ...] = (None, None, None),
+    guide: SentenceTransformer | None = None,
+    forward: Forward | None = None,
+) -> Run:
+    """Embeddings, the loss, and gradients, of a model that is then used up."""
+    section = loss or config("MultipleNegativesRankingLoss", scale=2.0)
+    made = make_loss(section, model, guide)
+    forward = forward or prepare(model, wanted, section.is_cached, guide)
+    assert forward.packing == wanted, forward.reason
+    features = [model.preprocess(column, prompt=prompt) for column, prompt in zip(texts, prompts, strict=True)]
+    assert ("cu_seq_lens_q" in features[0]) == (wanted == "packed")
+    again = [dict(column) for column in features]
+    if forward.is_together:
+        value = forward.loss(made, model, features)
+        embeddings = forward.embed(model, again)
+    else:
+        value = made(features, None)
+        embeddings = [model(column)["sentence_embedding"] for column in again]
+    value.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [embedding.detach() for embedding in embeddings], value.item(), gradients
+
+
+def assert_equal(found: Run, expected: Run) -> None:
+    """But for rounding, to the scale of each gradient."""
+    for left, right in zip(found[0], expected[0], strict=True):
+        assert left.shape == right.shape
+        assert float((left - right).abs().max()) < 5e-6
+    assert found[1] == pytest.approx(expected[1], abs=2e-6, rel=2e-6)
+    assert found[2].keys() == expected[2].keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected[2].values())
+    assert scale > 1e-3
+    for name, gradient in expected[2].items():
+        assert float((found[2][name] - gradient).abs().max()) < 5e-6 * max(scale, 1), name
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_gives_what_each_column_gives(load: Any, family: str, lengths: str) -> None:
+    texts = columns(LENGTHS[lengths])
+    assert_equal(run(load(family), texts, "packed"), run(load(family), texts, "plain"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pooling", ["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", ("cls", "mean")])
+def test_pooling(load: Any, pooling: str, way: str) -> None:
+    texts = columns(LENGTHS["mixed"])
+    assert_equal(run(load(pooling=pooling), texts, way), run(load(pooling=pooling), texts, "plain"))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("family", [*FAMILIES, "electra"])
+def test_chunks(load: Any, family: str, lengths: str) -> None:
+    """Also a family that is not packed."""
+    texts = columns(LENGTHS[lengths])
+    assert_equal(run(load(family), texts, "chunked"), run(load(family), texts, "plain"))
+
+
+MATRYOSHKA = {"dims": [24, 12, 6]}
+RANKING = {"scale": 2.0}
+CACHED = {"mini_batch_size": 4}
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "triplet": ("TripletLoss", {"distance_metric": "cosine", "triplet_margin": 0.5}),
+    "ranking": ("MultipleNegativesRankingLoss", RANKING),
+    "symmetric": ("MultipleNegativesSymmetricRankingLoss", RANKING),
+    "mega batch": ("MegaBatchMarginLoss", {"use_mini_batched_version": False, "mini_batch_size": 2}),
+    "gist": ("GISTEmbedLoss", {"temperature": 0.5}),
+    "angle": ("AnglELoss", RANKING),
+    "matryoshka": ("MultipleNegativesRankingLoss", {**RANKING, "matryoshka": MATRYOSHKA}),
+    "matryoshka gist": ("GISTEmbedLoss", {"temperature": 0.5, "matryoshka": MATRYOSHKA}),
+    "cached ranking": ("CachedMultipleNegativesRankingLoss", {**RANKING, **CACHED}),
+    "cached by tokens": ("CachedMultipleNegativesRankingLoss", {**RANKING, "mini_batch_num_tokens": 30}),
+    "cached symmetric": ("CachedMultipleNegativesSymmetricRankingLoss", {**RANKING, **CACHED}),
+    "cached mega batch": ("MegaBatchMarginLoss", CACHED),
+    "cached gist": ("CachedGISTEmbedLoss", {"temperature": 0.5, **CACHED}),
+    "cached matryoshka": ("CachedMultipleNegativesRankingLoss", {**RANKING, **CACHED, "matryoshka": MATRYOSHKA}),
+}
+
+
+def of_loss(load: Any, name: str, way: str, guide: SentenceTransformer | None) -> Run:
+    loss = config(LOSSES[name][0], **LOSSES[name][1])
+    texts = columns(LENGTHS["mixed"])[: 2 if "mega" in name else 3]
+    return run(load(), texts, way, loss, (None,) * len(texts), guide)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_in_a_row(load: Any, name: str) -> None:
+    guides = [load("bert", "cls").eval().requires_grad_(False) if "gist" in name else None for _ in WAYS]
+    assert_equal(of_loss(load, name, "packed", guides[0]), of_loss(load, name, "plain", guides[1]))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "cached" not in name])
+def test_every_loss_in_chunks(load: Any, name: str) -> None:
+    guide = load("electra", "cls").eval().requires_grad_(False) if "gist" in name else None
+    assert_equal(of_loss(load, name, "chunked", guide), of_loss(load, name, "plain", guide))
+
+
+def test_a_guide_that_reads_other_words(load: Any, tmp_path: Path) -> None:
+    """It gets the texts back from the row, and tokenizes them by itself, whether it is packed or not."""
+    other = tiny_bert(tmp_path / "guide", [*all_texts(), "another"])
+    guides = [SentenceTransformer(str(other), device="cpu").requires_grad_(False).eval() for _ in WAYS]
+    for name in ("gist", "cached gist"):
+        assert_equal(of_loss(load, name, "packed", guides[0]), of_loss(load, name, "plain", guides[1]))
+
+
+def test_a_guide_that_takes_no_row_keeps_the_model_from_it(load: Any) -> None:
+    forward = prepare(load(), "auto", guide=load("electra"))
+    assert forward.packing == "chunked"
+    assert "the guide" in forward.reason
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
+@pytest.mark.parametrize("prompts", [("bafa delo: ", "lura: ", "lura: "), ("lura: ", None, None), ("lura: ",) * 3])
+def test_prompts(load: Any, pooling: str, include_prompt: bool, prompts: tuple[str | None, ...]) -> None:
+    """Of another length for each column, and left out of the pooling where the model says so."""
+    texts = columns(LENGTHS["mixed"])
+    made = [load("bert", pooling, 0.0, include_prompt) for _ in range(3)]
+    plain = run(made[0], texts, "plain", prompts=prompts)
+    assert_equal(run(made[1], texts, "packed", prompts=prompts), plain)
+    if include_prompt:
+        assert_equal(run(made[2], texts, "chunked", prompts=prompts), plain)
+        assert float((plain[0][0] - run(load("bert", pooling), texts, "plain")[0][0]).abs().max()) > 1e-3
+    else:
+        assert prepare(made[2], "chunked").packing == "plain"
+
+
+def test_prompts_in_a_cached_loss(load: Any) -> None:
+    texts, prompts = columns(LENGTHS["mixed"]), ("bafa delo: ", "lura: ", "lura: ")
+    loss = config("CachedMultipleNegativesRankingLoss", **RANKING, **CACHED)
+    found, expected = (run(load("bert", "mean", 0.0, False), texts, way, loss, prompts) for way in ("packed", "plain"))
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_an_adapter(load: Any, family: str) -> None:
+    names = ("query", "value") if family == "bert" else ("q", "v")
+
+    def adapted() -> SentenceTransformer:
+        model = load(family)
+        torch.manual_seed(3)
+        add_adapter(model, LoraConfig(rank=4, target_modules=names))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+        return model
+
+    texts = columns(LENGTHS["mixed"])
+    found = run(adapted(), texts, "packed")
+    assert_equal(found, run(adapted(), texts, "plain"))
+    assert any("lora_A" in name for name in found[2])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mpnet"])
+def test_gradient_checkpointing_with_dropout(load: Any, family: str, way: str) -> None:
+    """The second forward pass has the same layout, and draws what the first one drew."""
+
+    def dropped(recomputes: bool) -> Run:
+        model = load(family, "mean", 0.3)
+        if recomputes:
+            model[0].model.activation_checkpointing_enable({"use_reentrant": False})
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        torch.manual_seed(5)
+        return run(model, columns(LENGTHS["mixed"]), way)
+
+    first, again, recomputed = dropped(False), dropped(False), dropped(True)
+    assert first[1] == again[1] == recomputed[1]
+    for name, gradient in first[2].items():
+        assert torch.equal(gradient, again[2][name])
+        assert float((gradient - recomputed[2][name]).abs().max()) < 1e-5
+    assert first[1] != run(load(family), columns(LENGTHS["mixed"]), way)[1]
+
+
+def test_dropout_leaves_out_and_scales_up() -> None:
+    """Of attention: on average what it is without, and gradients of what was drawn."""
+    from tercet.packed_attention import Layout, attend
+
+    torch.manual_seed(0)
+    layout = Layout([2, 3, 3, 9], torch.device("cpu"))
+    rows = [torch.randn(17, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    plain = attend(*rows, layout, 0.3)
+    drawn = torch.stack([attend(*rows, layout, 0.3, dropout=0.2).detach() for _ in range(2000)])
+    assert (drawn.mean(dim=0) - plain).abs().max().item() < 0.1
+    assert drawn.std(dim=0).min().item() > 0.01
+
+    def seeded(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return attend(*inputs, layout, 0.3, dropout=0.2)
+
+    assert torch.autograd.gradcheck(seeded, tuple(rows))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sixteen_bits(load: Any, family: str, way: str) -> None:
+    """Under autocast, as near to fp32 as the plain way is."""
+    texts = columns(LENGTHS["mixed"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (run(load(family), texts, each) for each in (way, "plain"))
+    exact = run(load(family), texts, "plain")
+    error, usual = (abs(each[1] - exact[1]) for each in (found, plain))
+    assert error < max(3 * usual, 0.02)
+    assert found[2].keys() == exact[2].keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoding(load: Any, family: str) -> None:
+    """`encode` packs its batches too. Padded features still work; so does a copy, on its own weights."""
+    texts = [text for column in columns(LENGTHS["mixed"]) + columns(LENGTHS["edges"]) for text in column]
+    model = load(family).eval()
+    expected = model.encode(texts, batch_size=5)
+    padded = model.preprocess(texts)
+    prepare(model, "packed")
+    assert abs(model.encode(texts, batch_size=5) - expected).max() < 2e-6
+    with torch.no_grad():
+        found = model(padded)["sentence_embedding"].numpy()
+    assert abs(found - expected).max() < 2e-6
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert abs(copied.encode(texts) - expected).max() < 2e-6
+
+
+def test_a_saved_model_is_the_same_files(load: Any, tmp_path: Path) -> None:
+    for way in ("packed", "plain"):
+        model = load()
+        prepare(model, way)
+        model.save_pretrained(str(tmp_path / way), create_model_card=False)
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(tmp_path / "packed") for path in (tmp_path / "packed").rglob("*") if path.is_file()
+    }
+    for path in files:
+        assert (tmp_path / "packed" / path).read_bytes() == (tmp_path / "plain" / path).read_bytes(), path
+
+
+def test_code_of_the_models_own_runs_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tiny_stella(tmp_path / "stella")
+    switched_off = {"use_memory_efficient_attention": False, "unpad_inputs": False}
+
+    def stella() -> SentenceTransformer:
+        options: dict[str, Any] = {"trust_remote_code": True, "config_kwargs": switched_off, "device": "cpu"}
+        return SentenceTransformer(str(folder), **options).train()
+
+    forward = prepare(stella(), "auto")
+    assert (forward.packing, "own code" in forward.reason) == ("chunked", True)
+    texts = columns([[3, 1, 7, 5], [12, 4, 2, 8], [6, 6, 2, 20]])
+    assert_equal(run(stella(), texts, "chunked"), run(stella(), texts, "plain"))
