@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tercet.dropout import draw_kept
 from tercet.packing import attention_groups
 
 PACKED_ATTENTION = "tercet_packed"
@@ -130,7 +131,7 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             weights = torch.ops.aten._softmax(scores, -1, False)
             saved += [q, k, v, weights]
             if dropout:
-                saved.append(torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout))
+                saved.append(draw_kept(weights, dropout))
                 weights = weights * saved[-1]
             outputs.append(_tokens(torch.bmm(weights, v), block))
         ctx.save_for_backward(*saved)

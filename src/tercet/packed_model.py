@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers import DataCollatorWithFlattening
 
 from tercet import packing
+from tercet.dropout import quicken
 from tercet.packed_attention import PACKED_ATTENTION, Layout, attend
 from tercet.packing import Facts, Packing
 
@@ -133,6 +134,7 @@ def take_rows(model: SentenceTransformer) -> None:
         encoder.forward = MethodType(_mpnet_forward, encoder)
     else:
         encoder.set_attn_implementation(PACKED_ATTENTION)
+    quicken(encoder)
     transformer.data_collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     transformer._flatten_position_offset = transformer._infer_flatten_position_offset()
     if transformer.model_forward_params is not None:

@@ -65,6 +65,7 @@ ORDER = [
     "preemption",
     "quiet",
     "packing",
+    "dropout",
     "packed_attention",
     "packed_model",
     "encoder",
