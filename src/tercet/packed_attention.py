@@ -31,11 +31,28 @@ class Block(NamedTuple):
 
     num_texts: int
     width: int
-    num_tokens: int
-    real: torch.Tensor | None = None
-    """Shape (num_tokens,): where in the padded texts each token lies. None where all are of one length."""
-    bias: torch.Tensor | None = None
-    """Shape (num_texts, 1, 1, width): NO_TOKEN where none lies."""
+    start: int
+    """Padded positions of the blocks before."""
+    bias: torch.Tensor | None
+    """Shape (num_texts, 1, 1, width): NO_TOKEN where none lies. None where all texts are of one length."""
+
+    @property
+    def stop(self) -> int:
+        """Padded positions up to here."""
+        return self.start + self.num_texts * self.width
+
+
+class Matrices(NamedTuple):
+    """How the tokens of a row, head by head, become the matrices of its blocks, and back. A token's head is one row of
+    numbers: token `t` has the rows `t * num_heads` and up to the next token's."""
+
+    blocks: list[Block]
+    source: torch.Tensor
+    """For each row of the matrices (block, text, head, place) the one that comes there."""
+    padding: torch.Tensor
+    """The rows of the matrices where no token lies; some other token's comes there."""
+    back: torch.Tensor
+    """For each head of a token its row in the matrices."""
 
 
 class Layout:
@@ -45,16 +62,14 @@ class Layout:
         """lengths: tokens of each text, ascending, 1 or more."""
         self.max_length = lengths[-1]
         self._lengths, self._device = lengths, device
-        self._blocks: list[Block] | None = None
+        self._matrices: Matrices | None = None
         self._cu_seq_lens: torch.Tensor | None = None
 
-    @property
-    def blocks(self) -> list[Block]:
-        """For attention that knows matrices only."""
-        if self._blocks is None:
-            groups = attention_groups(self._lengths)
-            self._blocks = [_block(self._lengths[start:stop], width, self._device) for start, stop, width in groups]
-        return self._blocks
+    def matrices(self, num_heads: int) -> Matrices:
+        """For attention that knows matrices only. Made once: all layers have as many heads."""
+        if self._matrices is None:
+            self._matrices = _matrices(self._lengths, num_heads, self._device)
+        return self._matrices
 
     @property
     def cu_seq_lens(self) -> torch.Tensor:
@@ -65,13 +80,23 @@ class Layout:
         return self._cu_seq_lens
 
 
-def _block(lengths: Sequence[int], width: int, device: torch.device) -> Block:
-    num_tokens = sum(lengths)
-    if num_tokens == len(lengths) * width:
-        return Block(len(lengths), width, num_tokens)
-    is_real = torch.arange(width) < torch.tensor(lengths)[:, None]
-    bias = torch.zeros(is_real.shape).masked_fill_(~is_real, NO_TOKEN)[:, None, None]
-    return Block(len(lengths), width, num_tokens, is_real.flatten().nonzero().flatten().to(device), bias.to(device))
+def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> Matrices:
+    heads = torch.arange(num_heads)[:, None]
+    blocks, sources, paddings, first_token, start = [], [], [], 0, 0
+    for group in attention_groups(lengths):
+        own = torch.tensor(lengths[group.start : group.stop])
+        places = torch.arange(group.width)
+        is_real = places < own[:, None]
+        tokens = first_token + (own.cumsum(0) - own)[:, None] + places.clamp(max=own[:, None] - 1)
+        sources.append((tokens[:, None] * num_heads + heads).flatten())
+        paddings.append((~is_real)[:, None].expand(-1, num_heads, -1).flatten())
+        bias = torch.zeros(is_real.shape).masked_fill_(~is_real, NO_TOKEN)[:, None, None].to(device)
+        blocks.append(Block(len(own), group.width, start, None if bool(is_real.all()) else bias))
+        first_token, start = first_token + int(own.sum()), blocks[-1].stop
+    source, is_padding = torch.cat(sources), torch.cat(paddings)
+    back = torch.empty(first_token * num_heads, dtype=torch.int64)
+    back[source[~is_padding]] = (~is_padding).nonzero().flatten()
+    return Matrices(blocks, source.to(device), is_padding.nonzero().flatten().to(device), back.to(device))
 
 
 def attend(
@@ -89,7 +114,7 @@ def attend(
     window: tokens see those less than so many places away. bias: shape (num_heads, max_length, max_length), added to
     the scores. On a GPU, in 16 bits, it is torch's attention for rows of texts; that knows neither bias nor dropout."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not dropout and bias is None:
+    if _knows_bounds(value, dropout, bias):
         reach = -1 if window is None else window - 1
         bounds, longest = layout.cu_seq_lens, layout.max_length
         output: torch.Tensor = varlen_attn(
@@ -98,6 +123,10 @@ def attend(
         return output
     grouped: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
     return grouped
+
+
+def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not dropout and bias is None
 
 
 class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
@@ -119,38 +148,44 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
         window: int | None,
     ) -> torch.Tensor:
         """As `attend`."""
-        saved: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
         num_heads = query.shape[1]
-        for block, *parts in zip(layout.blocks, *_split(layout, query, key, value), strict=True):
-            q, k, v = (_matrices(part, block) for part in parts)
+        matrices = layout.matrices(num_heads)
+        rows = [_gather(x, matrices) for x in (query, key, value)]
+        output = torch.empty_like(rows[2])
+        saved: list[torch.Tensor] = []
+        for block in matrices.blocks:
+            q, k, v, out = (_of_block(x, block, num_heads) for x in (*rows, output))
             scores = torch.bmm(q, k.mT).mul_(scaling)
             scores_of_texts = scores.view(block.num_texts, num_heads, block.width, block.width)
             for added in _biases(block, bias, window, scores.device):
                 scores_of_texts += added
             weights = torch.ops.aten._softmax(scores, -1, False)
-            saved += [q, k, v, weights]
+            saved.append(weights)
             if dropout:
                 saved.append(draw_kept(weights, dropout))
                 weights = weights * saved[-1]
-            outputs.append(_tokens(torch.bmm(weights, v), block))
-        ctx.save_for_backward(*saved)
+            torch.bmm(weights, v, out=out)
+        ctx.save_for_backward(*rows, *saved)
         ctx.layout, ctx.scaling, ctx.has_dropout, ctx.has_bias = layout, scaling, bool(dropout), bias is not None
-        return torch.cat(outputs)
+        return output.index_select(0, matrices.back).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Of query, key, value and bias."""
-        saved = iter(ctx.saved_tensors)
         num_heads, longest = gradient.shape[1], ctx.layout.max_length
+        matrices = ctx.layout.matrices(num_heads)
+        query, key, value, *others = ctx.saved_tensors
+        saved = iter(others)
+        of_output = _gather(gradient, matrices).index_fill_(0, matrices.padding, 0.0)
         of_bias = gradient.new_zeros(num_heads, longest, longest) if ctx.has_bias else None
-        found: tuple[list[torch.Tensor], ...] = ([], [], [])
-        for block, part in zip(ctx.layout.blocks, *_split(ctx.layout, gradient), strict=True):
-            g = _matrices(part, block)
-            q, k, v, weights = (next(saved) for _ in range(4))
+        of_rows = [torch.empty_like(query) for _ in range(3)]
+        for block in matrices.blocks:
+            rows = (query, key, value, of_output, *of_rows)
+            q, k, v, g, of_q, of_k, of_v = (_of_block(x, block, num_heads) for x in rows)
+            weights = next(saved)
             kept = next(saved) if ctx.has_dropout else None
             of_weights = torch.bmm(g, v.mT)
-            of_v = torch.bmm((weights if kept is None else weights * kept).mT, g)
+            torch.bmm((weights if kept is None else weights * kept).mT, g, out=of_v)
             if kept is not None:
                 of_weights.mul_(kept)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
@@ -158,32 +193,20 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
                 of_texts = of_scores.view(block.num_texts, num_heads, block.width, block.width)
                 of_bias[:, : block.width, : block.width] += of_texts.sum(dim=0)
             of_scores.mul_(ctx.scaling)
-            for tokens, x in zip(found, (torch.bmm(of_scores, k), torch.bmm(of_scores.mT, q), of_v), strict=True):
-                tokens.append(_tokens(x, block))
-        return (*(torch.cat(tokens) for tokens in found), of_bias, None, None, None, None)
+            torch.bmm(of_scores, k, out=of_q)
+            torch.bmm(of_scores.mT, q, out=of_k)
+        return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in of_rows), of_bias, *(None,) * 4)
 
 
-def _split(layout: Layout, *rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Each row cut into its blocks."""
-    num_tokens = [block.num_tokens for block in layout.blocks]
-    return [row.split(num_tokens) for row in rows]
+def _gather(tokens: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+    """(num_tokens, num_heads, head_width) as the rows of all matrices."""
+    return tokens.reshape(-1, tokens.shape[-1]).index_select(0, matrices.source)
 
 
-def _matrices(tokens: torch.Tensor, block: Block) -> torch.Tensor:
-    """(num_tokens, num_heads, head_width) to (num_texts * num_heads, width, head_width), zeros where no token lies."""
-    _, num_heads, head_width = tokens.shape
-    if block.real is not None:
-        padded = tokens.new_zeros(block.num_texts * block.width, num_heads, head_width)
-        tokens = padded.index_copy_(0, block.real, tokens)
-    texts = tokens.reshape(block.num_texts, block.width, num_heads, head_width)
-    return texts.transpose(1, 2).reshape(-1, block.width, head_width)
-
-
-def _tokens(matrices: torch.Tensor, block: Block) -> torch.Tensor:
-    """The way back."""
-    texts = matrices.view(block.num_texts, -1, block.width, matrices.shape[-1]).transpose(1, 2)
-    tokens = texts.reshape(-1, texts.shape[2], texts.shape[3])
-    return tokens if block.real is None else tokens.index_select(0, block.real)
+def _of_block(rows: torch.Tensor, block: Block, num_heads: int) -> torch.Tensor:
+    """The matrices of a block: (num_texts * num_heads, width, head_width)."""
+    own = rows[block.start * num_heads : block.stop * num_heads]
+    return own.view(-1, block.width, rows.shape[-1])
 
 
 def _biases(block: Block, bias: torch.Tensor | None, window: int | None, device: torch.device) -> list[torch.Tensor]:

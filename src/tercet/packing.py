@@ -22,7 +22,7 @@ PACKED_POOLING = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens")
 
 # What a group costs in any case, in scores (pairs of positions) that could be computed instead. Fitted on a CPU by
 # `benchmarks/step.py`; a factor of two hardly matters.
-PAIRS_PER_GROUP = 2_000
+PAIRS_PER_GROUP = 4_000
 # Padded chunks: more of them pad less, and each is a forward pass of its own. More than four won nothing (docs/log.md).
 NUM_CHUNKS = 4
 

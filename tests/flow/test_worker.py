@@ -33,6 +33,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1-ranking": (1, "ranking", {}),
     "1-triplet": (1, "triplet", {}),
+    "1-plain": (1, "ranking", {}),
     "1-accumulated": (1, "ranking", {"gradient_accumulation_steps": 2}),
     "1-seed": (1, "ranking", {"seed": 7}),
     "1-damaged": (1, "ranking", {}),
@@ -48,7 +49,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, store:
     folder = tmp_path_factory.mktemp("plans")
     found = {}
     for run_id, (num_workers, loss, training) in {**RUNS, "2-again": RUNS["2-ranking"]}.items():
-        sections = {"training": {"num_epochs": 2, **training}, "workers": {"num_workers": num_workers}}
+        workers = {"num_workers": num_workers, "packing": "plain" if run_id == "1-plain" else "auto"}
+        sections = {"training": {"num_epochs": 2, **training}, "workers": workers}
         found[run_id] = write_plan(folder, run_id, tiny_model_dir, store, loss=LOSSES[loss], **sections)
     return found
 
@@ -97,8 +99,11 @@ def test_the_plain_trainer_ends_with_the_same_weights(
     """SentenceTransformerTrainer by itself, told the same settings in its own words."""
     script = [sys.executable, Path(__file__).with_name("plain_trainer.py"), tiny_model_dir, trained, tmp_path]
     check(run_command([str(part) for part in script], environment, tmp_path))
+    assert largest_difference(weights(tmp_path / "ranking"), final_weights(trained, "1-plain")) < 1e-6
+    # Packed, sums are taken in another order. The gradient of a key's bias is zero but for that, and Adam makes a step
+    # of it.
     for loss in LOSSES:
-        assert largest_difference(weights(tmp_path / loss), final_weights(trained, f"1-{loss}")) < 1e-6, loss
+        assert largest_difference(weights(tmp_path / loss), final_weights(trained, f"1-{loss}")) < 2e-5, loss
 
 
 def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +269,54 @@ def test_dropout_leaves_out_and_scales_up() -> None:
         return attend(*inputs, layout, 0.3, dropout=0.2)
 
     assert torch.autograd.gradcheck(seeded, tuple(rows))
+
+
+def test_attention_that_knows_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU gets in 16 bits, by a stand-in with the signature of torch's: the same as in groups. It is not asked
+    for what it cannot do."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    from tercet import packed_attention
+    from tercet.packed_attention import Layout, attend
+
+    calls: list[int] = []
+
+    def stand_in(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = inspect.signature(varlen_attn).bind(query, key, value, *args, **kwargs).arguments
+        assert given["cu_seq_q"].dtype == torch.int32
+        assert given["max_q"] == given["max_k"] == max(given["cu_seq_k"].diff().tolist())
+        calls.append(len(given["cu_seq_q"]))
+        parts = []
+        for start, stop in itertools.pairwise(given["cu_seq_q"].tolist()):
+            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+            place = torch.arange(stop - start)
+            left, right = given["window_size"]
+            ahead = place - place[:, None]
+            mask = ((ahead <= right) | (right < 0)) & ((ahead >= -left) | (left < 0))
+            scores = torch.nn.functional.scaled_dot_product_attention
+            parts.append(scores(q, k, v, attn_mask=mask, scale=given["scale"]).transpose(0, 1))
+        return torch.cat(parts)
+
+    layout = Layout([1, 2, 2, 5, 17], torch.device("cpu"))
+    torch.manual_seed(0)
+    rows = [torch.randn(27, 4, 8) for _ in range(3)]
+    grouped = [attend(*rows, layout, 0.4, window=window) for window in (None, 4)]
+    monkeypatch.setattr(packed_attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(packed_attention, "_knows_bounds", lambda *_: True)
+    for expected, window in zip(grouped, (None, 4), strict=True):
+        assert float((attend(*rows, layout, 0.4, window=window) - expected).abs().max()) < 1e-6
+    assert calls == [6, 6]
+
+
+def test_when_attention_with_bounds_is_used() -> None:
+    from tercet.packed_attention import _knows_bounds
+
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert _knows_bounds(on_gpu, 0.0, None)
+    assert not _knows_bounds(on_gpu, 0.1, None)
+    assert not _knows_bounds(on_gpu, 0.0, torch.zeros(1))
+    assert not _knows_bounds(SimpleNamespace(is_cuda=True, dtype=torch.float32), 0.0, None)
+    assert not _knows_bounds(SimpleNamespace(is_cuda=False, dtype=torch.bfloat16), 0.0, None)
 
 
 @pytest.mark.parametrize("way", WAYS)
