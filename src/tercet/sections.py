@@ -187,6 +187,7 @@ class WorkersConfig(Section):
             raise ValueError(f"num_workers {self.num_workers} is not from min {self.min} to max {self.max}")
         return self
 
+
 class GateConfig(Section):
     """When a candidate takes the champion's place. Metrics are shares of 1: 0.01 is one point. Nothing here changes the
     experiment; docs/decisions/0010-the-gate.md says what each error rate means."""

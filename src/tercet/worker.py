@@ -73,9 +73,10 @@ def run_worker(
     from tercet.model import make_model, save_whole
     from tercet.packed_model import prepare
     from tercet.preemption import SaveAndEnd
+    from tercet.record import Record
     from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
-    from tercet.trainer import Record, TercetTrainer
+    from tercet.trainer import TercetTrainer
 
     config = plan.config
     prepare_process(plan.parallelism, use_cpu(plan))

@@ -75,6 +75,7 @@ ORDER = [
     "optimizer_state",
     "evaluators",
     "evaluation",
+    "record",
     "trainer",
     "training_arguments",
     "worker",

@@ -6,10 +6,10 @@ import sys
 import time
 from typing import Any
 
-from tercet import trainer, worker
+from tercet import record, worker
 
 
-class SlowRecord(trainer.Record):
+class SlowRecord(record.Record):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step > 11:
@@ -17,5 +17,5 @@ class SlowRecord(trainer.Record):
 
 
 if __name__ == "__main__":
-    trainer.Record = SlowRecord
+    record.Record = SlowRecord
     sys.exit(worker.main())
