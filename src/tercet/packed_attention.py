@@ -132,8 +132,8 @@ def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool
 class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
     """Softmax attention, one batch of matrices for each block.
 
-    Written out: on matrices this small, torch 2.13's scaled_dot_product_attention takes longer on a CPU. Its fast
-    kernel has no dropout, and its plain one looks for rows without any key (docs/log.md)."""
+    Written out, so that all blocks are gathered at once, and because torch 2.13's scaled_dot_product_attention on a CPU
+    has no dropout in its fast kernel, and looks for rows without any key in its plain one."""
 
     @staticmethod
     def forward(

@@ -20,10 +20,11 @@ Packing = Literal["packed", "chunked", "plain"]
 PACKED_MODEL_TYPES = ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
 PACKED_POOLING = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens")
 
-# What a group costs in any case, in scores (pairs of positions) that could be computed instead. Fitted on a CPU by
-# `benchmarks/step.py`; a factor of two hardly matters.
+# What a group costs in any case, in scores (pairs of positions) that could be computed instead. Measured
+# on one busy CPU, for 12 heads of 32 (docs/log.md); a factor of two hardly mattered.
 PAIRS_PER_GROUP = 4_000
-# Padded chunks: more of them pad less, and each is a forward pass of its own. More than four won nothing (docs/log.md).
+# Padded chunks: more of them pad less, and each is a forward pass of its own. Four were faster than two; more were not
+# tried.
 NUM_CHUNKS = 4
 
 Costs = npt.NDArray[np.float64]
