@@ -46,9 +46,9 @@ WORKER = "ray::RayTrainWorker"
 
 def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, str]) -> Any:
     """What Ray runs instead of the worker's loop: the same, with a rest, and a line in `steps` for each step."""
-    from tercet import launch, trainer
+    from tercet import launch, record
 
-    class Resting(trainer.Record):
+    class Resting(record.Record):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             super().on_step_end(args, state, control, **kwargs)
             time.sleep(rest_seconds)
@@ -56,7 +56,7 @@ def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, st
                 with Path(steps).open("a") as file:
                     file.write(f"{os.getpid()} {state.global_step} {time.time()}\n")
 
-    trainer.Record = Resting
+    record.Record = Resting
     return launch._train_loop(loop_config)
 
 

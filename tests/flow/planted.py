@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tercet import trainer, worker
+from tercet import record, trainer, worker
 from tercet.errors import NonFiniteError
+from tercet.plan import TrainPlan
 from tercet.sharding import local_values
 
 NAN = float("nan")
@@ -49,7 +51,7 @@ class Planting(trainer.TercetTrainer):  # type: ignore[misc]
             output["sentence_embedding"] = output["sentence_embedding"] * NAN
 
 
-class PlantingRecord(trainer.Record):
+class PlantingRecord(record.Record):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         if kind == "weight" and state.global_step == int(step):
@@ -58,9 +60,8 @@ class PlantingRecord(trainer.Record):
                 local_values(parameter)[-1:] = NAN
 
 
-trainer.TercetTrainer, trainer.Record = Planting, PlantingRecord
-sys.argv = [sys.argv[0], plan]
+trainer.TercetTrainer, record.Record = Planting, PlantingRecord
 try:
-    worker.main()
+    worker.run_worker(TrainPlan.model_validate_json(Path(plan).read_text(encoding="utf-8")))
 except NonFiniteError as error:
     print(f"rank {os.environ['RANK']}: {error}", flush=True)
