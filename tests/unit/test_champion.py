@@ -15,7 +15,8 @@ import pytest
 from tercet.champion import Champion, as_bytes, history, move_champion, read_champion, sha256
 from tercet.crash_point import VARIABLE
 from tercet.errors import ChampionMoved, ConfigError, CorruptObject, StorageUnavailable
-from tercet.storage import LocalStorage, Storage
+from tercet.local_storage import LocalStorage
+from tercet.storage import Storage
 
 
 @pytest.fixture

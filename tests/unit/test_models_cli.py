@@ -13,9 +13,9 @@ from published import decision, finished_run
 from tercet.champion import history, read_champion
 from tercet.cli import main
 from tercet.config import Config
+from tercet.local_storage import LocalStorage
 from tercet.plan import make_plan
 from tercet.registry import promote, register
-from tercet.storage import LocalStorage
 
 RUN = "20260314-made-1"
 

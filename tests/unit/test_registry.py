@@ -14,6 +14,7 @@ from tercet.champion import Champion, as_bytes, history, read_champion, sha256
 from tercet.checkpoint import best_prefix
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.gate_decision import GateDecision
+from tercet.local_storage import LocalStorage
 from tercet.registry import (
     Version,
     download,
@@ -26,7 +27,7 @@ from tercet.registry import (
     resolve,
     serve,
 )
-from tercet.storage import LocalStorage, Storage, open_storage
+from tercet.storage import Storage, open_storage
 
 
 @pytest.fixture
