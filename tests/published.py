@@ -9,6 +9,7 @@ from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
 from tercet.gate_decision import GateDecision, Origin, Verdict
 from tercet.lease import Attempt
 from tercet.registry import Lineage
+from tercet.sealed import seal
 from tercet.sections import GateConfig
 from tercet.storage import Storage
 
@@ -23,7 +24,7 @@ def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage
         files = upload_files(storage, Path(local), folder)
     attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
     commit = Commit(step=8, epoch=1.0, lineage=(attempt,), folder=folder, metrics={"ndcg@10": 0.5}, files=files)
-    storage.put(f"{folder}/{COMMIT}", commit.model_dump_json().encode())
+    storage.put(f"{folder}/{COMMIT}", seal(commit))
     return Lineage(run_id=run_id, recipe_hash="370c47fc", dataset_versions={"poems": "0123456789abcdef"})
 
 

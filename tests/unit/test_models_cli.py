@@ -16,6 +16,7 @@ from tercet.config import Config
 from tercet.local_storage import LocalStorage
 from tercet.plan import make_plan
 from tercet.registry import promote, register
+from tercet.sealed import seal
 
 RUN = "20260314-made-1"
 
@@ -82,7 +83,7 @@ def test_by_hand_from_a_run(storage: LocalStorage, capsys: pytest.CaptureFixture
     config = Config.model_validate({**recipe, "model": {"name_or_path": "m"}, "training": {"global_batch_size": 10}})
     manifest = made.manifest()
     plan = make_plan(config, manifest, None, datetime.date(2026, 3, 14), RUN)
-    storage.put(f"runs/{RUN}/plan.json", plan.model_dump_json().encode())
+    storage.put(f"runs/{RUN}/plan.json", seal(plan))
     assert models(storage, "promote", "faq", "--run", RUN, "--reason", "first") == 5
     assert "has no best model" in capsys.readouterr().err
     finished_run(storage, RUN)
