@@ -162,7 +162,7 @@ def test_a_node_is_cut_off_and_comes_back(
     """Its worker lives on, reaches storage, and commits after another has taken over: that does not count. The other
     one waits before it commits the same step, so that it finds what came too late."""
     cluster.provide(2)
-    run = new_run("cut-off", num_workers=1)
+    run = new_run("node-cut-off", num_workers=1)
     held, go, held_2, go_2 = (tmp_path / name for name in ("held", "go", "held-2", "go-2"))
     held_2.touch()  # the first attempt passes this place
     first = f"at=before_commit step=12 do=hang once={held} until={go}"

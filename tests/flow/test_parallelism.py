@@ -25,7 +25,9 @@ from flow.workers import (
     worker_command,
     write_plan,
 )
-from tercet.checkpoint import best_commit, publish_best
+from tercet.checkpoint import Commit, best_commit, publish_best
+from tercet.lease import Holder
+from tercet.sealed import seal, unseal
 from tercet.storage import open_storage
 
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
@@ -88,8 +90,11 @@ class Runs:
             if int(folder.name) > step:
                 shutil.rmtree(folder)
             else:
-                commit = folder / "COMMIT"
-                commit.write_text(commit.read_text().replace(f"runs/{run_id}/", f"runs/{to}/"))
+                commit = unseal(Commit, (folder / "COMMIT").read_bytes(), str(folder))
+                there = commit.model_copy(update={"folder": commit.folder.replace(f"runs/{run_id}/", f"runs/{to}/")})
+                (folder / "COMMIT").write_bytes(seal(there))
+        lease = unseal(Holder, (target / "LEASE.json").read_bytes(), str(target))
+        (target / "LEASE.json").write_bytes(seal(lease.model_copy(update={"run_id": to})))
 
 
 @pytest.fixture(scope="module")
