@@ -40,6 +40,17 @@ def rgw_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For torch: operations on tiny models only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """Set what a person would set in the shell to work with this server."""
     for name in AWS_SETTINGS:

@@ -35,7 +35,7 @@ class Document(BaseModel):
     format: Literal[1] = 1
 
 
-D = TypeVar("D", bound=Document)
+D = TypeVar("D", bound=BaseModel)
 
 
 class Champion(Document):

@@ -33,7 +33,13 @@ PART_WAIT_SECONDS = 600.0
 
 # What the trainer needs to go on, and who loads the model does not.
 TRAINER_STATE_FILES = (
-    *("ledger-", "optimizer-", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin", "rng_state"),
+    "ledger-",
+    "optimizer-",
+    "scheduler.pt",
+    "scaler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    "rng_state",
     "trained_weights.safetensors",
 )
 
@@ -149,11 +155,19 @@ def _whole_commit(storage: Storage, key: str) -> Commit | None:
     """The commit at `key` if all of its files are whole. Reads them all: two attempts seldom commit the same step."""
     try:
         commit = _read_commit(storage, key)
-        with tempfile.TemporaryDirectory(prefix="tercet-verify-") as folder:
-            fetch(storage, commit, Path(folder))
     except (CorruptObject, ObjectNotFound):
         return None
-    return commit
+    return commit if _damage(storage, commit) is None else None
+
+
+def _damage(storage: Storage, commit: Commit, paths: Iterable[str] | None = None) -> StorageError | None:
+    """What is wrong with the files of a commit, or some of them, if anything is. Reads them all."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tercet-verify-") as folder:
+            fetch(storage, commit, Path(folder), paths)
+    except (CorruptObject, ObjectNotFound) as error:
+        return error
+    return None
 
 
 def _read_commit(storage: Storage, key: str) -> Commit:
@@ -214,8 +228,9 @@ def fetch_newest(
     """Download the newest checkpoint that is whole; a damaged one is skipped, loudly, for the one before. `on_skip`
     gets the step of each damaged one, and what is wrong with it."""
     commits = read_commits(storage, run_id)
+    newest_step = commits[0].step if commits else -1
     for step in sorted({int(key.split("/")[3]) for key in storage.list(checkpoints_prefix(run_id))}):
-        if step > max((commit.step for commit in commits), default=-1):
+        if step > newest_step:
             logger.warning("step %d has files but no commit that counts: it was not finished, or lost it", step)
     for commit in commits:
         try:
@@ -238,14 +253,10 @@ def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Comm
     """The best commit whose model is whole; a damaged one is skipped, loudly, for the next best. Reads the model."""
     left = list(commits)
     while (best := best_commit(left, metric)) is not None:
-        try:
-            with tempfile.TemporaryDirectory(prefix="tercet-best-") as folder:
-                fetch(storage, best, Path(folder), best.model_files())
-        except (CorruptObject, ObjectNotFound) as error:
-            logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, error)
-            left.remove(best)
-        else:
+        if (damage := _damage(storage, best, best.model_files())) is None:
             return best
+        logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, damage)
+        left.remove(best)
     return None
 
 

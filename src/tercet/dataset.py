@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
 from tercet.manifest import Manifest, Shard, version_prefix
-from tercet.storage import CHUNK, Storage, sha256_of
+from tercet.storage import Storage, digest_of, sha256_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,11 +151,7 @@ def hash_of(path: Path) -> str:
     """XXH3 of a file, 64 bits in hex: finds accidents, many times as fast as sha256."""
     import xxhash
 
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
+    return digest_of(path, xxhash.xxh3_64())
 
 
 def _write_arrow(parquet_path: Path, folder: Path, shard: Shard, uri: str) -> Path:

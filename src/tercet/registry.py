@@ -203,12 +203,7 @@ def read_version(storage: Storage, name: str, number: int) -> Version:
 
 def read_decision(storage: Storage, key: str) -> GateDecision:
     """What `Champion.decision` or `Version.decision` names. Raises ObjectNotFound, CorruptObject."""
-    try:
-        return GateDecision.model_validate_json(storage.read(key))
-    except ValueError as error:
-        raise CorruptObject(
-            f"{storage.uri_of(key)} cannot be read", hint="a newer tercet may have written it"
-        ) from error
+    return parse(GateDecision, storage.read(key), storage.uri_of(key))
 
 
 def list_models(storage: Storage) -> list[str]:

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from uuid import uuid4
 
 from filelock import Timeout
@@ -182,11 +182,15 @@ def open_storage(uri: str, endpoint_url: str | None = None) -> Storage:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a local file, in constant memory."""
-    digest = hashlib.sha256()
+    return digest_of(path, hashlib.sha256())
+
+
+def digest_of(path: Path, digest: Any) -> str:
+    """The hex digest of a local file, in constant memory, by a hash that has seen nothing yet."""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def checked_key(key: str) -> str:
