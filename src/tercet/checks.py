@@ -61,6 +61,11 @@ def is_valid_unicode(text: str) -> bool:
     return True
 
 
+def is_text(column: str) -> bool:
+    """Whether a column is encoded; the others are labels."""
+    return column != "group" and not column.startswith("slice_")
+
+
 def problem_of(
     values: Mapping[str, object], columns: Sequence[str], max_text_chars: int = MAX_TEXT_CHARS
 ) -> Problem | None:
@@ -80,7 +85,7 @@ def problem_of(
             return Problem("blank", f"{column} is blank")
         if len(value) > max_text_chars:
             return Problem("over_long", f"{column} has {len(value):,} characters, the limit is {max_text_chars:,}")
-    return _identical_columns({column: normalise(str(values[column])) for column in columns if column != "group"})
+    return _identical_columns({column: normalise(str(values[column])) for column in filter(is_text, columns)})
 
 
 def _identical_columns(texts: Mapping[str, str]) -> Problem | None:
@@ -111,7 +116,7 @@ class RepeatCounter:
     def add(self, split: str, texts: Sequence[str]) -> None:
         """Take in one good row: its texts, anchor first and positive second."""
         self._rows.append(_hash8(texts))
-        self._pairs[split].append(_hash8((normalise(texts[0]), normalise(texts[1]))))
+        self._pairs[split].append(row_hash(texts[:2]))
 
     def num_duplicate_rows(self) -> int:
         """Rows that equal an earlier row in every text, character by character (in whatever split)."""
@@ -135,6 +140,11 @@ def text_hash(text: str) -> int:
     """Eight bytes that tell texts apart, whatever their spacing and Unicode form. One of a hundred million texts has
     the hash of one of a million others with probability 5e-6."""
     return _hash8([normalise(text)])
+
+
+def row_hash(texts: Sequence[str]) -> int:
+    """Eight bytes that tell rows apart by their texts, as `text_hash` does."""
+    return _hash8([normalise(text) for text in texts])
 
 
 def _hash8(texts: Sequence[str]) -> int:

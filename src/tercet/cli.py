@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tercet import __version__
+from tercet.datasets_cli import add_datasets, print_manifest
 from tercet.errors import TercetError
 from tercet.models_cli import add_models
 
 if TYPE_CHECKING:
     from tercet.config import Config
-    from tercet.manifest import Manifest
     from tercet.report import RunReport
-    from tercet.shards import Progress
 
 DEFAULT_STORAGE = "./tercet-store"
 
@@ -60,35 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    shard = verbs.add_parser("shard", parents=[common], help="raw rows → a dataset version")
-    shard.add_argument("sources", nargs="+", metavar="SRC", help="JSONL, JSON, CSV, TSV or Parquet; also .gz and .zst")
-    shard.add_argument("--to", default=DEFAULT_STORAGE, metavar="URI", help="storage (%(default)s)")
-    shard.add_argument("--endpoint-url", help="of an S3 server other than AWS")
-    shard.add_argument("--name", required=True, help="of the dataset")
-    for name in ("anchor", "positive"):
-        shard.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"column that holds the {name} ({name})")
-    kind = shard.add_mutually_exclusive_group()
-    kind.add_argument("--negative", action="append", metavar="COLUMN", help="column of negatives; repeat it for more")
-    kind.add_argument("--pairs", action="store_true", help="there is no negative column")
-    shard.add_argument(
-        "--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor"
-    )
-    shard.add_argument(
-        "--max-bad-rows", type=float, default=0.01, metavar="SHARE", help="publish nothing above (%(default)s)"
-    )
-    shard.add_argument("--rows-per-shard", type=int, default=65536, metavar="N", help="(%(default)s)")
-    shard.set_defaults(call=_shard)
-
-    datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(
-        required=True, metavar="VERB"
-    )
-    listing = datasets.add_parser("list", parents=[store], help="every dataset and its versions")
-    listing.set_defaults(call=_datasets_list)
-    show = datasets.add_parser("show", parents=[store], help="one version")
-    show.add_argument("name")
-    show.add_argument("--version", default="latest")
-    show.set_defaults(call=_datasets_show)
-
+    add_datasets(verbs, common, store, DEFAULT_STORAGE)
     plan = verbs.add_parser("plan", parents=[recipe], help="everything derived from a recipe; starts nothing")
     plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
     plan.set_defaults(call=_plan)
@@ -129,85 +100,6 @@ def _config(arguments: argparse.Namespace) -> Config:
     from tercet.config import load_config
 
     return load_config(arguments.recipe, arguments.overrides)
-
-
-def _shard(arguments: argparse.Namespace) -> None:
-    from tercet.shards import build_version
-    from tercet.storage import open_storage
-
-    names = [] if arguments.pairs else list(dict.fromkeys(arguments.negative or ["negative"]))
-    negatives = {f"negative_{n}" if len(names) > 1 else "negative": name for n, name in enumerate(names, start=1)}
-    result = build_version(
-        arguments.sources,
-        open_storage(arguments.to, arguments.endpoint_url),
-        arguments.name,
-        columns={"anchor": arguments.anchor, "positive": arguments.positive, **negatives},
-        group=arguments.group,
-        max_bad_rows=arguments.max_bad_rows,
-        rows_per_shard=arguments.rows_per_shard,
-        endpoint_url=arguments.endpoint_url,
-        on_progress=_show_progress if sys.stderr.isatty() else None,
-    )
-    manifest = result.manifest
-    for bad_row in result.first_bad_rows:
-        print(f"bad row: {bad_row}", file=sys.stderr)
-    state = "was published already" if result.already_published else "published"
-    print(f"{manifest.dataset} {manifest.version}  {state}")
-    _print_manifest(manifest)
-
-
-def _show_progress(progress: Progress) -> None:
-    total = "" if progress.total is None else f" of {progress.total:,}"
-    unit = "rows" if progress.stage == "read" else "shards"
-    print(
-        f"\r{progress.stage} {progress.done:,}{total} {unit}, {progress.num_bad_rows:,} bad ", end="", file=sys.stderr
-    )
-
-
-def _print_manifest(manifest: Manifest) -> None:
-    from tercet.memory import size_text
-
-    for split in ("train", "eval", "test"):
-        shards = manifest.splits.get(split, ())
-        num_bytes = sum(shard.num_bytes for shard in shards)
-        print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {size_text(num_bytes):>10}")
-    for column, statistics in manifest.text_statistics.items():
-        print(f"  {column:<10} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
-    bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest.bad_rows.items())
-    print(f"  bad rows   {bad or 'none'}{' (in quarantine.jsonl beside the version)' if bad else ''}")
-    if manifest.num_duplicate_rows:
-        print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
-    if manifest.num_leaked_rows:
-        print(f"  warning: {manifest.num_leaked_rows:,} eval or test rows are also in another split")
-
-
-def _datasets_list(arguments: argparse.Namespace) -> None:
-    from tercet.manifest import list_datasets, list_versions, read_manifest
-    from tercet.storage import open_storage
-
-    storage = open_storage(arguments.storage, arguments.endpoint_url)
-    names = list_datasets(storage)
-    for name in names:
-        head = read_manifest(storage, name)
-        for version in list_versions(storage, name):
-            manifest = read_manifest(storage, name, version)
-            mark = "latest" if version == head.version else ""
-            num_rows, created = sum(manifest.num_rows.values()), f"{manifest.created_at:%Y-%m-%d %H:%M}"
-            print(f"{name}  {version}  {num_rows:>10,} rows  {created}  {mark}".rstrip())
-    if not names:
-        print(f"no dataset in {storage.uri}; make one with `tercet shard`")
-
-
-def _datasets_show(arguments: argparse.Namespace) -> None:
-    from tercet.manifest import read_manifest
-    from tercet.storage import open_storage
-
-    storage = open_storage(arguments.storage, arguments.endpoint_url)
-    manifest = read_manifest(storage, arguments.name, arguments.version)
-    print(f"{manifest.dataset} {manifest.version}  of {manifest.created_at:%Y-%m-%d %H:%M} UTC")
-    _print_manifest(manifest)
-    for source in manifest.sources:
-        print(f"  source     {source.name}  {source.num_rows:,} rows  sha256 {source.sha256[:16]}…")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -318,7 +210,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         storage = open_storage(config.storage.uri, config.storage.endpoint_url)
         result = build_version([str(source)], storage, config.dataset.name, group="group")
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
-    _print_manifest(result.manifest)
+    print_manifest(result.manifest)
     print("starting Ray with two workers; the first line of training comes in about half a minute", flush=True)
     _print_report(run(config), arguments.recipe)
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")

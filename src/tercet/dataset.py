@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
-from tercet.manifest import Manifest, Shard, version_prefix
+from tercet.manifest import Manifest, Shard
 from tercet.storage import Storage, digest_of, sha256_of
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def _each(work: Any, shards: Sequence[Shard]) -> list[Path]:
 
 class _Cache:
     def __init__(self, storage: Storage, manifest: Manifest, cache_dir: Path | None) -> None:
-        self._storage = storage
-        self._prefix = version_prefix(manifest.dataset, manifest.version)
+        self._storage, self._manifest = storage, manifest
         self._folder = (cache_dir or default_cache_dir()).expanduser().resolve() / "shards"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -123,14 +122,14 @@ class _Cache:
         for left in self._folder.glob(f".{path.name}.*.tmp"):  # of a download that was killed; the lock is ours
             left.unlink(missing_ok=True)
         try:
-            self._storage.download(f"{self._prefix}/{shard.path}", path, sha256=shard.sha256)
+            self._storage.download(self._manifest.key_of(shard), path, sha256=shard.sha256)
         except ObjectNotFound as error:
             hint = "The version lost a shard; build it again, or use another version."
             raise CorruptObject(f"{self._uri(shard)} is missing, but the manifest lists it", hint) from error
         return path
 
     def _uri(self, shard: Shard) -> str:
-        return self._storage.uri_of(f"{self._prefix}/{shard.path}")
+        return self._storage.uri_of(self._manifest.key_of(shard))
 
     def _lock(self, shard: Shard) -> Any:
         from filelock import FileLock

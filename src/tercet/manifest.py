@@ -23,6 +23,7 @@ from typing import Literal, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from tercet import __version__
+from tercet.checks import is_text
 from tercet.errors import AlreadyExists, Conflict, CorruptObject, DataError, DatasetNotFound, ObjectNotFound
 from tercet.sealed import seal, unseal
 from tercet.splits import SplitRule
@@ -44,6 +45,8 @@ class Shard(_Frozen):
     num_rows: int
     num_bytes: int
     sha256: str
+    version: str | None = None
+    """The version that it lies in, where that is an earlier one which this one adds to."""
 
 
 class TextStatistics(_Frozen):
@@ -70,7 +73,7 @@ class Manifest(_Frozen):
     dataset: str
     version: str
     columns: tuple[str, ...]
-    """As in the shards: anchor, positive, negatives if any, group if any. All of them text."""
+    """As in the shards: anchor, positive, negatives if any, group if any, slices if any (`slice_<name>`); all text."""
     splits: dict[str, tuple[Shard, ...]]
     """train, eval, test; a split without rows has no shards."""
     split_rule: SplitRule
@@ -87,17 +90,34 @@ class Manifest(_Frozen):
     created_at: datetime
     tercet_version: str = __version__
     parent: str | None = None
-    """The version that was HEAD when this one was built."""
+    """The version that was HEAD when this one was built; of appended rows, the one that they were added to."""
+    num_repeated_rows: int = 0
+    """Rows that were not added, because they were there already."""
+    num_near_copies: int = 0
+    """Rows that were not added, because they are near copies of rows on the other side: of train, or of eval and test.
+    They are in the quarantine."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that are encoded: all but `group`."""
-        return tuple(column for column in self.columns if column != "group")
+        """The columns that are encoded: not `group`, nor slices."""
+        return tuple(filter(is_text, self.columns))
 
     @property
     def num_bad_rows(self) -> int:
         """Quarantined rows of all kinds."""
         return sum(self.bad_rows.values())
+
+    @property
+    def new_rows(self) -> dict[str, int]:
+        """Good rows of each split that the version before does not have."""
+        return {
+            split: sum(shard.num_rows for shard in shards if shard.version is None)
+            for split, shards in self.splits.items()
+        }
+
+    def key_of(self, shard: Shard) -> str:
+        """Where one of its shards lies in storage."""
+        return f"{version_prefix(self.dataset, shard.version or self.version)}/{shard.path}"
 
     @property
     def content(self) -> str:
@@ -111,7 +131,7 @@ def content_id(columns: tuple[str, ...], rule: SplitRule, splits: Mapping[str, t
     Where rows came from, when, and what was quarantined are not in it. The shards' bytes are, and another version
     of pyarrow may write the same rows as other bytes: then they are another version.
     """
-    shards = {split: [shard.model_dump() for shard in splits[split]] for split in sorted(splits)}
+    shards = {split: [shard.model_dump(exclude_none=True) for shard in splits[split]] for split in sorted(splits)}
     canonical = {"columns": columns, "split_rule": rule.model_dump(), "splits": shards}
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -161,15 +181,19 @@ def read_head(storage: Storage, name: str) -> str | None:
     return None if head is None else str(head["version"])
 
 
-def publish(storage: Storage, manifest: Manifest) -> Manifest:
-    """Make a version visible, then the newest. Its shards must be in storage already.
+def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> Manifest:
+    """Make a version visible, then the newest. Its shards must be in storage already. With `after`, only where that is
+    the newest.
 
     Returns what storage holds: `manifest`, or the one of an earlier build of the same content, unless that is damaged:
     then it is replaced. Publishing twice is safe; of two publishers at once both versions exist, and the later one is
-    HEAD. Raises DataError where `manifest.version` is not the id of its content, Conflict where HEAD kept changing.
+    HEAD. Raises DataError where `manifest.version` is not the id of its content, Conflict where HEAD kept changing, or
+    is not `after`.
     """
     if manifest.version != manifest.content:
         raise DataError(f"version {manifest.version} describes content {manifest.content}", "Use content_id().")
+    if after is not None:
+        _check_newest(read_head(storage, manifest.dataset), manifest, after)
     key = f"{version_prefix(manifest.dataset, manifest.version)}/manifest.json"
     try:
         storage.put_if_absent(key, seal(manifest))
@@ -178,16 +202,23 @@ def publish(storage: Storage, manifest: Manifest) -> Manifest:
             manifest = read_manifest(storage, manifest.dataset, manifest.version)
         except CorruptObject:
             storage.put(key, seal(manifest))
-    _move_head(storage, manifest.dataset, manifest.version)
+    _move_head(storage, manifest, after)
     return manifest
 
 
-def _move_head(storage: Storage, name: str, version: str) -> None:
-    key = f"{dataset_prefix(name)}/HEAD.json"
+def _check_newest(newest: str | None, manifest: Manifest, after: str) -> None:
+    if newest not in (after, manifest.version):
+        raise Conflict(f"the newest version of {manifest.dataset} is {newest}, not {after}")
+
+
+def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
+    key, version = f"{dataset_prefix(manifest.dataset)}/HEAD.json", manifest.version
     for attempt in range(_HEAD_ATTEMPTS):
-        head, token = _read_head(storage, name)
+        head, token = _read_head(storage, manifest.dataset)
         if head is not None and head["version"] == version:
             return
+        if after is not None:
+            _check_newest(None if head is None else str(head["version"]), manifest, after)
         generation = 1 if head is None else int(head["generation"]) + 1
         updated_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         new = {"version": version, "generation": generation, "updated_at": updated_at}

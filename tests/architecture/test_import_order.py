@@ -31,9 +31,13 @@ ORDER = [
     "lines",
     "csv_records",
     "sources",
+    "intake",
     "parquet_shards",
     "shards",
     "dataset",
+    "incoming",
+    "near_copies",
+    "append",
     "demo",
     "model_source",
     "sampling",
@@ -84,6 +88,7 @@ ORDER = [
     "launch",
     "run",
     "submit",
+    "datasets_cli",
     "models_cli",
     "cli",
 ]
@@ -95,7 +100,7 @@ BACKWARD = {
 }
 
 # A file reads in one go. These few are over 300 lines, and may not grow.
-MAX_LINES = {"cli": 335}
+MAX_LINES: dict[str, int] = {}
 
 
 def tree(name: str) -> ast.Module:
@@ -147,7 +152,7 @@ def test_a_file_says_what_it_is_for(name: str) -> None:
     assert ast.get_docstring(tree(name))
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("cli", "models_cli")])
+@pytest.mark.parametrize("name", [name for name in ORDER if not name.endswith("cli")])
 def test_only_the_command_line_prints_or_exits(name: str) -> None:
     calls = [ast.unparse(node.func) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     assert "print" not in calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_shard_then_list_then_show(tmp_path: Path, store: str, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert f"poems {version}" in shown
     assert f"source     {source}  200 rows" in shown
+
+
+def test_append_adds_what_is_new(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", rows(tmp_path / "rows.jsonl", 200), "--to", store, "--name", "poems"]) == 0
+    capsys.readouterr()
+    more = ["append", rows(tmp_path / "more.jsonl", 260), "--to", store, "--name", "poems"]
+    assert main(more) == 0
+    added = capsys.readouterr().out
+    assert re.match(r"poems \w{16}  added train \d+, eval \d+, test \d+ rows; 200 rows there already\n", added)
+    assert "not added  200 rows" in added
+    assert main(more) == 0
+    assert capsys.readouterr().out.endswith("nothing new; 1 files were read before\n")
 
 
 def test_shard_of_pairs_under_other_names(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tercet.errors import ConfigError, DataError, StorageUnavailable, TercetError, TooManyBadRows
+from tercet.intake import Progress
 from tercet.manifest import Manifest, list_datasets, list_versions, read_head, read_manifest, version_prefix
-from tercet.shards import BuildResult, Progress, build_version
+from tercet.shards import BuildResult, build_version
 from tercet.splits import SPLIT_SALT, SPLITS, SplitRule
 from tercet.storage import Storage, open_storage
 
