@@ -26,7 +26,7 @@ from pathlib import Path
 from cpu import machine_cpu_seconds
 from tercet.cli import main as tercet_main
 from tercet.config import load_config
-from tercet.run import survey
+from tercet.survey import survey
 from tercet.worker import training_key
 
 BIN = Path(sys.executable).parent

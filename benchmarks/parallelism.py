@@ -20,9 +20,9 @@ import yaml
 
 from tercet.config import load_config
 from tercet.demo import write_triplets
-from tercet.run import survey
 from tercet.shards import build_version
 from tercet.storage import open_storage
+from tercet.survey import survey
 
 MODES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 

@@ -13,6 +13,7 @@ from tercet import __version__
 from tercet.datasets_cli import add_datasets, print_manifest
 from tercet.errors import TercetError
 from tercet.models_cli import add_models
+from tercet.nightly_cli import add_nightly
 
 if TYPE_CHECKING:
     from tercet.config import Config
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
     )
-    recipe.add_argument("--run-id", help="instead of the one made from date, recipe and data")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--run-id", help="instead of the one made from date, recipe and data")
     store = argparse.ArgumentParser(add_help=False, parents=[common])
     store.add_argument("--storage", default=DEFAULT_STORAGE, help="local folder or s3://bucket/prefix (%(default)s)")
     store.add_argument("--endpoint-url", help="of an S3 server other than AWS")
@@ -60,12 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add_datasets(verbs, common, store, DEFAULT_STORAGE)
-    plan = verbs.add_parser("plan", parents=[recipe], help="everything derived from a recipe; starts nothing")
+    plan = verbs.add_parser("plan", parents=[recipe, named], help="everything derived from a recipe; starts nothing")
     plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
     plan.set_defaults(call=_plan)
-    train = verbs.add_parser("train", parents=[recipe], help="run a recipe, here or on the cluster of RAY_ADDRESS")
+    train = verbs.add_parser(
+        "train", parents=[recipe, named], help="run a recipe, here or on the cluster of RAY_ADDRESS"
+    )
     train.set_defaults(call=_train)
-    submit = verbs.add_parser("submit", parents=[recipe], help="run a recipe on a cluster, as a Ray job")
+    submit = verbs.add_parser("submit", parents=[recipe, named], help="run a recipe on a cluster, as a Ray job")
     submit.add_argument(
         "--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)"
     )
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run_id")
     verify.set_defaults(call=_runs_verify)
 
+    add_nightly(verbs, recipe, store)
     add_models(verbs, store)
     demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
     demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
@@ -103,7 +108,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from tercet.run import survey
+    from tercet.survey import survey
 
     _, plan = survey(_config(arguments), arguments.run_id)
     if arguments.json:
@@ -129,8 +134,9 @@ def _print_report(report: RunReport, recipe: Path) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from tercet.run import read_report, survey
+    from tercet.run import read_report
     from tercet.submit import submit
+    from tercet.survey import survey
 
     config = _config(arguments)
     storage, plan = survey(config, arguments.run_id)
@@ -143,8 +149,9 @@ def _submit(arguments: argparse.Namespace) -> None:
 
 
 def _runs_list(arguments: argparse.Namespace) -> None:
-    from tercet.run import list_runs, read_report
+    from tercet.run import read_report
     from tercet.storage import open_storage
+    from tercet.survey import list_runs
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     run_ids = list_runs(storage)
@@ -164,8 +171,9 @@ def _runs_list(arguments: argparse.Namespace) -> None:
 def _runs_show(arguments: argparse.Namespace) -> None:
     from tercet.errors import ConfigError
     from tercet.report import screen
-    from tercet.run import list_runs, read_report, unknown_run
+    from tercet.run import read_report
     from tercet.storage import open_storage
+    from tercet.survey import list_runs, unknown_run
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     report = read_report(storage, arguments.run_id)
@@ -178,8 +186,8 @@ def _runs_show(arguments: argparse.Namespace) -> None:
 
 def _runs_verify(arguments: argparse.Namespace) -> int:
     from tercet.errors import TrainingError
-    from tercet.run import read_plan
     from tercet.storage import open_storage
+    from tercet.survey import read_plan
     from tercet.verify import verify_rows
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)

@@ -24,11 +24,15 @@ from tercet.sections import (
     EvaluationConfig,
     GateConfig,
     ModelConfig,
+    NightlyConfig,
     Section,
     StorageConfig,
     TrainingConfig,
     WorkersConfig,
 )
+
+NOT_OF_THE_EXPERIMENT = ("storage", "workers", "checkpoint", "gate", "nightly")
+"""Sections that say where and how a run happens, and what becomes of its model."""
 
 
 class Config(Section):
@@ -47,6 +51,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    nightly: NightlyConfig = NightlyConfig()
     workers: WorkersConfig = WorkersConfig()
 
     @field_validator("mix")
@@ -59,12 +64,16 @@ class Config(Section):
         return mix
 
     def experiment_hash(self) -> str:
-        """Eight hex digits over what decides the result. Storage, workers, checkpoints and the gate are left out: a
-        run that moves to more workers is the same run, and resumes. So is the mix where there is none, and the weight 1
-        of the dataset, which earlier versions did not have: their runs keep their hash."""
-        content = self.model_dump(mode="json", exclude={"storage", "workers", "checkpoint", "gate"})
+        """Eight hex digits over what decides the result. Storage, workers, checkpoints, the gate and the night are left
+        out: a run that moves to more workers is the same run, and resumes. So are, at their defaults, the mix, the
+        weight of the dataset, replay and the start, which earlier versions did not have: their runs keep their hash."""
+        content = self.model_dump(mode="json", exclude=set(NOT_OF_THE_EXPERIMENT))
         for part in (content["dataset"], *content["mix"]):
             part.pop("version")
+            if part["replay"] is None:
+                del part["replay"]
+        if content["model"]["start_from"] == "base":
+            del content["model"]["start_from"]
         if not content["mix"]:
             del content["mix"]
         if content["dataset"]["weight"] == 1:

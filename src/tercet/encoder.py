@@ -7,9 +7,11 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from tercet.checkpoint import Commit, fetch
 from tercet.errors import ConfigError
 from tercet.model_source import check_sha256, locate
 from tercet.sections import ModelConfig
+from tercet.storage import Storage
 
 
 def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransformer:
@@ -50,6 +52,14 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
 def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:
     """The recipe's model, as it lies in a folder that tercet wrote: the same code and limits, other weights."""
     return config.model_copy(update={"name_or_path": str(folder), "revision": None, "sha256": None})
+
+
+def reloaded(config: ModelConfig, storage: Storage, commit: Commit, folder: Path) -> ModelConfig:
+    """The recipe's model with the weights of a commit, which are brought to `folder` and verified.
+
+    Raises CorruptObject, ObjectNotFound."""
+    fetch(storage, commit, folder, commit.model_files())
+    return stored_model(config, folder)
 
 
 def freeze_unused(model: SentenceTransformer) -> None:

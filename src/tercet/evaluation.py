@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tercet.checkpoint import Commit, fetch
+from tercet.checkpoint import Commit
 from tercet.mix import load_splits
 from tercet.plan import TrainPlan
 from tercet.quiet import quiet_libraries
-from tercet.storage import open_storage
+from tercet.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,20 +93,23 @@ def evaluate(model: SentenceTransformer, splits: dict[str, Dataset], split: str,
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
-    """Metrics on the test split of the base model (commit None) or of a committed one.
+    """Metrics on the test split of the model that training starts from (commit None) or of a committed one.
 
     Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
-    from tercet.encoder import load_model, stored_model
-    from tercet.packed_model import prepare
-
     quiet_libraries()
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     splits = load_splits(plan, storage)
     with tempfile.TemporaryDirectory(prefix="tercet-evaluate-") as folder:
-        config = plan.config.model
-        if commit is not None:
-            fetch(storage, commit, Path(folder), commit.model_files())
-            config = stored_model(config, Path(folder))
-        model = load_model(config)
-        prepare(model, plan.config.workers.packing)
+        model = load_reloaded(plan, storage, commit or plan.starts_from, Path(folder))
         return evaluate(model, splits, "test", plan.config.evaluation.batch_size)
+
+
+def load_reloaded(plan: TrainPlan, storage: Storage, commit: Commit | None, folder: Path) -> SentenceTransformer:
+    """The recipe's base model (commit None), or a committed one, which is brought to `folder` and verified there."""
+    from tercet.encoder import load_model, reloaded
+    from tercet.packed_model import prepare
+
+    config = plan.config.model
+    model = load_model(reloaded(config, storage, commit, folder) if commit else config)
+    prepare(model, plan.config.workers.packing)
+    return model

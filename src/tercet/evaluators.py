@@ -11,6 +11,8 @@ each rank makes the same number of passes, and every one of them ends with the s
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from tercet.guards import NOT_FINITE_HINT
 
 EXAMPLE_CHARS = 80
 
+Hit = dict[str, Any]  # corpus_id and score
+
 
 class Encodings:
     """Embeddings of the texts of one evaluation, by role (query or document: a model may have a prompt for each)."""
@@ -35,6 +39,8 @@ class Encodings:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], int] = {}
         self._embeddings: list[torch.Tensor] = []
+        self.num_encoded, self.seconds = 0, 0.0
+        """Texts that were encoded since this was made, and the time that it took."""
 
     def clear(self) -> None:
         """Forget everything: the model has changed."""
@@ -56,8 +62,9 @@ class Encodings:
         """Shape (len(texts), embedding width), fp32; only the texts not seen yet are encoded, shared by all ranks."""
         new = [text for text in dict.fromkeys(texts) if (role, text) not in self._rows]
         if new:
-            start = sum(len(block) for block in self._embeddings)
+            start, began = sum(len(block) for block in self._embeddings), time.monotonic()
             self._embeddings.append(_encode(model, new, role, batch_size))
+            self.num_encoded, self.seconds = self.num_encoded + len(new), self.seconds + time.monotonic() - began
             self._rows.update({(role, text): start + index for index, text in enumerate(new)})
         self._embeddings = [torch.cat(self._embeddings)]
         return self._embeddings[0][[self._rows[role, text] for text in texts]]
@@ -113,6 +120,15 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
     encodings: Encodings
     queries_ids: list[str]
     queries: list[str]
+    on_hits: Callable[[list[list[Hit]]], None] | None = None
+    """Gets what each query found, its ten best among others."""
+
+    def compute_metrics(self, queries_result_list: list[list[Hit]]) -> dict[str, dict[int, float]]:
+        """Means over queries, by name and k."""
+        if self.on_hits is not None:
+            self.on_hits(queries_result_list)
+        metrics: dict[str, dict[int, float]] = super().compute_metrics(queries_result_list)
+        return metrics
 
     def compute_all_metrics(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[int, float]]]:
         """Metrics by score function, name and k. Each is a mean over queries, so ranks share the queries."""
@@ -157,6 +173,18 @@ class TripletsEvaluator(TripletEvaluator):  # type: ignore[misc]
     """Replaces `TripletEvaluator.embed_inputs`, which encodes whatever it is given."""
 
     encodings: Encodings
+    is_right: torch.Tensor
+    """Of each triplet in the last evaluation, whether the positive is nearer than the negative."""
+
+    def _get_similarity_functions(self) -> dict[str, Any]:
+        functions: dict[str, Any] = super()._get_similarity_functions()
+
+        def cosine(*embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            positive, negative = functions["cosine"](*embeddings)
+            self.is_right = positive > negative + self.margin["cosine"]
+            return positive, negative
+
+        return {"cosine": cosine}
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> Any:
         """NumPy array of shape (len(sentences), embedding width)."""
@@ -168,9 +196,9 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
 
     def __init__(self, evaluators: list[Any]) -> None:
         super().__init__(evaluators)
-        self._encodings = Encodings()
+        self.encodings = Encodings()
         for evaluator in evaluators:
-            evaluator.encodings = self._encodings
+            evaluator.encodings = self.encodings
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -180,7 +208,7 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
             _pass_without_inference_mode(model)
         try:
             metrics: dict[str, float] = super().__call__(model, output_path, epoch, steps)
-            self._encodings.check(steps)
+            self.encodings.check(steps)
         finally:
-            self._encodings.clear()
+            self.encodings.clear()
         return metrics

@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from tercet.checkpoint import Commit
@@ -199,11 +200,20 @@ def _cause(failures: dict[int, Exception]) -> TercetError:
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]]:
-    """Baseline and best on the test split, each in a fresh process with a worker's resources."""
+    """Baseline and best on the test split."""
+    from tercet.evaluation import evaluate_test as evaluate_in_process
+
+    found: dict[str, dict[str, float]] = in_fresh_processes(
+        plan, evaluate_in_process, {"baseline": None, "best": commit}
+    )
+    return found
+
+
+def in_fresh_processes(plan: TrainPlan, work: Callable[[TrainPlan, Any], Any], arguments: dict[str, Any]) -> Any:
+    """What `work(plan, argument)` returns for each argument, by name: each in a process of its own with a worker's
+    resources, which has seen nothing of training. Raises its TercetError."""
     import ray
     from ray.exceptions import RayError, RayTaskError
-
-    from tercet.evaluation import evaluate_test as evaluate_in_process
 
     resources = _resources(plan.config.workers)
     # max_calls=1: the process ends afterwards, and a new one never reuses it.
@@ -212,8 +222,8 @@ def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]
         num_gpus=resources.get("GPU", 0),
         max_calls=1,
         max_retries=plan.config.workers.max_failures,
-    )(evaluate_in_process)
-    pending = {"baseline": task.remote(plan, None), "best": task.remote(plan, commit)}
+    )(work)
+    pending = {name: task.remote(plan, argument) for name, argument in arguments.items()}
     try:
         return while_head_answers(lambda: {name: ray.get(reference) for name, reference in pending.items()})
     except RayTaskError as error:

@@ -10,6 +10,7 @@ from tercet.checks import text_hash
 from tercet.dataset_plan import PlannedDataset
 from tercet.errors import ConfigError
 from tercet.plan import TrainPlan
+from tercet.replay import kept_rows
 from tercet.sampling import DatasetRows, subset
 from tercet.storage import Storage
 
@@ -34,8 +35,12 @@ def load_train_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Dataset
     if len(train) > 1:
         _check_nothing_leaks(plan, splits, train[1:])
     training, chosen = plan.config.training, []
-    for number, rows in enumerate(train):
-        kept = subset(len(rows), training.max_train_rows, training.seed, number)
+    for number, (part, rows) in enumerate(zip(plan.datasets, train, strict=True)):
+        if part.cohorts:
+            kept = kept_rows(part.cohorts, training.seed, number)
+            kept = kept[subset(len(kept), training.max_train_rows, training.seed, number)]
+        else:
+            kept = subset(len(rows), training.max_train_rows, training.seed, number)
         chosen.append(rows if len(kept) == len(rows) else rows.select(kept))
     return chosen
 

@@ -98,7 +98,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def _promote(arguments: argparse.Namespace) -> None:
     from tercet.champion import read_champion
     from tercet.registry import Lineage, read_version, register, serve
-    from tercet.run import read_plan
+    from tercet.survey import read_plan
 
     storage, name = _open(arguments), arguments.name
     present = read_champion(storage, name)

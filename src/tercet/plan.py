@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from tercet.checkpoint import Commit
 from tercet.config import Config
 from tercet.dataset_plan import PlannedDataset, dataset_problems, plan_dataset
 from tercet.errors import PlanError
@@ -26,7 +27,7 @@ from tercet.memory import (
     size_text,
 )
 from tercet.model_source import ModelFacts
-from tercet.parallelism import override_problems
+from tercet.plan_problems import data_problems, worker_problems
 from tercet.sections import Parallelism
 from tercet.world_sizes import on_world, rows_per_rank_and_micro_batch, world_sizes
 
@@ -36,6 +37,18 @@ CHARACTERS_PER_TOKEN = 4.0
 # each at their best (docs/log.md, 0.56 steps/s of 32 rows). A GPU's rate differs a hundredfold between models, so no
 # time is given for one.
 CPU_FLOPS_PER_CORE = 30e9
+
+
+class PlannedChampion(BaseModel):
+    """The champion when a run was planned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation: int
+    version: int
+    commit: Commit
+    dataset_versions: dict[str, str]
+    """What it was trained on: other rows are new."""
 
 
 class TrainPlan(BaseModel):
@@ -69,6 +82,13 @@ class TrainPlan(BaseModel):
     memory_bytes_available: int | None
     """To one worker; None when unknown."""
     training_seconds: float | None
+    champion: PlannedChampion | None = None
+    """Where the recipe asks for it: its weights to start from, or its data to tell which rows are new."""
+
+    @property
+    def starts_from(self) -> Commit | None:
+        """The model that training starts from, where that is not the recipe's base model."""
+        return self.champion.commit if self.champion and self.config.model.start_from == "champion" else None
 
     @property
     def metric(self) -> str:
@@ -131,9 +151,12 @@ def make_plan(
     run_id: str | None = None,
     memory_bytes_available: int | None = None,
     mix: Sequence[Manifest] = (),
+    champion: PlannedChampion | None = None,
+    seen: Sequence[Manifest | None] | None = None,
 ) -> TrainPlan:
     """Derive everything. `memory_bytes_available`: a CPU worker's share of its machine, where the recipe does not say.
-    `mix`: the manifest of each dataset in the recipe's `mix`.
+    `mix`: the manifest of each dataset in the recipe's `mix`. `seen`: of each dataset, the version that the champion
+    was trained on, where there is one.
 
     Raises PlanError naming every combination that cannot work."""
     sizes = world_sizes(config)
@@ -145,8 +168,10 @@ def make_plan(
     num_rows = {split: manifest.num_rows[split] for split in ("train", "eval", "test")}
     manifests = (manifest, *mix)
     datasets = tuple(
-        plan_dataset(config, part.weight, found)
-        for part, found in zip((config.dataset, *config.mix), manifests, strict=True)
+        plan_dataset(config, part, found, before)
+        for part, found, before in zip(
+            (config.dataset, *config.mix), manifests, seen or [None] * len(manifests), strict=True
+        )
     )
     steps_per_epoch = sum(dataset.steps_per_epoch for dataset in datasets)
     tokens_per_epoch = sum(
@@ -156,7 +181,7 @@ def make_plan(
     num_tokens = max(_tokens_kept(tightest, found, facts) for found in manifests)
     memory_bytes_available = available_bytes(workers, memory_bytes_available)
 
-    problems = _problems(config, manifest) + _worker_problems(tightest)
+    problems = data_problems(config, manifest) + worker_problems(tightest)
     problems += [problem for dataset in datasets for problem in dataset_problems(config, dataset)]
     try:
         parallelism, reason = choose(tightest, facts, num_tokens, memory_bytes_available)
@@ -192,72 +217,8 @@ def make_plan(
         else memory_of(facts, parallelism, workers.num_workers, num_tokens, training, lora, config.loss.is_cached),
         memory_bytes_available=memory_bytes_available,
         training_seconds=_training_seconds(config, facts, tokens_per_epoch * training.num_epochs),
+        champion=champion,
     )
-
-
-def _problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
-    training, workers = config.training, config.workers
-    found = []
-    if not world_sizes(config):
-        num_micro_batches = (workers.min or workers.num_workers) * training.gradient_accumulation_steps
-        nearest = max(round(training.global_batch_size / num_micro_batches), 1) * num_micro_batches
-        count = workers.num_workers if workers.min is None else f"any of {workers.min} to {workers.max}"
-        found.append(
-            (
-                f"training.global_batch_size={training.global_batch_size} cannot be shared by "
-                f"{count} workers × {training.gradient_accumulation_steps} accumulation steps",  # noqa: RUF001
-                f"make it a multiple of {num_micro_batches}, such as {nearest}",
-            )
-        )
-    for split in ("eval", "test"):
-        if manifest.num_rows[split] == 0:
-            found.append(
-                (
-                    f"dataset {manifest.dataset} version {manifest.version} has no {split} rows, "
-                    "so nothing could be proven",
-                    "add rows with other groups: a split is chosen by a hash of the group",
-                )
-            )
-    has_negative = any(column.startswith("negative") for column in manifest.text_columns)
-    if config.evaluation.metric == "triplet_accuracy" and not has_negative:
-        found.append(
-            (
-                "evaluation.metric=triplet_accuracy needs a column `negative`; "
-                f"{manifest.dataset} {manifest.version} has {', '.join(manifest.text_columns)}",
-                "shard the data with --negative, or choose one that works on pairs",
-            )
-        )
-    return found
-
-
-def _worker_problems(config: Config) -> list[tuple[str, str]]:
-    """What the workers, as the recipe asks for them, cannot do."""
-    training, workers = config.training, config.workers
-    found = override_problems(workers.deepspeed)
-    if workers.deepspeed and workers.parallelism in ("ddp", "fsdp2"):
-        found.append(
-            (
-                f"workers.deepspeed is given, but workers.parallelism={workers.parallelism} does not use DeepSpeed",
-                "leave it away, or choose zero1, zero2, zero3 or zero3_offload",
-            )
-        )
-    if workers.parallelism == "fsdp2" and workers.num_workers == 1:
-        found.append(
-            (
-                "workers.parallelism=fsdp2 needs more than one worker: transformers refuses FSDP in a lone process",
-                "raise workers.num_workers, or choose ddp, or zero3_offload where the model does not fit",
-            )
-        )
-    if training.precision == "fp16" and workers.parallelism == "fsdp2":
-        found.append(("training.precision=fp16 does not go with workers.parallelism=fsdp2", "choose bf16, or zero3"))
-    if training.precision in ("tf32", "fp16") and workers.use_gpu is False:
-        found.append(
-            (
-                f"training.precision={training.precision} needs a GPU, but workers.use_gpu is false",
-                "choose fp32 or bf16",
-            )
-        )
-    return found
 
 
 def _tokens_per_text(config: Config, manifest: Manifest, facts: ModelFacts | None) -> list[float]:

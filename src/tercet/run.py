@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,18 +14,17 @@ import yaml
 
 from tercet import incidents, launch
 from tercet.checkpoint import Commit, best_whole, publish_best, read_commits
-from tercet.config import Config
-from tercet.errors import ConfigError, CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.config import NOT_OF_THE_EXPERIMENT, Config
+from tercet.errors import CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.lease import read_attempts
-from tercet.manifest import read_manifest
 from tercet.model_card import model_card
-from tercet.model_source import locate, read_facts
 from tercet.page import html
-from tercet.plan import TrainPlan, make_plan
+from tercet.plan import TrainPlan
 from tercet.report import Metrics, RunMetrics, RunReport, as_json
-from tercet.sealed import seal, unseal
-from tercet.storage import Storage, open_storage
+from tercet.sealed import seal
+from tercet.storage import Storage
 from tercet.storage import retries as storage_retries
+from tercet.survey import check_same_experiment, plan_key, survey
 from tercet.worker import evaluation_key, training_key
 
 logger = logging.getLogger("tercet")
@@ -67,36 +64,15 @@ class Events:
         self.add(f"{stage} finished", seconds=round(self.seconds[stage], 3))
 
 
-def survey(config: Config, run_id: str | None = None, today: datetime.date | None = None) -> tuple[Storage, TrainPlan]:
-    """Look at storage and derive the plan. Starts nothing and writes nothing.
-
-    The memory of CPU workers is taken for this machine's, shared among them. That is right for a Ray of this machine
-    alone; on a cluster it is a guess, which `workers.memory_gib_per_worker` replaces."""
-    storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    manifest, *mix = [read_manifest(storage, part.name, part.version) for part in (config.dataset, *config.mix)]
-    folder = locate(config.model)
-    today = today or datetime.datetime.now(datetime.timezone.utc).date()
-    memory_bytes = _physical_memory_bytes()
-    share = None if memory_bytes is None else memory_bytes // config.workers.num_workers
-    return storage, make_plan(config, manifest, read_facts(folder) if folder else None, today, run_id, share, mix)
-
-
-def _physical_memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
-        return None
-
-
 def run(config: Config, run_id: str | None = None) -> RunReport:
     """Train, evaluate and publish; or return the result, if this run finished before; or go on where it stopped.
 
     Raises what ended it, after a report of the failure is written."""
     storage, plan = survey(config, run_id)
-    _check_same_experiment(storage, plan)
+    check_same_experiment(storage, plan)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
-    storage.put(_plan_key(plan.run_id), seal(plan))
+    storage.put(plan_key(plan.run_id), seal(plan))
     events = Events(storage, plan.run_id)
     try:
         with events.timed("start"):
@@ -112,7 +88,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
             log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
             # Where it was stored and on what it ran is not a reader's business: a card may become public.
-            public_recipe = recipe(plan.config, exclude={"storage", "workers", "checkpoint", "gate"})
+            public_recipe = recipe(plan.config, exclude=set(NOT_OF_THE_EXPERIMENT))
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
             storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
@@ -151,50 +127,9 @@ def read_report(storage: Storage, run_id: str) -> RunReport | None:
         return None
 
 
-def list_runs(storage: Storage) -> list[str]:
-    """The ids of all runs that were started, newest first."""
-    return sorted({key.split("/")[1] for key in storage.list("runs") if key.endswith("/plan.json")}, reverse=True)
-
-
-def read_plan(storage: Storage, run_id: str) -> TrainPlan:
-    """The plan of a run that was started. Raises ConfigError when there is no such run, CorruptObject when its plan is
-    damaged, or of another run or version of tercet."""
-    uri = storage.uri_of(_plan_key(run_id))
-    try:
-        plan = unseal(TrainPlan, storage.read(_plan_key(run_id)), uri, hint="choose a new --run-id")
-    except ObjectNotFound:
-        raise unknown_run(storage, run_id) from None
-    if plan.run_id != run_id:
-        raise CorruptObject(f"{uri} is the plan of run {plan.run_id}", hint="choose a new --run-id")
-    return plan
-
-
-def unknown_run(storage: Storage, run_id: str) -> ConfigError:
-    """To raise for a run that was never started."""
-    known = ", ".join(list_runs(storage)[:5]) or "none"
-    return ConfigError(f"run {run_id} does not exist in {storage.uri}", hint=f"runs here: {known}")
-
-
 def recipe(config: Config, exclude: set[str] | None = None) -> str:
     """The whole recipe as YAML, defaults included, without the sections named in `exclude`."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True)
-
-
-def _plan_key(run_id: str) -> str:
-    return f"runs/{run_id}/plan.json"
-
-
-def _check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
-    """Raises ConfigError when the run id belongs to another recipe, or to another version of one of its datasets."""
-    if not storage.exists(_plan_key(plan.run_id)):
-        return
-    earlier = read_plan(storage, plan.run_id)
-    same = earlier.config.experiment_hash() == plan.config.experiment_hash()
-    if not same or [part.version for part in earlier.datasets] != [part.version for part in plan.datasets]:
-        raise ConfigError(
-            f"run {plan.run_id} exists with another {'dataset version' if same else 'recipe'}",
-            hint="leave --run-id away, or choose a new one",
-        )
 
 
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:

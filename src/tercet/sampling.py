@@ -52,13 +52,13 @@ def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1
     return round(weight * (num_rows // global_batch_size))
 
 
-def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0) -> Rows:
+def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0, *more: int) -> Rows:
     """The rows of a dataset that take part: all, or `max_rows` of them chosen by the seed, in ascending order.
 
-    dataset: its place in the recipe; 0 is the one that the model is measured on."""
+    dataset: its place in the recipe; 0 is the one that the model is measured on. more: makes it another choice."""
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows, dtype=np.int64)
-    return np.sort(shuffled(np.arange(max_rows), num_rows, (seed, _SUBSET_STREAM, dataset)))
+    return np.sort(shuffled(np.arange(max_rows), num_rows, (seed, _SUBSET_STREAM, dataset, *more)))
 
 
 def shuffled(places: Rows, num_rows: int, stream: tuple[int, ...]) -> Rows:

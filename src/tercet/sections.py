@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -24,6 +34,15 @@ class StorageConfig(Section):
     """For an S3 server other than AWS; without it, `AWS_ENDPOINT_URL` counts."""
 
 
+class ReplayConfig(Section):
+    """Which rows of a version that grew are trained on: those that the champion has not seen, and a draw of others."""
+
+    new_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Old rows are left out until the new ones are this share of what is trained on."""
+    half_life_versions: PositiveFloat | None = None
+    """Of old rows, those that came so many versions earlier are drawn half as often. Without it, all are alike."""
+
+
 class DatasetConfig(Section):
     """A dataset version to train on."""
 
@@ -34,6 +53,9 @@ class DatasetConfig(Section):
     weight: PositiveFloat = 1.0
     """Passes over its train rows in an epoch: with 2 each row is in it twice, with 0.5 half of them are, and the other
     half in the next."""
+    replay: ReplayConfig | None = None
+    """Without it, every train row takes part. It needs a champion, whose data tells which rows are new; where there is
+    none, and where no row is new, all take part as well."""
 
 
 class PromptsConfig(Section):
@@ -63,6 +85,8 @@ class ModelConfig(Section):
 
     name_or_path: str
     """A hub name, a local folder, or `package:NAME` for a model that a Python package carries."""
+    start_from: Literal["base", "champion"] = "base"
+    """Which weights the training starts from: these, or those of the champion, where there is one."""
     revision: str | None = None
     """The commit on the hub. Pin it: a branch moves under a nightly run."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -189,6 +213,40 @@ class WorkersConfig(Section):
         return self
 
 
+class SliceConfig(Section):
+    """Rows that are looked at by themselves, by a rule. All that is given must hold."""
+
+    column: Literal["anchor", "positive"] = "anchor"
+    matches: str | None = None
+    """A regular expression that is found in the text."""
+    min_chars: PositiveInt | None = None
+    max_chars: PositiveInt | None = None
+
+    @field_validator("matches")
+    @classmethod
+    def _is_a_pattern(cls, matches: str | None) -> str | None:
+        try:
+            re.compile(matches or "")
+        except re.error as error:
+            raise ValueError(f"{matches!r} is not a regular expression: {error}") from None
+        return matches
+
+    def holds(self, text: str) -> bool:
+        """Whether a text is in the slice."""
+        return (
+            (self.matches is None or re.search(self.matches, text) is not None)
+            and (self.min_chars is None or len(text) >= self.min_chars)
+            and (self.max_chars is None or len(text) <= self.max_chars)
+        )
+
+
+class FrozenDatasetConfig(Section):
+    """A dataset whose test split is measured on."""
+
+    name: str
+    version: str = "latest"
+
+
 class GateConfig(Section):
     """When a candidate takes the champion's place. Metrics are shares of 1: 0.01 is one point. Nothing here changes the
     experiment; docs/decisions/0010-the-gate.md says what each error rate means."""
@@ -208,7 +266,31 @@ class GateConfig(Section):
     """A slice that is shown to lose more holds the candidate back."""
     min_groups: int = Field(default=50, ge=10)
     """Nothing is decided on fewer independent groups of rows, neither on the whole nor on a slice."""
+    slices: dict[str, SliceConfig] = {}
+    """By name, beside those of the data's own label columns (`tercet shard --slice COLUMN`)."""
+    out_of_domain: tuple[FrozenDatasetConfig, ...] = ()
+    """Data that the model is not trained for, and must not forget."""
     num_resamples: int = Field(default=9_999, ge=999)
     """Random subsets of the groups that a p value is counted from."""
     seed: int = Field(default=0, ge=0)
     """Of these subsets."""
+
+
+class NightlyConfig(Section):
+    """What `tercet nightly` does around a run. Nothing here changes the experiment."""
+
+    sources: tuple[str, ...] = ()
+    """Files, or patterns such as `s3://bucket/incoming/*.jsonl.gz`, whose rows are added to the dataset first. Files
+    that were added before are not read again."""
+    columns: dict[str, str] = {"anchor": "anchor", "positive": "positive", "negative": "negative"}
+    """The sources' column names for them; without a negative, the rows are pairs."""
+    group: str | None = None
+    """The sources' column whose rows stay in one split."""
+    slices: tuple[str, ...] = ()
+    """The sources' columns of labels."""
+    max_bad_rows: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of bad rows above which nothing is added, and the night ends."""
+    begins_at_utc_hour: int = Field(default=12, ge=0, le=23)
+    """When a new night begins, so that starts before and after midnight are of one. UTC knows no daylight saving."""
+    index_rows: PositiveInt | None = None
+    """Rows of the index that serves, to tell how long embedding them again takes. Without it, the positives at hand."""

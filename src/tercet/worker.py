@@ -66,6 +66,7 @@ def run_worker(
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
 
+    from tercet.encoder import reloaded
     from tercet.evaluation import make_evaluator
     from tercet.guards import Deadline, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
@@ -96,7 +97,10 @@ def run_worker(
         resume_dir = Path(folder) / "resume"
         commit, attempt, check = _take_the_run(storage, plan, owner or uuid.uuid4().hex, world_size, resume_dir, held)
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
-        model = make_model(config.model, str(args.device), resume_dir if commit else None)
+        start = config.model
+        if plan.starts_from is not None:
+            start = reloaded(config.model, storage, plan.starts_from, Path(folder) / "start")
+        model = make_model(start, str(args.device), resume_dir if commit else None)
         args.prompts = column_prompts(tuple(train.column_names), model.prompts)
         loss = make_loss(config.loss, model, guide)
         forward = prepare(model, config.workers.packing, config.loss.is_cached, guide)
@@ -112,7 +116,7 @@ def run_worker(
                 seed=config.training.seed,
             ),
             parallelism=plan.parallelism,
-            save_whole=functools.partial(save_whole, config.model) if gathers(plan) else None,
+            save_whole=functools.partial(save_whole, start) if gathers(plan) else None,
             loss_runs_backward=config.loss.is_cached,
             scales_loss=config.training.precision == "fp16",
             forward=forward,

@@ -34,10 +34,11 @@ from tercet.dataset import load_split
 from tercet.errors import TercetError, TrainingError
 from tercet.lease import Lease
 from tercet.manifest import publish, read_manifest
-from tercet.run import Events, _best, _check_same_experiment, read_plan, survey
+from tercet.run import Events, _best
 from tercet.sealed import seal
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage, sha256_of
+from tercet.survey import check_same_experiment, read_plan, survey
 from tercet.text_ids import text_ids
 from tercet.verify import verify_rows
 
@@ -164,7 +165,7 @@ def commit_again(run: Run, store: Path, scratch: Path) -> Any:
 def submit_again(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
     """What a second `tercet train` trains."""
     storage, plan = survey(load_config(run.recipe, (f"storage.uri={store}",)), run.run_id)
-    _check_same_experiment(storage, plan)
+    check_same_experiment(storage, plan)
     return plan.model_dump(exclude={"config"})
 
 

@@ -40,14 +40,11 @@ IN_UPLOADER = {"before_upload", "mid_upload", "before_commit", "after_commit", "
 KILLS = [
     kill("before_step", step=1, goes_on_from=0),  # there is no checkpoint yet
     kill("after_backward", step=7, goes_on_from=4, rank=1, num_workers=2),
-    kill("after_step", step=8, goes_on_from=4),
     kill("before_upload", step=8, goes_on_from=4, rank=1, num_workers=2),
-    kill("mid_upload", step=12, goes_on_from=11),
     kill("before_commit", step=12, goes_on_from=11),
     kill("after_commit", step=16, goes_on_from=16, num_workers=2),
     kill("in_evaluation", step=11, goes_on_from=8),
     kill("mid_retention", step=4, goes_on_from=11),
-    kill("before_commit", step=22, goes_on_from=20),
     kill("after_commit", step=22, goes_on_from=22),  # nothing is left to train, only to clean up
 ]
 

@@ -162,8 +162,8 @@ def test_events_tell_each_stage_in_order(finished: Finished) -> None:
 
 def test_plan_report_and_page_are_valid(finished: Finished) -> None:
     from tercet.report import RunReport
-    from tercet.run import read_plan
     from tercet.storage import open_storage
+    from tercet.survey import read_plan
 
     plan = read_plan(open_storage(str(finished.store)), RUN_ID)
     report = RunReport.model_validate(finished.document("report.json"))

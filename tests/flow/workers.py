@@ -18,8 +18,8 @@ import tiny_model
 from tercet.checkpoint import Commit, read_commits
 from tercet.config import load_config
 from tercet.plan import TrainPlan
-from tercet.run import survey
 from tercet.storage import open_storage
+from tercet.survey import survey
 
 
 def make_plan(recipe: Path, run_id: str, overrides: tuple[str, ...] = ()) -> TrainPlan:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import made
-from tercet import cli, errors, run
+from tercet import cli, errors, run, survey
 from tercet.cli import main
 from tercet.config import Config
 from tercet.manifest import Manifest, publish, read_manifest
@@ -265,8 +265,8 @@ def test_plan_of_memory_and_parallelism(
 
     assert shown()["memory"] == shown()["storage"] == "not known before the model is on this machine"
     assert shown()["parallelism"].startswith("ddp  (auto: how much memory the model needs is not known")
-    monkeypatch.setattr(run, "locate", lambda _: Path("somewhere"))
-    monkeypatch.setattr(run, "read_facts", lambda _: made.FACTS)
+    monkeypatch.setattr(survey, "locate", lambda _: Path("somewhere"))
+    monkeypatch.setattr(survey, "read_facts", lambda _: made.FACTS)
     assert shown()["memory"] == (
         "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 765.0 KiB = about 780.6 KiB a worker"
     )
@@ -276,11 +276,11 @@ def test_plan_of_memory_and_parallelism(
     assert tight["memory"].endswith(" a worker; host memory 23.4 KiB")
     assert tight["warning"].startswith("zero3_offload needs ")
     on_cpu = shown("use_gpu=false", "num_workers=2")
-    monkeypatch.setattr(run, "_physical_memory_bytes", lambda: 6 * 2**30)
+    monkeypatch.setattr(survey, "_physical_memory_bytes", lambda: 6 * 2**30)
     assert shown("use_gpu=false", "num_workers=2").keys() == on_cpu.keys()
     fits = shown("use_gpu=false", "num_workers=2")["parallelism"]
     assert fits == "ddp  (auto: it fits, with 3.0 GiB a worker, and nothing is faster)"
-    monkeypatch.setattr(run, "_physical_memory_bytes", lambda: None)
+    monkeypatch.setattr(survey, "_physical_memory_bytes", lambda: None)
     assert "the memory of a worker is not known" in shown("use_gpu=false")["parallelism"]
     assert dataset.num_rows
 

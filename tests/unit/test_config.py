@@ -15,6 +15,7 @@ from made import config
 from tercet import recipe_yaml
 from tercet.config import Config, load_config
 from tercet.errors import ConfigError
+from tercet.sections import SliceConfig
 
 RECIPES = Path(__file__).parents[2] / "ray_jobs" / "recipes"
 
@@ -234,6 +235,7 @@ ANOTHER: dict[str, dict[str, Any]] = {
         "config_kwargs": {"a": 1},
         "prompts": {"query": "q: "},
         "lora": {"rank": 4},
+        "start_from": "champion",
     },
     "training": {
         "seed": 7,
@@ -291,9 +293,23 @@ def test_the_hash_ignores_where_it_runs() -> None:
         workers={"num_workers": 8, "use_gpu": True, "cpus_per_worker": 4, "max_failures": 0, "cache_dir": "/tmp"},
         dataset={"version": "0123456789abcdef"},
         gate={"alpha": 0.05, "seed": 1},
+        nightly={"sources": ["incoming/*.jsonl"], "begins_at_utc_hour": 6},
     )
     assert elsewhere.experiment_hash() == config().experiment_hash()
     assert len(config().experiment_hash()) == 8
+
+
+def test_the_hash_changes_with_replay() -> None:
+    replays: list[dict[str, Any]] = [{}, {"new_share": 0.3}, {"half_life_versions": 7}]
+    hashes = {config(dataset={"replay": replay}).experiment_hash() for replay in replays}
+    assert len(hashes | {config().experiment_hash()}) == 4
+
+
+def test_a_slice_by_a_rule() -> None:
+    rule = SliceConfig(matches="^git", max_chars=9)
+    assert [rule.holds(text) for text in ("git add", "git commit", "to git")] == [True, False, False]
+    with pytest.raises(ValidationError, match="is not a regular expression"):
+        SliceConfig(matches="(")
 
 
 DOCS = {"name": "docs", "version": "0123456789abcdef", "weight": 0.5}

@@ -9,9 +9,10 @@ import pytest
 import made
 from tercet.errors import ConfigError, LearnedNothing
 from tercet.manifest import publish
-from tercet.run import _metrics, run, survey
+from tercet.run import _metrics, run
 from tercet.sealed import seal
 from tercet.storage import open_storage
+from tercet.survey import survey
 
 
 def test_a_run_is_not_resumed_with_another_version_of_a_mixed_dataset(tmp_path: Path) -> None:

@@ -1,0 +1,11 @@
+"""What `ray job submit`, cron or Kubernetes starts every night: new rows in, a run, the champion kept or replaced.
+
+ray job submit --working-dir . -- python ray_jobs/nightly.py my.yaml
+"""
+
+import sys
+
+from tercet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["nightly", *sys.argv[1:]]))
