@@ -1,7 +1,8 @@
 """What is wrong with a row, and how often rows repeat. Pure: no files, no storage.
 
-Each bad row has one kind (`BadKind`); bad rows are quarantined, never repaired. Duplicates and leaked rows are
-something else: each of them is a good row, so they are kept, counted and reported in the manifest as a warning.
+Each bad row has one kind (`BadKind`); bad rows are quarantined, never repaired. Duplicates are something else: each of
+them is a good row, so they are kept, counted and reported in the manifest as a warning. Leaked rows would be good rows
+if they were not in two splits: they are left out of the one that is not to know them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _identical_columns(texts: Mapping[str, str]) -> Problem | None:
 
 
 class RepeatCounter:
-    """Counts rows that repeat, and pairs that are in more than one split.
+    """Counts rows that repeat, and finds pairs that are in more than one split.
 
     Memory: two 8-byte hashes a row, 16 MB for a million rows, and about twice that while counting. Two different
     rows share a hash with probability 3e-8 over a million rows, and 3e-4 over a hundred million.
@@ -124,16 +125,17 @@ class RepeatCounter:
 
         return len(self._rows) - len(np.unique(np.frombuffer(self._rows, dtype=np.uint64)))
 
-    def num_leaked_rows(self) -> int:
-        """Rows outside the first split (train) whose normalised anchor and positive are also in another split."""
+    def leaked_pairs(self) -> dict[str, set[int]]:
+        """Of each split, the `row_hash` of pairs (normalised anchor and positive) that a later split has too."""
         import numpy as np
 
-        pairs = {split: np.frombuffer(hashes, dtype=np.uint64) for split, hashes in self._pairs.items()}
-        num_leaked = 0
-        for split in list(pairs)[1:]:
-            elsewhere = np.concatenate([hashes for other, hashes in pairs.items() if other != split])
-            num_leaked += int(np.isin(pairs[split], elsewhere).sum())
-        return num_leaked
+        pairs = {split: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for split, hashes in self._pairs.items()}
+        order = list(pairs)
+        return {
+            split: set(np.intersect1d(pairs[split], later).tolist())
+            for number, split in enumerate(order[:-1])
+            if len(later := np.concatenate([pairs[other] for other in order[number + 1 :]]))
+        }
 
 
 def text_hash(text: str) -> int:

@@ -124,7 +124,7 @@ def print_manifest(manifest: Manifest) -> None:
     if manifest.num_duplicate_rows:
         print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
     if manifest.num_leaked_rows:
-        print(f"  warning: {manifest.num_leaked_rows:,} eval or test rows are also in another split")
+        print(f"  left out   {manifest.num_leaked_rows:,} rows that eval or test has too (quarantine.jsonl)")
 
 
 def _datasets_list(arguments: argparse.Namespace) -> None:

@@ -84,7 +84,8 @@ class Manifest(_Frozen):
     num_duplicate_rows: int = 0
     """A warning: rows that equal an earlier row. They are in the shards."""
     num_leaked_rows: int = 0
-    """A warning: rows of eval and test whose anchor and positive are also in another split. They are in the shards."""
+    """Rows that were left out, because a later split (of train, eval, test) has their anchor and positive too. They are
+    in the quarantine."""
     text_statistics: dict[str, TextStatistics] = {}
     sources: tuple[Source, ...] = ()
     created_at: datetime

@@ -1,7 +1,8 @@
 """Raw rows → a checked, split, sharded dataset version.
 
 One pass: each row is read, checked, given a split by a hash, and written to that split's open Parquet file in a
-temporary folder. Storage is touched only when all rows were read and few enough were bad; then shards, quarantine,
+temporary folder. Where a pair turns out to be in two splits, all is read once more without it in the earlier one of
+train, eval and test. Storage is touched only when all rows were read and few enough were bad; then shards, quarantine,
 manifest and HEAD go up in that order, so that a version is visible whole or not at all.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tercet.checks import MAX_TEXT_CHARS, RepeatCounter, is_text
+from tercet.checks import MAX_TEXT_CHARS, RepeatCounter, is_text, row_hash
 from tercet.errors import ConfigError
 from tercet.intake import TRIPLET, GoodRow, Intake, Progress, by_kind, check_sources, wanted_columns
 from tercet.manifest import (
@@ -59,7 +60,7 @@ class BuildResult:
         if self.manifest.num_duplicate_rows:
             found.append(f"{self.manifest.num_duplicate_rows:,} rows repeat an earlier row; they were kept")
         if self.manifest.num_leaked_rows:
-            found.append(f"{self.manifest.num_leaked_rows:,} eval and test rows are in another split too")
+            found.append(f"{self.manifest.num_leaked_rows:,} rows were left out, because eval or test has them too")
         found += [f"the {split} split has no rows" for split in SPLITS if not self.manifest.num_rows[split]]
         return tuple(found)
 
@@ -96,16 +97,27 @@ def build_version(
     dataset_prefix(name)
     rule = SplitRule(by="group" if group else "anchor", salt=SPLIT_SALT, fractions=fractions)
     with tempfile.TemporaryDirectory(prefix="tercet-build-") as temporary, ExitStack() as stack:
-        folder = Path(temporary)
-        quarantine = stack.enter_context((folder / "quarantine.jsonl").open("w", encoding="utf-8"))
-        intake = Intake(wanted, quarantine, max_text_chars)
-        writers = SplitWriters(folder, tuple(wanted), rule, rows_per_shard, stack)
-        repeats = RepeatCounter(SPLITS)
-        for source in sources:
-            for row in intake.read(source, endpoint_url, on_progress):
-                repeats.add(writers.add(row), row.values[: writers.num_texts])
+        leaked: dict[str, set[int]] = {}
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=temporary))
+            quarantine = stack.enter_context((folder / "quarantine.jsonl").open("w", encoding="utf-8"))
+            intake = Intake(wanted, quarantine, max_text_chars)
+            writers = SplitWriters(folder, tuple(wanted), rule, rows_per_shard, stack)
+            repeats, num_leaked_rows = RepeatCounter(SPLITS), 0
+            for source in sources:
+                for row in intake.read(source, endpoint_url, on_progress):
+                    split, texts = writers.split_of(row), row.values[: writers.num_texts]
+                    if leaked and row_hash(texts[:2]) in leaked.get(split, ()):
+                        num_leaked_rows += 1
+                        detail = f"its anchor and positive are in {split} and in a later split"
+                        intake.set_aside(row.source, row.line, "leaked", detail, " | ".join(row.values))
+                        continue
+                    writers.add(row)
+                    repeats.add(split, texts)
+            intake.judge(max_bad_rows)
+            if leaked or not any((leaked := repeats.leaked_pairs()).values()):
+                break
         quarantine.close()
-        intake.judge(max_bad_rows)
         splits = writers.finish()
         version = content_id(tuple(wanted), rule, splits)
         already_published = storage.exists(f"{version_prefix(name, version)}/manifest.json")
@@ -121,7 +133,7 @@ def build_version(
                 num_rows={split: sum(shard.num_rows for shard in splits[split]) for split in SPLITS},
                 bad_rows=dict(intake.bad_rows),
                 num_duplicate_rows=repeats.num_duplicate_rows(),
-                num_leaked_rows=repeats.num_leaked_rows(),
+                num_leaked_rows=num_leaked_rows,
                 text_statistics=intake.text_statistics(),
                 sources=intake.sources,
                 created_at=datetime.now(timezone.utc).replace(microsecond=0),
@@ -152,11 +164,9 @@ class SplitWriters:
         """Where a row belongs."""
         return self._rule.split_of(row.values[self._key])
 
-    def add(self, row: GoodRow) -> str:
-        """Write a row; the split that it went to."""
-        split = self.split_of(row)
-        self._writers[split].add(row.values)
-        return split
+    def add(self, row: GoodRow) -> None:
+        """Write a row to where it belongs."""
+        self._writers[self.split_of(row)].add(row.values)
 
     def finish(self) -> dict[str, tuple[Shard, ...]]:
         """The shards of each split."""

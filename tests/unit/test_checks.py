@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from tercet.checks import BAD_KINDS, BadKind, RepeatCounter, normalise, problem_of, text_hash
+from tercet.checks import BAD_KINDS, BadKind, RepeatCounter, normalise, problem_of, row_hash, text_hash
 
 COLUMNS = ("anchor", "positive", "negative")
 GOOD: dict[str, object] = {"anchor": "list files", "positive": "ls -a", "negative": "ls -A"}
@@ -84,9 +84,9 @@ def test_duplicates_and_leaks_are_counted() -> None:
     repeats.add("eval", ["b", "p", "n"])
     repeats.add("test", ["b", "p", "n"])  # a duplicate, and leaked from either side
     assert repeats.num_duplicate_rows() == 2
-    assert repeats.num_leaked_rows() == 3
+    assert repeats.leaked_pairs() == {"train": {row_hash(["a", "p"])}, "eval": {row_hash(["b", "p"])}}
 
 
 def test_nothing_repeats_in_nothing() -> None:
     repeats = RepeatCounter(("train", "eval"))
-    assert (repeats.num_duplicate_rows(), repeats.num_leaked_rows()) == (0, 0)
+    assert (repeats.num_duplicate_rows(), repeats.leaked_pairs()) == (0, {})

@@ -293,14 +293,33 @@ def test_objects_go_up_in_the_order_that_keeps_versions_whole(
 
 def test_repeats_are_kept_and_reported(tmp_path: Path, storage: Storage) -> None:
     rows = _rows(range(100))
-    same = [{**row, "topic": f"other {row['topic']}"} for row in rows[:40]]
-    result = build_version([_write(tmp_path / "r.jsonl", [*rows, *same])], storage, "faq", group="topic")
+    result = build_version([_write(tmp_path / "r.jsonl", [*rows, *rows[:40]])], storage, "faq")
     assert sum(result.manifest.num_rows.values()) == 140
-    assert result.manifest.num_duplicate_rows == 40
-    assert result.manifest.num_leaked_rows > 0  # the groups differ, so some pairs are in two splits
-    assert sum("repeat an earlier row" in warning or "another split" in warning for warning in result.warnings) == 2
-    by_anchor = build_version([_write(tmp_path / "r.jsonl", [*rows, *same])], storage, "faq")
-    assert by_anchor.manifest.num_leaked_rows == 0  # equal anchors are in one split
+    assert (result.manifest.num_duplicate_rows, result.manifest.num_leaked_rows) == (40, 0)
+    assert sum("repeat an earlier row" in warning for warning in result.warnings) == 1
+
+
+def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
+    """The groups of equal pairs differ: test keeps its rows, eval and train give way."""
+    rows = _rows(range(400))
+    same = [{**row, "anchor": f" {row['anchor']}", "topic": f"other {row['topic']}"} for row in rows[:150]]
+    path = _write(tmp_path / "r.jsonl", [*rows, *same])
+    alone = build_version([_write(tmp_path / "a.jsonl", rows)], storage, "faq", group="topic").manifest
+    result = build_version([path], storage, "faq", group="topic", fractions=(0.6, 0.2, 0.2))
+    contents = _contents(storage, result.manifest, tmp_path)
+    pairs = {split: {(row["anchor"].strip(), row["positive"]) for row in found} for split, found in contents.items()}
+    assert not pairs["train"] & (pairs["eval"] | pairs["test"])
+    assert not pairs["eval"] & pairs["test"]
+    assert set.union(*pairs.values()) == {(row["anchor"], row["positive"]) for row in rows}  # nothing is lost
+    num_leaked = result.manifest.num_leaked_rows
+    assert num_leaked > 20
+    assert sum(result.manifest.num_rows.values()) == 550 - num_leaked
+    quarantine = storage.read(f"datasets/faq/versions/{result.manifest.version}/quarantine.jsonl").decode()
+    entries = [json.loads(line) for line in quarantine.splitlines()]
+    assert [entry["kind"] for entry in entries] == ["leaked"] * num_leaked
+    assert all(entry["source"] == str(path) and entry["line"] > 0 for entry in entries)
+    assert f"{num_leaked:,} rows were left out, because eval or test has them too" in result.warnings
+    assert alone.num_leaked_rows == 0
 
 
 def test_columns_are_taken_by_name(tmp_path: Path, storage: Storage) -> None:
