@@ -30,14 +30,16 @@ from tercet.shards import build_version  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 AT_EVERY_STEP = ("before_step", "after_backward", "after_step")
-AT_CHECKPOINTS = ("before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention")
+AT_CHECKPOINTS = ("before_upload", "mid_upload", "before_commit", "after_commit")
+AT_DELETIONS = {"mid_retention": CHECKPOINTS[:2] + CHECKPOINTS[3:-2]}  # the last two stay, and 11 while it is the best
 AT_EVALUATIONS = {"in_evaluation": (0, 11, 22)}
 
 
 def draw(rng: random.Random, num_workers: int) -> tuple[str, int, int]:
     """Place, step and rank. Only rank 0 commits and deletes."""
-    place = rng.choice((*AT_EVERY_STEP, *AT_CHECKPOINTS, *AT_EVALUATIONS))
-    steps = range(1, NUM_STEPS + 1) if place in AT_EVERY_STEP else AT_EVALUATIONS.get(place, CHECKPOINTS)
+    somewhere = {**AT_EVALUATIONS, **AT_DELETIONS}
+    place = rng.choice((*AT_EVERY_STEP, *AT_CHECKPOINTS, *AT_DELETIONS, *AT_EVALUATIONS))
+    steps = range(1, NUM_STEPS + 1) if place in AT_EVERY_STEP else somewhere.get(place, CHECKPOINTS)
     rank = 0 if place in ("after_commit", "mid_retention") else rng.randrange(num_workers)
     return place, rng.choice(list(steps)), rank
 

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tercet.gate import decide
+from tercet.night_sections import GateConfig
 from tercet.paired import TRIPLET_ACCURACY, Paired, slices_of
-from tercet.sections import GateConfig
 
 NDCG = "ndcg@10"
 SIZES = (200, 1_000, 5_000)

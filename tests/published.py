@@ -8,9 +8,9 @@ from pathlib import Path
 from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
 from tercet.gate_decision import GateDecision, Origin, Verdict
 from tercet.lease import Attempt
+from tercet.night_sections import GateConfig
 from tercet.registry import Lineage
 from tercet.sealed import seal
-from tercet.sections import GateConfig
 from tercet.storage import Storage
 
 

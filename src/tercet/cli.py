@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    add_datasets(verbs, common, store, DEFAULT_STORAGE)
+    add_datasets(verbs, common, recipe, store, DEFAULT_STORAGE)
     plan = verbs.add_parser("plan", parents=[recipe, named], help="everything derived from a recipe; starts nothing")
     plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
     plan.set_defaults(call=_plan)

@@ -14,9 +14,9 @@ from tercet.gate import decide
 from tercet.gate_decision import GateDecision, Origin
 from tercet.index_impact import IndexImpact, index_impact
 from tercet.measured import TEST, Measured, read_table
+from tercet.night_sections import SliceConfig
 from tercet.paired import Paired, slices_of
 from tercet.plan import TrainPlan
-from tercet.sections import SliceConfig
 from tercet.storage import Storage
 
 if TYPE_CHECKING:

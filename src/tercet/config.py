@@ -13,18 +13,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tercet import recipe_yaml
 from tercet.errors import ConfigError
 from tercet.loss_config import LEFT_OUT, GuidedLossConfig, LossConfig
+from tercet.night_sections import GateConfig, NightlyConfig
 from tercet.sections import (
     CheckpointConfig,
     DatasetConfig,
     EvaluationConfig,
-    GateConfig,
     ModelConfig,
-    NightlyConfig,
     Section,
     StorageConfig,
     TrainingConfig,
@@ -62,6 +61,12 @@ class Config(Section):
         if repeated:
             raise ValueError(f"{', '.join(repeated)} is given twice; to use its rows more often, raise its weight")
         return mix
+
+    @model_validator(mode="after")
+    def _replay_needs_versions_that_grow(self) -> Config:
+        if self.dataset.replay is not None and self.nightly.mine is not None:
+            raise ValueError("dataset.replay does not go with nightly.mine: all rows of a mined version are new")
+        return self
 
     def experiment_hash(self) -> str:
         """Eight hex digits over what decides the result. Storage, workers, checkpoints, the gate and the night are left
@@ -126,7 +131,7 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
             case "tuple_type":
                 lines.append(f"{where}: `{dotted}` is a list: write it in brackets, [...], not {item['input']!r}")
             case "value_error":
-                lines.append(f"{where}: `{dotted}`: {item['ctx']['error']}")
+                lines.append(f"{where}: " + (f"`{dotted}`: " if dotted else "") + str(item["ctx"]["error"]))
             case "union_tag_not_found":
                 lines.append(f"{where}: `{dotted}.name` is missing (known: {', '.join(_LOSS_NAMES)})")
             case "union_tag_invalid":

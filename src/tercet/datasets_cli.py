@@ -12,9 +12,14 @@ if TYPE_CHECKING:
 
 
 def add_datasets(
-    verbs: Any, common: argparse.ArgumentParser, store: argparse.ArgumentParser, default_storage: str
+    verbs: Any,
+    common: argparse.ArgumentParser,
+    recipe: argparse.ArgumentParser,
+    store: argparse.ArgumentParser,
+    default_storage: str,
 ) -> None:
-    """Add the verbs; `common` has the flags of all, `store` those that say where storage is."""
+    """Add the verbs; `common` has the flags of all, `recipe` those of a recipe, `store` those that say where storage
+    is."""
     rows = argparse.ArgumentParser(add_help=False, parents=[common])
     rows.add_argument("sources", nargs="+", metavar="SRC", help="JSONL, JSON, CSV, TSV or Parquet; also .gz and .zst")
     rows.add_argument("--to", default=default_storage, metavar="URI", help="storage (%(default)s)")
@@ -44,6 +49,17 @@ def add_datasets(
     shard.set_defaults(call=_shard)
     append = verbs.add_parser("append", parents=[rows], help="new rows → a version that adds them to the newest")
     append.set_defaults(call=_append)
+    mine = verbs.add_parser("mine", parents=[recipe], help="a recipe's dataset with hard negatives → another dataset")
+    mine.add_argument("--into", required=True, metavar="NAME", help="the dataset that is made")
+    mine.add_argument("--num-negatives", type=int, default=1, metavar="N", help="of each row (%(default)s)")
+    mine.add_argument(
+        "--relative-margin",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="what is nearer than this below the positive is taken for right, and left out (%(default)s)",
+    )
+    mine.set_defaults(call=_mine)
     datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(
         required=True, metavar="VERB"
     )
@@ -53,6 +69,10 @@ def add_datasets(
     show.add_argument("name")
     show.add_argument("--version", default="latest")
     show.set_defaults(call=_datasets_show)
+    rollback = datasets.add_parser("rollback", parents=[store], help="make an earlier version the newest again")
+    rollback.add_argument("name")
+    rollback.add_argument("--to", required=True, metavar="VERSION")
+    rollback.set_defaults(call=_datasets_rollback)
 
 
 def _build_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -95,6 +115,36 @@ def _shard(arguments: argparse.Namespace) -> None:
     state = "was published already" if result.already_published else "published"
     print(f"{manifest.dataset} {manifest.version}  {state}")
     print_manifest(manifest)
+
+
+def _mine(arguments: argparse.Namespace) -> None:
+    from pydantic import ValidationError
+
+    from tercet.config import load_config
+    from tercet.errors import ConfigError
+    from tercet.mine import mine
+    from tercet.night_sections import MiningConfig
+
+    try:
+        mining = MiningConfig(num_negatives=arguments.num_negatives, relative_margin=arguments.relative_margin)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())) from None
+    result = mine(load_config(arguments.recipe, arguments.overrides), arguments.into, mining)
+    manifest = result.build.manifest
+    rows = f"{result.num_rows:,} rows, {result.num_random:,} with random negatives"
+    print(f"{manifest.dataset} {manifest.version}  {rows}")
+    print_manifest(manifest)
+
+
+def _datasets_rollback(arguments: argparse.Namespace) -> None:
+    from tercet.manifest import publish, read_head, read_manifest
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    before, manifest = read_head(storage, arguments.name), read_manifest(storage, arguments.name, arguments.to)
+    publish(storage, manifest, after=before)
+    print(f"{arguments.name}: {manifest.version} is the newest, instead of {before}")
+    print("  files that were added since are new again: take bad ones away before the next night")
 
 
 def _show_progress(progress: Progress) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from tercet.gate_decision import Estimate, GateDecision, Guard, Origin, Reason, State, Verdict, sentence
+from tercet.night_sections import GateConfig
 from tercet.paired import TOLERANCE, Comparison, Paired
-from tercet.sections import GateConfig
 
 
 def decide(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from tercet.sections import GateConfig
+from tercet.night_sections import GateConfig
 
 Verdict = Literal["promote", "keep", "undecided", "refused"]
 State = Literal["not_worse", "worse", "undecided"]

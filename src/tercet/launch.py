@@ -7,10 +7,12 @@ import os
 import secrets
 import tempfile
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 from tercet.checkpoint import Commit
+from tercet.config import Config
 from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError
 from tercet.head import while_head_answers
 from tercet.plan import TrainPlan
@@ -18,6 +20,8 @@ from tercet.sections import WorkersConfig
 from tercet.storage import open_storage
 
 logger = logging.getLogger("tercet")
+
+Result = TypeVar("Result")
 
 # The driver's environment does not reach Ray's workers by itself.
 PASSED_ENVIRONMENT = ("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_")
@@ -69,16 +73,15 @@ def start_ray(workers: WorkersConfig) -> None:
         )
 
 
-def with_devices(plan: TrainPlan) -> TrainPlan:
-    """The plan with `use_gpu: auto` settled by what the cluster has."""
+def with_devices(config: Config) -> Config:
+    """With `use_gpu: auto` settled by what the cluster has."""
     import ray
 
-    workers = plan.config.workers
+    workers = config.workers
     if workers.use_gpu != "auto":
-        return plan
+        return config
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    config = plan.config.model_copy(update={"workers": workers.model_copy(update={"use_gpu": use_gpu})})
-    return plan.model_copy(update={"config": config})
+    return config.model_copy(update={"workers": workers.model_copy(update={"use_gpu": use_gpu})})
 
 
 def train(plan: TrainPlan) -> None:
@@ -203,36 +206,35 @@ def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]
     """Baseline and best on the test split."""
     from tercet.evaluation import evaluate_test as evaluate_in_process
 
-    found: dict[str, dict[str, float]] = in_fresh_processes(
-        plan, evaluate_in_process, {"baseline": None, "best": commit}
-    )
-    return found
+    tasks = {name: partial(evaluate_in_process, plan, of) for name, of in {"baseline": None, "best": commit}.items()}
+    return in_fresh_processes(plan.config.workers, tasks)
 
 
-def in_fresh_processes(plan: TrainPlan, work: Callable[[TrainPlan, Any], Any], arguments: dict[str, Any]) -> Any:
-    """What `work(plan, argument)` returns for each argument, by name: each in a process of its own with a worker's
-    resources, which has seen nothing of training. Raises its TercetError."""
+def in_fresh_processes(workers: WorkersConfig, tasks: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+    """What each task returns: each in a process of its own with a worker's resources, which has seen nothing of
+    training. Raises a task's own TercetError."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    resources = _resources(plan.config.workers)
+    resources = _resources(workers)
     # max_calls=1: the process ends afterwards, and a new one never reuses it.
-    task = ray.remote(
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0),
-        max_calls=1,
-        max_retries=plan.config.workers.max_failures,
-    )(work)
-    pending = {name: task.remote(plan, argument) for name, argument in arguments.items()}
+    remote = ray.remote(
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_calls=1, max_retries=workers.max_failures
+    )(_call)
+    pending = {name: remote.remote(task) for name, task in tasks.items()}
     try:
         return while_head_answers(lambda: {name: ray.get(reference) for name, reference in pending.items()})
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, TercetError) else error from None
     except RayError as error:
         raise TrainingError(
-            f"the evaluation on the test split did not finish: {str(error).splitlines()[0]}",
-            hint="submit again: training is committed, only the evaluation is repeated",
+            f"{', '.join(tasks)}: a process did not finish: {str(error).splitlines()[0]}",
+            hint="the same command again: what is committed is kept, only this is repeated",
         ) from error
+
+
+def _call(task: Callable[[], Result]) -> Result:
+    return task()
 
 
 def _resources(workers: WorkersConfig) -> dict[str, float]:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -28,6 +29,7 @@ from tercet.incoming import find_sources
 from tercet.index_impact import IndexImpact
 from tercet.manifest import read_head, read_manifest
 from tercet.measured import Measured, Request, measure, read_measured
+from tercet.mine import mine, read_mined
 from tercet.plan import TrainPlan
 from tercet.registry import Lineage, Promotion, promote, read_version
 from tercet.run import run
@@ -82,6 +84,7 @@ def nightly(config: Config, who: str, say: Say, now: datetime.datetime | None = 
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     date = night_of(now or datetime.datetime.now(datetime.timezone.utc), config.nightly.begins_at_utc_hour)
     say(f"data: {add_rows(config, storage)}")
+    config = _with_mined_negatives(config, storage, say)
     _, plan = survey(config, today=date)
     if (done := read_night(storage, config.name, plan.run_id)) is not None:
         return done
@@ -107,6 +110,23 @@ def add_rows(config: Config, storage: Storage) -> str:
         rows = build_version(*arguments, endpoint_url=config.storage.endpoint_url).manifest.num_rows
         return f"a new dataset of {sum(rows.values()):,} rows"
     return append(*arguments, endpoint_url=config.storage.endpoint_url).text()
+
+
+def _with_mined_negatives(config: Config, storage: Storage, say: Say) -> Config:
+    """The recipe on the mined dataset, where it asks for one. A version is mined once: another model would find other
+    negatives, and a night that is started again would be another run."""
+    mining, dataset = config.nightly.mine, config.dataset
+    if mining is None:
+        return config
+    into, source = f"{dataset.name}-mined", read_manifest(storage, dataset.name, dataset.version).version
+    found = read_mined(storage, into, source, mining)
+    if found is None:
+        say(f"negatives: mining {dataset.name} {source}")
+        pinned = config.model_copy(update={"dataset": dataset.model_copy(update={"version": source})})
+        version = mine(pinned, into, mining).build.manifest.version
+    else:
+        version = found.version
+    return config.model_copy(update={"dataset": dataset.model_copy(update={"name": into, "version": version})})
 
 
 def read_night(storage: Storage, name: str, run_id: str) -> Night | None:
@@ -192,7 +212,8 @@ def _measured(storage: Storage, plan: TrainPlan, requests: list[Request]) -> dic
     missing = {request.who: request for request in requests if read_measured(storage, plan.run_id, request) is None}
     if missing:
         launch.start_ray(plan.config.workers)
-        launch.in_fresh_processes(launch.with_devices(plan), measure, missing)
+        tasks = {name: partial(measure, plan, request) for name, request in missing.items()}
+        launch.in_fresh_processes(launch.with_devices(plan.config).workers, tasks)
     found = {request.who: read_measured(storage, plan.run_id, request) for request in requests}
     return {name: measured for name, measured in found.items() if measured is not None}
 

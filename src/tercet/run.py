@@ -77,7 +77,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     try:
         with events.timed("start"):
             launch.start_ray(plan.config.workers)
-            plan = launch.with_devices(plan)
+            plan = plan.model_copy(update={"config": launch.with_devices(plan.config)})
         with events.timed("train"):
             if not storage.exists(training_key(plan.run_id)):  # written last by the workers
                 launch.train(plan)

@@ -142,6 +142,30 @@ def test_append_adds_what_is_new(tmp_path: Path, store: str, capsys: pytest.Capt
     assert capsys.readouterr().out.endswith("nothing new; 1 files were read before\n")
 
 
+def test_bad_rows_that_were_added_can_be_taken_back(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = open_storage(store)
+    assert main(["shard", rows(tmp_path / "rows.jsonl", 200), "--to", store, "--name", "poems"]) == 0
+    first = read_manifest(storage, "poems").version
+    assert main(["append", rows(tmp_path / "more.jsonl", 260), "--to", store, "--name", "poems"]) == 0
+    second = read_manifest(storage, "poems").version
+    rollback = ["datasets", "rollback", "poems", "--storage", store, "--to"]
+    capsys.readouterr()
+    assert main([*rollback, first]) == 0
+    assert f"poems: {first} is the newest, instead of {second}" in capsys.readouterr().out
+    assert read_manifest(storage, "poems").version == first
+    assert main([*rollback, "deadbeef"]) == 3
+    assert main(["append", str(tmp_path / "more.jsonl"), "--to", store, "--name", "poems"]) == 0
+    assert read_manifest(storage, "poems").version == second
+
+
+@pytest.mark.parametrize("margin", ["1.5", "-1"])
+def test_mine_refuses_what_cannot_work(recipe: str, capsys: pytest.CaptureFixture[str], margin: str) -> None:
+    assert main(["mine", recipe, "--into", "x", "--relative-margin", margin]) == 2
+    assert "relative_margin" in capsys.readouterr().err
+
+
 def test_shard_of_pairs_under_other_names(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.csv").write_text("q,a\n" + "".join(f"question {n},answer {n}\n" for n in range(100)))
     pairs = ["--pairs", "--anchor", "q", "--positive", "a"]

@@ -25,9 +25,9 @@ from tercet.lease import Attempt
 from tercet.manifest import read_manifest
 from tercet.measured import Measured, Request, measure, read_measured, read_table
 from tercet.mix import load_splits
+from tercet.night_sections import SliceConfig
 from tercet.plan import TrainPlan
 from tercet.sealed import seal
-from tercet.sections import SliceConfig
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage
 from tercet.survey import survey

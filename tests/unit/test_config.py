@@ -15,7 +15,7 @@ from made import config
 from tercet import recipe_yaml
 from tercet.config import Config, load_config
 from tercet.errors import ConfigError
-from tercet.sections import SliceConfig
+from tercet.night_sections import SliceConfig
 
 RECIPES = Path(__file__).parents[2] / "ray_jobs" / "recipes"
 
@@ -303,6 +303,12 @@ def test_the_hash_changes_with_replay() -> None:
     replays: list[dict[str, Any]] = [{}, {"new_share": 0.3}, {"half_life_versions": 7}]
     hashes = {config(dataset={"replay": replay}).experiment_hash() for replay in replays}
     assert len(hashes | {config().experiment_hash()}) == 4
+
+
+def test_replay_does_not_go_with_mining(tmp_path: Path) -> None:
+    both = {**GOOD, "dataset": {"name": "d", "replay": {}}, "nightly": {"mine": {"num_negatives": 2}}}
+    message = refused(tmp_path, yaml.safe_dump(both))
+    assert message.endswith(":1:1: dataset.replay does not go with nightly.mine: all rows of a mined version are new")
 
 
 def test_a_slice_by_a_rule() -> None:

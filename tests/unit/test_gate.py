@@ -11,8 +11,8 @@ from scipy import stats
 
 from tercet.gate import GateDecision, decide
 from tercet.gate_decision import Origin
+from tercet.night_sections import GateConfig
 from tercet.paired import TRIPLET_ACCURACY, Paired
-from tercet.sections import GateConfig
 
 NDCG = "ndcg@10"
 CONFIG = GateConfig(num_resamples=999)

@@ -1,0 +1,141 @@
+"""Ten nights in a row on real data that grows: what is promoted, what is not, and what a bad night costs.
+
+python benchmarks/nights.py [--triplets FILE] [--first-rows 1500] [--rows-a-night 300] [--seed 0]
+
+The model of the demo, on the docstrings of the standard library or on a file of triplets with a group. Each night is a
+process of its own, as cron would start it, on the next day. One brings rows whose positives are shuffled: then the
+dataset goes back to the version before. One is killed in the middle of its training, and started again. One brings
+nothing.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from tercet.config import load_config
+from tercet.demo import stdlib_triplets
+from tercet.manifest import publish, read_manifest
+from tercet.nightly import Night, nightly
+from tercet.run import read_report
+from tercet.shards import build_version
+from tercet.storage import Storage, open_storage
+
+REPOSITORY = Path(__file__).parents[1]
+WHAT = ("first rows", "new rows", "new rows", "poisoned", "new rows", "killed", "nothing new", *["new rows"] * 3)
+FIRST_DAY = datetime.datetime(2026, 1, 1, 22, tzinfo=datetime.timezone.utc)
+Row = dict[str, str]
+
+
+def recipe(store: Path, incoming: Path) -> str:
+    """That of the demo, with what a night needs."""
+    document = yaml.safe_load((REPOSITORY / "ray_jobs/recipes/demo.yaml").read_text())
+    document["name"] = "nights"
+    document["storage"] = {"uri": str(store)}
+    document["dataset"] = {"name": "growing", "replay": {"new_share": 0.5}}
+    document["model"]["start_from"] = "champion"
+    document["training"] |= {"learning_rate": 5e-5, "log_every_steps": 1}
+    del document["training"]["max_train_rows"]
+    document["nightly"] = {"sources": [str(incoming / "*.jsonl")], "group": "group"}
+    return yaml.safe_dump(document)
+
+
+def poisoned(rows: list[Row], rng: random.Random) -> list[Row]:
+    """Each anchor with the positive of another row."""
+    others = rng.sample(rows, len(rows))
+    pairs = zip(rows, others, strict=True)
+    return [{**row, "positive": other["positive"]} for row, other in pairs if other["positive"] != row["negative"]]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def do_night(recipe_path: Path, day: int, log: Path, kill_at_step: int | None = None) -> None:
+    """In a process of its own; with `kill_at_step`, SIGKILL to it once that step is in its log."""
+    command = [sys.executable, __file__, "--do", str(recipe_path), str(day)]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while kill_at_step is not None and process.poll() is None:
+            if f" step {kill_at_step}/" in log.read_text(errors="replace"):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return
+            time.sleep(0.1)
+        assert process.wait() == 0, log.read_text(errors="replace")[-5000:]
+
+
+def line(number: int, what: str, night: Night, storage: Storage, seconds: float) -> str:
+    """One row of the table."""
+    values = {who.partition("-")[0]: found["ndcg@10"] for who, found in night.metrics.items()}
+    numbers = "".join(
+        f"{values[who]:>10.4f}" if who in values else f"{'':>10}" for who in ("base", "champion", "candidate")
+    )
+    report = None if night.outcome == "nothing_to_do" else read_report(storage, night.run_id)
+    attempts = report.num_attempts if report else 0
+    return f"{number:>2}  {what:<12}{night.outcome:<14}{night.champion or '':>3}{numbers}{attempts:>10}{seconds:>8.0f}"
+
+
+def main() -> None:
+    """A line a night."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--triplets", type=Path)
+    parser.add_argument("--first-rows", type=int, default=1500)
+    parser.add_argument("--rows-a-night", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--do", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.do is not None:
+        now = FIRST_DAY + datetime.timedelta(days=int(arguments.do[1]))
+        night = nightly(load_config(Path(arguments.do[0])), "benchmark", print, now)
+        Path(arguments.do[0]).with_name("night.json").write_text(night.model_dump_json())
+        return
+    text = arguments.triplets.read_text().splitlines() if arguments.triplets else []
+    rows: list[Row] = [json.loads(found) for found in text] or stdlib_triplets()
+    rng = random.Random(arguments.seed)
+    groups = sorted({row["group"] for row in rows})
+    place = dict(zip(rng.sample(groups, len(groups)), range(len(groups)), strict=True))
+    rows.sort(key=lambda row: place[row["group"]])  # whole groups at a time, as documents come in
+    with tempfile.TemporaryDirectory(prefix="nights-") as name:
+        folder = Path(name)
+        store, incoming, path = folder / "store", folder / "incoming", folder / "recipe.yaml"
+        incoming.mkdir()
+        path.write_text(recipe(store, incoming))
+        storage = open_storage(str(store))
+        write(folder / "first.jsonl", rows[: arguments.first_rows])
+        fractions = (0.5, 0.1, 0.4)  # as much to test on as a small dataset needs
+        build_version([folder / "first.jsonl"], storage, "growing", group="group", fractions=fractions)
+        used = arguments.first_rows
+        print(
+            f"{'':>4}{'':<12}{'outcome':<14}{'gen':>3}{'base':>10}{'champion':>10}{'candidate':>10}{'attempts':>10}{'s':>8}"
+        )
+        for number, what in enumerate(WHAT, start=1):
+            before = read_manifest(storage, "growing")
+            if what not in ("first rows", "nothing new"):
+                new = rows[used : used + arguments.rows_a_night]
+                used += len(new)
+                write(incoming / f"{number:02}.jsonl", poisoned(new, rng) if what == "poisoned" else new)
+            log, began = folder / f"{number}.log", time.monotonic()
+            if what == "killed":
+                do_night(path, number, log, kill_at_step=5)
+            do_night(path, number, log)
+            night = Night.model_validate_json((folder / "night.json").read_text())
+            print(line(number, what, night, storage, time.monotonic() - began), flush=True)
+            print(f"      {night.sentence}", flush=True)
+            if what == "poisoned":  # a person looks at it, and takes the rows back
+                (incoming / f"{number:02}.jsonl").unlink()
+                publish(storage, before)
+
+
+if __name__ == "__main__":
+    main()
