@@ -50,6 +50,7 @@ def compare(
             weights_sha256=weights_sha256(candidate),
             other_weights_sha256=weights_sha256(other),
             num_leaked_rows=candidate.num_leaked_rows,
+            num_non_finite_weights=candidate.num_non_finite_weights,
         ),
         against=against,
     )

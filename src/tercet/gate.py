@@ -65,7 +65,7 @@ def _refusals(origin: Origin, finite: bool) -> tuple[Reason, ...]:
         "leaked": origin.num_leaked_rows > 0,
         "learned_nothing": origin.learned_nothing,
         "no_op": origin.weights_sha256 is not None and origin.weights_sha256 == origin.other_weights_sha256,
-        "non_finite": not finite,
+        "non_finite": origin.num_non_finite_weights > 0 or not finite,
     }
     return tuple(reason for reason, holds in found.items() if holds)
 

@@ -77,6 +77,8 @@ class Origin(_Frozen):
     num_leaked_rows: int = 0
     """Rows of its training data that give away answers of the test split."""
     learned_nothing: bool = False
+    num_non_finite_weights: int = 0
+    """NaN or Inf. They may be where no row of the test split comes by."""
 
 
 class GateDecision(_Frozen):
@@ -151,7 +153,8 @@ def _why(decision: GateDecision, reason: Reason, name: str) -> str:
         case "no_op":
             return f"its weights are those of {name}"
         case "non_finite":
-            return "a result is NaN or infinite"
+            num = decision.origin.num_non_finite_weights
+            return f"{num:,} of its weights are NaN or infinite" if num else "a result is NaN or infinite"
 
 
 def _change(decision: GateDecision) -> str:

@@ -59,6 +59,8 @@ class Measured(BaseModel):
     """Of the test split's corpus."""
     seconds_per_text: float
     """Of embedding it."""
+    num_non_finite_weights: int
+    """NaN or Inf."""
     num_leaked_rows: int
     """Rows trained on that hold anchor and positive of a row of the test split; counted for the candidate."""
 
@@ -90,6 +92,7 @@ def measure(plan: TrainPlan, request: Request) -> None:
             files=upload_files(storage, folder, _prefix(plan.run_id, request.who)),
             num_corpus_texts=results.num_corpus_texts,
             seconds_per_text=results.seconds_per_text,
+            num_non_finite_weights=sum(int((~values.isfinite()).sum()) for values in model.parameters()),
             num_leaked_rows=num_leaked_rows,
         )
     storage.put(_key(plan.run_id, request.who), seal(measured))

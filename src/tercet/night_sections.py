@@ -86,6 +86,17 @@ class MiningConfig(Section):
     """So many of the nearest are passed over."""
 
 
+class PublishConfig(Section):
+    """Who is told of a new champion, after it serves. What cannot be told is tried again on the next night."""
+
+    webhook: str | None = None
+    """A URL that gets a POST with JSON."""
+    huggingface: str | None = None
+    """A repository of the Hub, `owner/name`. The token comes from the environment (HF_TOKEN)."""
+    mlflow: str | None = None
+    """The URI of an MLflow server; a version of the registered model of the recipe's name gets the alias `champion`."""
+
+
 class NightlyConfig(Section):
     """What `tercet nightly` does around a run. Nothing here changes the experiment."""
 
@@ -104,5 +115,6 @@ class NightlyConfig(Section):
     """When a new night begins, so that starts before and after midnight are of one. UTC knows no daylight saving."""
     mine: MiningConfig | None = None
     """Mine hard negatives before training: the run then trains on `<dataset>-mined`, which is made from the version."""
+    publish: PublishConfig = PublishConfig()
     index_rows: PositiveInt | None = None
     """Rows of the index that serves, to tell how long embedding them again takes. Without it, the positives at hand."""

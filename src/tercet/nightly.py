@@ -31,6 +31,7 @@ from tercet.manifest import read_head, read_manifest
 from tercet.measured import Measured, Request, measure, read_measured
 from tercet.mine import mine, read_mined
 from tercet.plan import TrainPlan
+from tercet.publishers import tell
 from tercet.registry import Lineage, Promotion, promote, read_version
 from tercet.run import run
 from tercet.sealed import seal, unseal
@@ -86,16 +87,17 @@ def nightly(config: Config, who: str, say: Say, now: datetime.datetime | None = 
     say(f"data: {add_rows(config, storage)}")
     config = _with_mined_negatives(config, storage, say)
     _, plan = survey(config, today=date)
-    if (done := read_night(storage, config.name, plan.run_id)) is not None:
-        return done
-    if (before := _night_alike(storage, plan)) is not None:
+    night = read_night(storage, config.name, plan.run_id)
+    if night is None and (before := _night_alike(storage, plan)) is not None:
         sentence = f"nothing is new since the night of {before.date}: the same recipe, the same data"
-        return _night(plan, date, began, "nothing_to_do", sentence)
-    say(f"run: {plan.run_id}")
-    run(_pinned(config, plan), plan.run_id)
-    night = _judged(storage, plan, date, began, who, say)
-    with contextlib.suppress(AlreadyExists):  # of another start of this night
-        storage.put_if_absent(_key(plan.config.name, plan.run_id), seal(night))
+        night = _night(plan, date, began, "nothing_to_do", sentence)
+    elif night is None:
+        say(f"run: {plan.run_id}")
+        run(_pinned(config, plan), plan.run_id)
+        night = _judged(storage, plan, date, began, who, say)
+        with contextlib.suppress(AlreadyExists):  # of another start of this night
+            storage.put_if_absent(_key(plan.config.name, plan.run_id), seal(night))
+    tell(storage, config, say)
     return night
 
 

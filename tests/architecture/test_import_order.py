@@ -68,6 +68,7 @@ ORDER = [
     "champion",
     "registry",
     "survey",
+    "publishers",
     "sharding",
     "guards",
     "preemption",

@@ -195,6 +195,22 @@ def test_a_model_that_makes_nan_is_named(
         done(storage, made, "candidate", stored(storage, "b", changed("broken", float("nan"))))
 
 
+def test_nan_where_no_row_comes_by_is_found(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the embedding of a position that no text of the test split has: its metrics are as good as any."""
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made, folder = plan(storage, model_dir), changed("hidden", 0.1)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.position_embeddings.weight"][-1, :3] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    candidate = done(storage, made, "candidate", stored(storage, "b", folder))
+    assert candidate.num_non_finite_weights == 3
+    decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
+    assert (decision.verdict, decision.reasons) == ("refused", ("non_finite",))
+    assert "3 of its weights are NaN or infinite" in decision.sentence
+
+
 def test_what_was_measured_is_kept_and_checked(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:

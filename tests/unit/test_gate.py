@@ -226,6 +226,7 @@ def test_too_few_differences_decide_nothing() -> None:
     ("origin", "reason"),
     [
         (Origin(num_leaked_rows=3), "leaked"),
+        (Origin(num_non_finite_weights=1), "non_finite"),
         (Origin(learned_nothing=True), "learned_nothing"),
         (Origin(weights_sha256="ab", other_weights_sha256="ab"), "no_op"),
     ],

@@ -1,0 +1,166 @@
+"""Candidates that must never be promoted, each through measuring, gate and registry: how many are?
+
+python benchmarks/never_promoted.py [--trials 200] [--seed 0]
+
+A tiny model and a few hundred rows, drawn anew in each trial. Each candidate would win on its metrics or is as good as
+the champion: a copy of the champion's weights; weights with NaN or Inf in some places; a much better model whose rows
+to train on hold answers of the test split; the same much better model as the control, which has to be promoted.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+import tiny_model  # noqa: E402
+from tercet.champion import Champion, read_champion  # noqa: E402
+from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files  # noqa: E402
+from tercet.checks import RepeatCounter  # noqa: E402
+from tercet.comparison import compare  # noqa: E402
+from tercet.config import Config  # noqa: E402
+from tercet.errors import NonFiniteError  # noqa: E402
+from tercet.gate_decision import GateDecision  # noqa: E402
+from tercet.lease import Attempt  # noqa: E402
+from tercet.measured import Measured, Request, measure, read_measured  # noqa: E402
+from tercet.registry import Lineage, promote, register, serve  # noqa: E402
+from tercet.sealed import seal  # noqa: E402
+from tercet.shards import build_version  # noqa: E402
+from tercet.storage import Storage, open_storage  # noqa: E402
+from tercet.survey import survey  # noqa: E402
+
+KINDS = ("copy", "not finite", "leaked", "control")
+NUM_ROWS = 400
+Weights = dict[str, torch.Tensor]
+
+
+def knowing(weights: Weights, folder: Path) -> Weights:
+    """Much better: a word and its partner have one embedding."""
+    from sentence_transformers import SentenceTransformer
+
+    words = weights["embeddings.word_embeddings.weight"].clone()
+    tokens = SentenceTransformer(str(folder), device="cpu").tokenizer.convert_tokens_to_ids
+    for word, partner in zip(tiny_model.WORDS, tiny_model.PARTNERS, strict=True):
+        words[tokens(word)] *= 10
+        words[tokens(partner)] = words[tokens(word)]
+    return {**weights, "embeddings.word_embeddings.weight": words}
+
+
+def broken(weights: Weights, rng: random.Random) -> Weights:
+    """NaN or Inf in up to ten places of one tensor."""
+    name = rng.choice(sorted(weights))
+    values = weights[name].clone().flatten()
+    for _ in range(rng.randint(1, 10)):
+        values[rng.randrange(len(values))] = rng.choice([float("nan"), float("inf"), float("-inf")])
+    return {**weights, name: values.reshape(weights[name].shape)}
+
+
+class Trial:
+    """A store with a dataset and a champion, which is the untrained model."""
+
+    def __init__(self, folder: Path, model: Path, rng: random.Random, num_leaked: int) -> None:
+        self.storage: Storage = open_storage(str(folder / "store"))
+        rows = tiny_model.triplets(NUM_ROWS, seed=rng.randrange(10**6))
+        twins = [{**row, "group": f"twin-{number}"} for number, row in enumerate(rng.sample(rows, num_leaked))]
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twins]))
+        with mock.patch.object(RepeatCounter, "leaked_pairs", return_value={}):  # tercet would leave them out
+            build_version([path], self.storage, "tiny", group="group", fractions=(0.4, 0.1, 0.5))
+        gate = {"min_groups": 20}
+        self.plan = survey(Config.model_validate(tiny_model.recipe(model, self.storage.uri, gate=gate)), "candidate")[1]
+        self._model, self._folder = model, folder
+        self.weights = load_file(model / "model.safetensors")
+        self.store("champion", self.weights)
+        version = register(self.storage, "tiny", self.lineage("champion"), "benchmark")
+        self.champion = serve(self.storage, version, None, "by hand", "the first", "benchmark")
+
+    def lineage(self, run_id: str) -> Lineage:
+        return Lineage(run_id=run_id, recipe_hash="", dataset_versions={})
+
+    def store(self, run_id: str, weights: Weights) -> Commit:
+        """As the best model of a run."""
+        local, key = self._folder / run_id, best_prefix(run_id)
+        for path in self._model.rglob("*"):
+            if path.is_file():
+                target = local / path.relative_to(self._model)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        save_file(weights, local / "model.safetensors", metadata={"format": "pt"})
+        attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
+        files = upload_files(self.storage, local, key)
+        commit = Commit(step=1, epoch=1.0, lineage=(attempt,), folder=key, metrics={}, files=files)
+        self.storage.put(f"{key}/{COMMIT}", seal(commit))
+        return commit
+
+    def measured(self, who: str, commit: Commit) -> Measured:
+        request = Request(who=who, commit=commit, out_of_domain={})
+        measure(self.plan, request)
+        found = read_measured(self.storage, self.plan.run_id, request)
+        assert found is not None
+        return found
+
+    def outcome(self, commit: Commit, champion_commit: Commit) -> str:
+        """What becomes of a candidate, as a night does it."""
+
+        def decide(_: Champion | None) -> GateDecision:
+            other = self.measured("champion-1", champion_commit)
+            return compare(self.storage, self.plan, other, self.measured("candidate", commit), "champion")
+
+        try:
+            decision = promote(self.storage, "tiny", self.lineage("candidate"), decide, "benchmark").decision
+        except NonFiniteError:
+            return "stopped: NaN or Inf in embeddings"
+        assert decision is not None
+        return f"{decision.verdict}: {', '.join(decision.reasons)}"
+
+
+def main() -> None:
+    """What became of each kind."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    outcomes: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in KINDS}
+    num_promoted = dict.fromkeys(KINDS, 0)
+    with tempfile.TemporaryDirectory(prefix="never-") as name:
+        model = tiny_model.tiny_bert(Path(name) / "model", tiny_model.all_texts())
+        better = knowing(load_file(model / "model.safetensors"), model)
+        for number in range(arguments.trials):
+            for kind in KINDS:
+                with tempfile.TemporaryDirectory(dir=name) as folder:
+                    os.environ["TERCET_CACHE_DIR"] = str(Path(folder) / "cache")
+                    trial = Trial(Path(folder), model, rng, rng.randint(1, 40) if kind == "leaked" else 0)
+                    make: dict[str, Callable[[], Weights]] = {
+                        "copy": lambda trial=trial: trial.weights,
+                        "not finite": lambda: broken(better, rng),
+                    }
+                    commit = trial.store("candidate", make.get(kind, lambda: better)())
+                    champion_commit = trial.store("champion", trial.weights)
+                    num_leaked = trial.measured("candidate", commit).num_leaked_rows if kind == "leaked" else None
+                    if num_leaked == 0:
+                        outcomes[kind]["(no twin fell into train: a control)"] += 1
+                        continue
+                    outcomes[kind][trial.outcome(commit, champion_commit)] += 1
+                    champion = read_champion(trial.storage, "tiny")
+                    num_promoted[kind] += champion is not None and champion.generation > 1
+            print(number + 1, {kind: dict(found) for kind, found in outcomes.items()}, flush=True)
+    for kind in KINDS:
+        print(f"\n{kind}: {num_promoted[kind]} promoted")
+        for outcome, count in outcomes[kind].most_common():
+            print(f"  {count:>4}  {outcome}")
+
+
+if __name__ == "__main__":
+    main()
