@@ -89,6 +89,8 @@ class MiningConfig(Section):
 class PublishConfig(Section):
     """Who is told of a new champion, after it serves. What cannot be told is tried again on the next night."""
 
+    onnx: bool = False
+    """Export it as one file, which counts only once its metrics on the test split are the model's."""
     webhook: str | None = None
     """A URL that gets a POST with JSON."""
     huggingface: str | None = None

@@ -1,4 +1,4 @@
-"""Telling others of a new champion, after the pointer moved: a webhook, the Hugging Face Hub, an MLflow registry.
+"""After the pointer moved: an ONNX export, and others are told: a webhook, the Hugging Face Hub, an MLflow registry.
 
     models/<name>/told/<publisher>/<generation>.json     that this publisher knows of this champion
 
@@ -41,8 +41,13 @@ class News(NamedTuple):
     champion: Champion
     version: Version
     model_uri: str
-    fetch: Callable[[], Path]
-    """Brings the model to this machine, verified."""
+    storage: Storage
+    folder: Path
+    """To work in."""
+
+    def model_dir(self) -> Path:
+        """The model on this machine, verified."""
+        return download(self.storage, self.version, self.folder / "model")
 
     def document(self) -> dict[str, str | int]:
         """For a program that listens."""
@@ -59,18 +64,14 @@ class News(NamedTuple):
 
 def tell(storage: Storage, config: Config, say: Callable[[str], None]) -> dict[str, str]:
     """Tell every publisher of the recipe that does not know of the present champion. What went wrong, by publisher."""
-    wanted = {
-        name: target
-        for name, target in config.nightly.publish.model_dump().items()
-        if target is not None and name in PUBLISHERS
-    }
+    targets = config.nightly.publish.model_dump()
+    wanted = {name: targets[name] for name in PUBLISHERS if targets[name]}
     if not wanted or read_champion(storage, config.name) is None:
         return {}
     champion, version = resolve(storage, config.name)
     problems = {}
     with tempfile.TemporaryDirectory(prefix="tercet-publish-") as folder:
-        uri = storage.uri_of(version.commit.folder)
-        news = News(champion, version, uri, lambda: download(storage, version, Path(folder)))
+        news = News(champion, version, storage.uri_of(version.commit.folder), storage, Path(folder))
         for name, target in wanted.items():
             key = f"{model_prefix(config.name)}/told/{name}/{champion.generation:08d}.json"
             if storage.exists(key):
@@ -102,7 +103,9 @@ def huggingface(repo: str, news: News) -> str:
     api = HfApi()
     api.create_repo(repo, private=True, exist_ok=True)
     message = f"generation {news.champion.generation}: {news.champion.reason}"
-    done = api.upload_folder(repo_id=repo, folder_path=news.fetch(), commit_message=message[:200], delete_patterns="*")
+    done = api.upload_folder(
+        repo_id=repo, folder_path=news.model_dir(), commit_message=message[:200], delete_patterns="*"
+    )
     return str(done.commit_url)
 
 
@@ -113,7 +116,7 @@ def mlflow(tracking_uri: str, news: News) -> str:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError:
-        raise ConfigError("nightly.publish.mlflow needs MLflow", hint="pip install mlflow-skinny") from None
+        raise ConfigError("nightly.publish.mlflow needs MLflow", hint="pip install 'tercet[mlflow]'") from None
     client, name = MlflowClient(tracking_uri, tracking_uri), news.champion.name
     try:
         client.create_registered_model(name)
@@ -126,4 +129,17 @@ def mlflow(tracking_uri: str, news: News) -> str:
     return f"{tracking_uri} {name} {version.version}"
 
 
-PUBLISHERS: dict[str, Callable[[str, News], str]] = {"webhook": webhook, "huggingface": huggingface, "mlflow": mlflow}
+def onnx(_: str, news: News) -> str:
+    """See onnx_export.py."""
+    from tercet.onnx_export import export
+
+    return export(news.storage, news.version, news.model_dir(), news.folder / "onnx")
+
+
+# Told in this order: whoever listens to the webhook finds the rest.
+PUBLISHERS: dict[str, Callable[[str, News], str]] = {
+    "onnx": onnx,
+    "huggingface": huggingface,
+    "mlflow": mlflow,
+    "webhook": webhook,
+}

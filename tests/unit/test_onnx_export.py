@@ -1,0 +1,95 @@
+"""A version becomes one ONNX file, which is measured again before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from sentence_transformers import SentenceTransformer
+
+import tiny_model
+from tercet import onnx_export
+from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
+from tercet.config import Config
+from tercet.lease import Attempt
+from tercet.onnx_export import Exported
+from tercet.publishers import tell
+from tercet.registry import Lineage, register, serve
+from tercet.sealed import seal, unseal
+from tercet.shards import build_version
+from tercet.storage import Storage, open_storage
+from tercet.survey import plan_key, survey
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a Dense layer, so that the file must hold more than the transformer."""
+    folder = tmp_path_factory.mktemp("model") / "bert"
+    return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dense_features=48, normalize=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a storage where the tiny model is the champion of a run."""
+    monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
+    storage = open_storage(str(tmp_path / "store"))
+    build_version([tiny_model.write_triplets(tmp_path / "t.jsonl")], storage, "tiny", group="group")
+    publish = {"publish": {"onnx": True}}
+    config = Config.model_validate(tiny_model.recipe(model_dir, storage.uri, nightly=publish))
+    plan = survey(config, "a-run")[1]
+    storage.put(plan_key("a-run"), seal(plan))
+    attempt, folder = Attempt(name="a", generation=1, first_step=0, world_size=1), best_prefix("a-run")
+    files = upload_files(storage, model_dir, folder)
+    commit = Commit(step=1, epoch=1.0, lineage=(attempt,), folder=folder, metrics={}, files=files)
+    storage.put(f"{folder}/{COMMIT}", seal(commit))
+    lineage = Lineage(run_id="a-run", recipe_hash="", dataset_versions={"tiny": plan.dataset_version})
+    serve(storage, register(storage, "tiny", lineage, "me"), None, "by hand", "the first", "me")
+    return config
+
+
+def store(config: Config) -> Storage:
+    return open_storage(config.storage.uri)
+
+
+def test_the_file_gives_the_models_embeddings(config: Config, model_dir: Path) -> None:
+    said: list[str] = []
+    assert tell(store(config), config, said.append) == {}
+    folder = Path(said[0].removeprefix("told: onnx "))
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "tokenizer.json", "EXPORTED"}
+    exported = unseal(Exported, (folder / "EXPORTED").read_bytes(), "")
+    assert exported.metrics == pytest.approx(exported.metrics_before, abs=1e-6)
+    assert exported.metrics.keys() == {"ndcg@10", "mrr@10", "triplet_accuracy"}
+    model = SentenceTransformer(str(model_dir), device="cpu")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    for texts in (["one"], tiny_model.all_texts()[:7], ["so many words " * 8, "few"]):
+        features = model.preprocess(texts)
+        [found] = session.run(None, {name: features[name].numpy() for name in exported.inputs})
+        assert np.allclose(found, model.encode(texts), atol=1e-5)
+
+
+def test_a_file_that_is_another_model_does_not_count(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = onnx_export._running
+
+    @contextlib.contextmanager
+    def wrong(model: Any, path: Path, inputs: tuple[str, ...]) -> Iterator[None]:
+        with running(model, path, inputs):
+            right = model.forward
+
+            def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
+                found = right(features)
+                return {**found, onnx_export.OUTPUT: found[onnx_export.OUTPUT].flip(0)}
+
+            model.forward = forward
+            yield
+
+    monkeypatch.setattr(onnx_export, "_running", wrong)
+    problems = tell(store(config), config, lambda _: None)
+    assert problems["onnx"].startswith("CorruptObject: version 1 as ONNX is another model: ndcg@10 ")
+    assert store(config).list("models/tiny/onnx") == []
+    monkeypatch.setattr(onnx_export, "_running", running)
+    assert tell(store(config), config, lambda _: None) == {}  # the next night
