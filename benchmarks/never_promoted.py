@@ -137,8 +137,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="never-") as name:
         model = tiny_model.tiny_bert(Path(name) / "model", tiny_model.all_texts())
         better = knowing(load_file(model / "model.safetensors"), model)
-        for number in range(arguments.trials):
-            for kind in KINDS:
+        for kind in KINDS:
+            while outcomes[kind].total() < arguments.trials:
                 with tempfile.TemporaryDirectory(dir=name) as folder:
                     os.environ["TERCET_CACHE_DIR"] = str(Path(folder) / "cache")
                     trial = Trial(Path(folder), model, rng, rng.randint(1, 40) if kind == "leaked" else 0)
@@ -149,17 +149,14 @@ def main() -> None:
                     commit = trial.store("candidate", make.get(kind, lambda: better)())
                     champion_commit = trial.store("champion", trial.weights)
                     num_leaked = trial.measured("candidate", commit).num_leaked_rows if kind == "leaked" else None
-                    if num_leaked == 0:
-                        outcomes[kind]["(no twin fell into train: a control)"] += 1
+                    if num_leaked == 0:  # no twin fell into train
                         continue
                     outcomes[kind][trial.outcome(commit, champion_commit)] += 1
                     champion = read_champion(trial.storage, "tiny")
                     num_promoted[kind] += champion is not None and champion.generation > 1
-            print(number + 1, {kind: dict(found) for kind, found in outcomes.items()}, flush=True)
-    for kind in KINDS:
-        print(f"\n{kind}: {num_promoted[kind]} promoted")
-        for outcome, count in outcomes[kind].most_common():
-            print(f"  {count:>4}  {outcome}")
+            print(f"{kind}: {num_promoted[kind]} of {arguments.trials} promoted")
+            for outcome, count in outcomes[kind].most_common():
+                print(f"  {count:>4}  {outcome}", flush=True)
 
 
 if __name__ == "__main__":
