@@ -19,8 +19,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/tercet demo
 
+# Whole runs use all cores by themselves, and some watch the clock: one at a time.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/architecture tests/unit tests/contract
+	$(BIN)/python -m pytest tests/flow tests/faults tests/gpu
 
 check: $(VENV)/ready
 	$(BIN)/ruff check src tests ray_jobs benchmarks
