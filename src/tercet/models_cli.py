@@ -26,6 +26,10 @@ def add_models(verbs: Any, store: argparse.ArgumentParser) -> None:
     show.add_argument("name")
     show.add_argument("--json", action="store_true")
     show.set_defaults(call=_show)
+    lineage = models.add_parser("lineage", parents=[store], help="from a model to its run, data, shards and files")
+    lineage.add_argument("name")
+    lineage.add_argument("--version", type=int, metavar="N", help="another one than the champion")
+    lineage.set_defaults(call=_lineage)
     promote = models.add_parser("promote", parents=[store], help="make a version the champion by hand, past the gate")
     promote.add_argument("name")
     which = promote.add_mutually_exclusive_group(required=True)
@@ -93,6 +97,36 @@ def _show(arguments: argparse.Namespace) -> None:
     for version in versions:
         data = ", ".join(f"{name} {found}" for name, found in version.lineage.dataset_versions.items())
         print(f"  version {version.number}  {_date(version.unix_seconds)}  run {version.lineage.run_id}  on {data}")
+
+
+def _lineage(arguments: argparse.Namespace) -> None:
+    from tercet.manifest import read_manifest
+    from tercet.registry import read_version, resolve
+    from tercet.survey import read_plan
+
+    storage, name = _open(arguments), arguments.name
+    if arguments.version is None:
+        champion, version = resolve(storage, name)
+        print(f"{name}: {_line(champion)}")
+    else:
+        version = read_version(storage, name, arguments.version)
+    for path, record in version.commit.model_files().items():
+        if path.endswith(".safetensors"):
+            print(f"  weights  {path}  sha256 {record.sha256}")
+    print(f"  version  {version.number}, {storage.uri_of(version.commit.folder)}, step {version.commit.step}")
+    print(f"  decided  {version.decision or 'by hand'}")
+    plan = read_plan(storage, version.lineage.run_id)
+    start = (
+        "the base model" if plan.champion is None or plan.starts_from is None else f"version {plan.champion.version}"
+    )
+    print(f"  run      {plan.run_id}, recipe {version.lineage.recipe_hash}, from {start}")
+    for part in plan.datasets:
+        manifest = read_manifest(storage, part.name, part.version)
+        print(f"  data     {part.text()}")
+        for shard in manifest.splits["train"]:
+            print(f"    shard  {shard.num_rows:>10,} rows  sha256 {shard.sha256}  {manifest.key_of(shard)}")
+        for source in manifest.sources:
+            print(f"    file   {source.num_rows:>10,} rows  sha256 {source.sha256}  {source.name}")
 
 
 def _promote(arguments: argparse.Namespace) -> None:

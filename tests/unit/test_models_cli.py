@@ -10,13 +10,15 @@ import pytest
 
 import made
 from published import decision, finished_run
+from tercet.append import append
 from tercet.champion import history, read_champion
 from tercet.cli import main
 from tercet.config import Config
 from tercet.local_storage import LocalStorage
 from tercet.plan import make_plan
-from tercet.registry import promote, register
+from tercet.registry import promote, register, resolve
 from tercet.sealed import seal
+from tercet.shards import build_version
 
 RUN = "20260314-made-1"
 
@@ -129,3 +131,34 @@ def test_a_person_gives_a_version_and_a_reason(storage: LocalStorage, arguments:
         models(storage, *arguments)
     assert caught.value.code == 2
     assert storage.list("") == []
+
+
+def test_lineage_goes_down_to_the_files(
+    storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
+    texts = ({name: f"{name} {number}" for name in ("anchor", "positive", "negative")} for number in range(90))
+    rows = "".join(json.dumps(row) + "\n" for row in texts)
+    (tmp_path / "old.jsonl").write_text(rows)
+    (tmp_path / "new.jsonl").write_text(rows.replace('": "', '": "other '))
+    build_version([tmp_path / "old.jsonl"], storage, "poems")
+    manifest = append([tmp_path / "new.jsonl"], storage, "poems").manifest
+    plan = make_plan(made.config(), manifest, made.FACTS, made.TODAY, RUN)
+    storage.put(f"runs/{RUN}/plan.json", seal(plan))
+    gated(storage, RUN, "Promote: it is better.")
+    assert models(storage, "lineage", "faq") == 0
+    shown = capsys.readouterr().out
+    version = resolve(storage, "faq")[1]
+    expected = [
+        "generation 1: version 1",
+        f"sha256 {version.commit.files['model.safetensors'].sha256}",
+        str(version.decision),
+        f"run      {RUN}, recipe 370c47fc, from the base model",
+        f"data     poems {manifest.version}",
+        *(f"sha256 {shard.sha256}  {manifest.key_of(shard)}" for shard in manifest.splits["train"]),
+        *(f"sha256 {source.sha256}  {source.name}" for source in manifest.sources),
+    ]
+    assert [text for text in expected if text not in shown] == []
+    assert len(manifest.splits["train"]) == 2
+    assert [Path(source.name).name for source in manifest.sources] == ["old.jsonl", "new.jsonl"]
+    assert models(storage, "lineage", "faq", "--version", "2") == 5
