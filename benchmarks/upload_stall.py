@@ -38,12 +38,12 @@ RESULT = "upload-stall "
 
 def work(plan: str) -> None:
     """The worker, with a clock at each place. Prints what it measured."""
-    from tercet import trainer, worker
+    from tercet import record, trainer, worker
     from tercet.uploader import Uploader
 
     submits, saves, steps = [], [], []
 
-    class Clocked(trainer.Record):
+    class Clocked(record.Record):
         def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
             super().on_step_end(args, state, control, **kwargs)
             steps.append(time.perf_counter())
@@ -60,7 +60,7 @@ def work(plan: str) -> None:
         return around
 
     num_steps = json.loads(Path(plan).read_text())["num_steps"]
-    trainer.Record = Clocked
+    record.Record = Clocked
     trainer.TercetTrainer._save_checkpoint = timed(trainer.TercetTrainer._save_checkpoint, saves)
     Uploader.submit = timed(Uploader.submit, submits)
     sys.argv = [sys.argv[0], plan]
