@@ -178,8 +178,8 @@ class WorkersConfig(Section):
     packing: Literal["auto", "packed", "chunked", "plain"] = "plain"
     """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of like
     lengths (chunked), or column by column, as sentence-transformers does it (plain). The loss is the same but for
-    rounding, and for what dropout draws. `auto`: packed where the model allows it, else chunked. Not the default yet:
-    under zero3 in bf16, a packed run that went on after a crash did not end with the same bits (docs/log.md)."""
+    rounding, and for what dropout draws. `auto`: packed where the model allows it, else chunked. Not the default
+    yet: its way on a GPU has not run on one."""
     use_gpu: bool | Literal["auto"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any."""
     cpus_per_worker: PositiveInt = 1

@@ -151,6 +151,17 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+def gather_small_exactly(engine: Any) -> None:
+    """ZeRO-3 keeps small parameters gathered. After a step it gathers them in fp32, but whenever a forward pass finds
+    one that is not, in the type of the autocast: then what is computed with a bias depends on what came before, and a
+    run that went on after a crash ended with other bits. Now it is fp32 each time."""
+    optimizer = engine.optimizer
+    if torch.float32 in getattr(optimizer, "ipg_buckets", ()):  # where it can reduce gradients of that type
+        for parameter in getattr(optimizer, "persistent_parameters", ()):
+            if hasattr(parameter, "comm_dtype"):
+                parameter.comm_dtype = torch.float32
+
+
 def local_values(parameter: Any) -> torch.Tensor:
     """What this rank holds of a parameter; no communication."""
     if hasattr(parameter, "ds_id"):

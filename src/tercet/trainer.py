@@ -23,7 +23,14 @@ from tercet.packed_model import Forward
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
 from tercet.sections import Parallelism
-from tercet.sharding import check_recomputes, check_saved, check_wrapped, full_weights, unit_classes
+from tercet.sharding import (
+    check_recomputes,
+    check_saved,
+    check_wrapped,
+    full_weights,
+    gather_small_exactly,
+    unit_classes,
+)
 
 logger = logging.getLogger("tercet")
 
@@ -165,6 +172,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.model.forward = self.accelerator.autocast()(self.model.forward)
         if self._loss_runs_backward and is_zero(self._parallelism):
             self.accelerator.deepspeed_engine_wrapped = OneReduction(self.model_wrapped)
+        if is_zero(self._parallelism):
+            gather_small_exactly(self.model_wrapped)
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)

@@ -69,7 +69,7 @@ class Runs:
         # The gradient of a key's bias is zero but for rounding, which Adam turns into steps of the learning rate.
         training = {"num_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.002}
         training |= sections.pop("training", {})
-        workers = {"num_workers": num_workers, "parallelism": mode}
+        workers = {"num_workers": num_workers, "parallelism": mode, **sections.pop("workers", {})}
         path = write_plan(self.folder, run_id, model, self.store, training=training, workers=workers, **sections)
         self._plans.setdefault((mode in DEEPSPEED, num_workers), []).append(path)
         return path
@@ -120,6 +120,8 @@ def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
             runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=section)
         runs.add(f"{mode}-dropout", mode, dropout_model_dir, training={"num_epochs": 3})
         runs.add(f"{mode}-bf16", mode, dropout_model_dir, training={"num_epochs": 3, "precision": "bf16"})
+    packed = {"training": {"num_epochs": 3, "precision": "bf16"}, "workers": {"packing": "packed"}}
+    runs.add("zero3-packed-bf16", "zero3", dropout_model_dir, **packed)
     runs.go()
     return runs.store
 
@@ -191,12 +193,14 @@ def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
 
 
 def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, dropout_model_dir: Path) -> None:
-    """In every mode, with dropout, in fp32 and in bf16, from amid the schedule."""
-    names = [f"{mode}-{name}" for mode in MODES for name in ("dropout", "bf16")]
+    """In every mode, with dropout, in fp32 and in bf16, from amid the schedule. ZeRO-3 in bf16 gathers biases now in one
+    type and now in another, if it is let; packed, the first step after a start met other ones than it should."""
+    names = [f"{mode}-{name}" for mode in MODES for name in ("dropout", "bf16")] + ["zero3-packed-bf16"]
     for name in names:
         runs.rewind(name, f"{name}-again", step=11)
         training = {"num_epochs": 3, "precision": "bf16" if "bf16" in name else "fp32"}
-        runs.add(f"{name}-again", name.split("-")[0], dropout_model_dir, training=training)
+        workers = {"packing": "packed" if "packed" in name else "plain"}
+        runs.add(f"{name}-again", name.split("-")[0], dropout_model_dir, training=training, workers=workers)
     assert runs.go().count("resuming from the checkpoint of step 11") == 2 * len(names)
     for name in names:
         assert largest_difference(final_weights(trained, name), final_weights(trained, f"{name}-again")) == 0.0, name
