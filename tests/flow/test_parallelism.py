@@ -193,8 +193,8 @@ def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
 
 
 def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, dropout_model_dir: Path) -> None:
-    """In every mode, with dropout, in fp32 and in bf16, from amid the schedule. Once packed: ZeRO-3 in bf16 would gather
-    biases now in one type, now in another, so that the first step after a start met other ones than it should."""
+    """In every mode, with dropout, in fp32 and in bf16, from amid the schedule. Once packed, as ZeRO-3 would gather
+    biases in bf16 now in one type, now in another: the first step after a start met other ones than it should."""
     names = [f"{mode}-{name}" for mode in MODES for name in ("dropout", "bf16")] + ["zero3-packed-bf16"]
     for name in names:
         runs.rewind(name, f"{name}-again", step=11)
