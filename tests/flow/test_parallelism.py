@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ LOSSES: dict[str, dict[str, Any]] = {
         "matryoshka": {"dims": [48, 24, 8], "dims_per_step": 2},
     },
 }
+# What zero1 and zero3_offload do to a loss, zero2 and zero3 do too: those two run with the first alone.
+CASES = [
+    (mode, loss) for mode in MODES for loss in LOSSES if loss == "ranking" or mode not in ("zero1", "zero3_offload")
+]
 # A run of one mode on so many workers that goes on as another. The weights are compared with those of `ddp`.
 GOES_ON_AS = [
     ("ddp", 2, "zero3", 2),
@@ -114,10 +119,10 @@ def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
-    """Every mode with every loss, `<mode>-<loss>`; with dropout, `<mode>-dropout`; and that in bf16, `<mode>-bf16`."""
+    """Modes with losses, `<mode>-<loss>`; every mode with dropout, `<mode>-dropout`; and that in bf16, `<mode>-bf16`."""
+    for mode, loss in CASES:
+        runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=LOSSES[loss])
     for mode in MODES:
-        for loss, section in LOSSES.items():
-            runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=section)
         runs.add(f"{mode}-dropout", mode, dropout_model_dir, training={"num_epochs": 3})
         runs.add(f"{mode}-bf16", mode, dropout_model_dir, training={"num_epochs": 3, "precision": "bf16"})
     packed = {"training": {"num_epochs": 3, "precision": "bf16"}, "workers": {"packing": "packed"}}
@@ -126,8 +131,9 @@ def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
     return runs.store
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("loss", [*LOSSES, "dropout"])
+@pytest.mark.parametrize(
+    ("mode", "loss"), [case for case in (*CASES, *product(MODES, ["dropout"])) if case[0] != "ddp"]
+)
 def test_every_mode_ends_with_the_weights_of_ddp(trained: Path, mode: str, loss: str) -> None:
     """Evaluated in each epoch, with a Dense module, over two accumulation steps, negatives across ranks. The wrapped
     model's type and its shards are checked by the worker itself, which fails otherwise."""
