@@ -119,10 +119,10 @@ def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
-    """Modes with losses, `<mode>-<loss>`; every mode with dropout, `<mode>-dropout`; and that in bf16, `<mode>-bf16`."""
-    for mode, loss in CASES:
-        runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=LOSSES[loss])
-    for mode in MODES:
+    """Modes with losses, `<mode>-<loss>`; all with dropout, `<mode>-dropout`; and that in bf16, `<mode>-bf16`."""
+    for mode in MODES:  # one after the other: ZeRO-3 leaves another `linear` in the process, which rounds differently
+        for loss in (loss for of, loss in CASES if of == mode):
+            runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=LOSSES[loss])
         runs.add(f"{mode}-dropout", mode, dropout_model_dir, training={"num_epochs": 3})
         runs.add(f"{mode}-bf16", mode, dropout_model_dir, training={"num_epochs": 3, "precision": "bf16"})
     packed = {"training": {"num_epochs": 3, "precision": "bf16"}, "workers": {"packing": "packed"}}
