@@ -31,12 +31,19 @@ from tercet.storage import Storage, digest_of, sha256_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from tercet.sections import WorkersConfig
+
 SHARDS_AT_ONCE = 8
 
 
 def default_cache_dir() -> Path:
     """`$TERCET_CACHE_DIR`, or `~/.cache/tercet`."""
     return Path(os.environ.get("TERCET_CACHE_DIR") or Path.home() / ".cache" / "tercet")
+
+
+def cache_dir_of(workers: WorkersConfig) -> Path:
+    """The recipe's, or the default."""
+    return Path(workers.cache_dir) if workers.cache_dir else default_cache_dir()
 
 
 def fetch(storage: Storage, manifest: Manifest, split: str, cache_dir: Path | None = None) -> list[Path]:

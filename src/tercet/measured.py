@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tercet.checkpoint import Commit, FileRecord, upload_files
 from tercet.checks import row_hash
-from tercet.dataset import default_cache_dir, load_split
+from tercet.dataset import cache_dir_of, load_split
 from tercet.errors import CorruptObject, ObjectNotFound
 from tercet.evaluation import load_reloaded
 from tercet.manifest import read_manifest
@@ -131,8 +131,8 @@ def _write(folder: Path, data: str, *tables: pa.Table | None) -> None:
 
 
 def _with_labels(plan: TrainPlan, storage: Storage, name: str, version: str, split: str) -> Dataset:
-    cache_dir = Path(plan.config.workers.cache_dir) if plan.config.workers.cache_dir else default_cache_dir()
-    return load_split(storage, read_manifest(storage, name, version), split, cache_dir)
+    manifest = read_manifest(storage, name, version)
+    return load_split(storage, manifest, split, cache_dir_of(plan.config.workers))
 
 
 def _num_leaked_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Dataset]) -> int:

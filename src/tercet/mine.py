@@ -26,7 +26,7 @@ from tercet.champion import read_champion
 from tercet.checkpoint import Commit
 from tercet.checks import is_text
 from tercet.config import Config
-from tercet.dataset import default_cache_dir, load_split
+from tercet.dataset import cache_dir_of, load_split
 from tercet.errors import ConfigError, ObjectNotFound
 from tercet.manifest import Manifest, dataset_prefix, read_manifest
 from tercet.night_sections import MiningConfig
@@ -143,9 +143,8 @@ def mine_pool(
 
     quiet_libraries()
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    cache_dir = Path(config.workers.cache_dir) if config.workers.cache_dir else default_cache_dir()
     labels = [column for column in manifest.columns if not is_text(column)]
-    split = load_split(storage, manifest, pool.split, cache_dir, ["anchor", "positive", *labels])
+    split = load_split(storage, manifest, pool.split, cache_dir_of(config.workers), ["anchor", "positive", *labels])
     rows = split.select(range(pool.first_row, pool.first_row + pool.num_rows))
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         start = reloaded(config.model, storage, commit, Path(folder)) if commit else config.model

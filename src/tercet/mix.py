@@ -80,9 +80,9 @@ def _load(plan: TrainPlan, storage: Storage, dataset: PlannedDataset, splits: tu
 
 
 def _cache_dir(plan: TrainPlan) -> Path:
-    from tercet.dataset import default_cache_dir
+    from tercet.dataset import cache_dir_of
 
-    return Path(plan.config.workers.cache_dir) if plan.config.workers.cache_dir else default_cache_dir()
+    return cache_dir_of(plan.config.workers)
 
 
 def _check_nothing_leaks(plan: TrainPlan, splits: dict[str, Dataset], mix: list[Dataset]) -> None:

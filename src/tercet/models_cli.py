@@ -139,12 +139,7 @@ def _promote(arguments: argparse.Namespace) -> None:
     if arguments.run is None:
         version = read_version(storage, name, arguments.version)
     else:
-        plan = read_plan(storage, arguments.run)
-        lineage = Lineage(
-            run_id=plan.run_id,
-            recipe_hash=plan.config.experiment_hash(),
-            dataset_versions={dataset.name: dataset.version for dataset in plan.datasets},
-        )
+        lineage = Lineage.of(read_plan(storage, arguments.run))
         version = register(storage, name, lineage, who())
     _serve(storage, present, version, serve(storage, version, present, "by hand", arguments.reason, who()))
 

@@ -152,7 +152,7 @@ def _night_alike(storage: Storage, plan: TrainPlan) -> Night | None:
     for run_id in list_nights(storage, plan.config.name):
         if run_id.partition("-")[2] == alike:
             night = read_night(storage, plan.config.name, run_id)
-            if night is not None and night.dataset_versions == _versions(plan):
+            if night is not None and night.dataset_versions == plan.dataset_versions:
                 return night
     return None
 
@@ -177,8 +177,7 @@ def _judged(storage: Storage, plan: TrainPlan, date: datetime.date, began: float
         against: Literal["champion", "base model"] = "champion" if present else "base model"
         return compare(storage, plan, measured[_who(present)], measured["candidate"], against)
 
-    lineage = Lineage(run_id=plan.run_id, recipe_hash=plan.config.experiment_hash(), dataset_versions=_versions(plan))
-    promotion = promote(storage, plan.config.name, lineage, decide, who)
+    promotion = promote(storage, plan.config.name, Lineage.of(plan), decide, who)
     outcome, sentence = _outcome(storage, promotion, plan.run_id)
     night = _night(plan, date, began, outcome, sentence)
     if not compared:  # an earlier start of this night died after it had promoted the candidate
@@ -229,17 +228,13 @@ def _pinned(config: Config, plan: TrainPlan) -> Config:
     return config.model_copy(update={"dataset": first, "mix": tuple(mix)})
 
 
-def _versions(plan: TrainPlan) -> dict[str, str]:
-    return {dataset.name: dataset.version for dataset in plan.datasets}
-
-
 def _night(plan: TrainPlan, date: datetime.date, began: float, outcome: Outcome, sentence: str) -> Night:
     return Night(
         name=plan.config.name,
         date=date,
         run_id=plan.run_id,
         experiment_hash=plan.config.experiment_hash(),
-        dataset_versions=_versions(plan),
+        dataset_versions=plan.dataset_versions,
         outcome=outcome,
         sentence=sentence,
         unix_seconds=time.time(),

@@ -96,6 +96,11 @@ class TrainPlan(BaseModel):
         return self.config.evaluation.metric
 
     @property
+    def dataset_versions(self) -> dict[str, str]:
+        """Of everything that is trained on, by name."""
+        return {dataset.name: dataset.version for dataset in self.datasets}
+
+    @property
     def world_sizes(self) -> tuple[int, ...]:
         """The numbers of workers that the run may go on with, ascending."""
         return world_sizes(self.config)

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock
 
@@ -35,6 +35,9 @@ from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNot
 from tercet.gate_decision import GateDecision
 from tercet.storage import Storage, sha256_of
 
+if TYPE_CHECKING:
+    from tercet.plan import TrainPlan
+
 MAX_PROMOTION_ATTEMPTS = 10  # each of them gates the candidate against another champion
 
 
@@ -46,6 +49,13 @@ class Lineage(Document):
     """`Config.experiment_hash()`."""
     dataset_versions: dict[str, str]
     """By name, of all datasets that it was trained on."""
+
+    @staticmethod
+    def of(plan: TrainPlan) -> Lineage:
+        """Of the model that a run makes."""
+        return Lineage(
+            run_id=plan.run_id, recipe_hash=plan.config.experiment_hash(), dataset_versions=plan.dataset_versions
+        )
 
 
 class Version(Document):
