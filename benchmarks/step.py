@@ -121,7 +121,7 @@ def make_trainer(way: str, arguments: argparse.Namespace, folder: Path, turns: T
         forward = prepare(model, way)
         assert forward.packing == way, forward.reason
         batches = RankBatches([DatasetRows(len(rows), num_steps, None)], BATCH_SIZE, 1, 0, 1, 0)
-        trainer = TercetTrainer(batches, "ddp", None, False, forward, **shared)
+        trainer = TercetTrainer(batches, "ddp", None, False, False, forward, **shared)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TakeTurns())
     return trainer

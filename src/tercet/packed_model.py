@@ -20,7 +20,8 @@ from transformers import DataCollatorWithFlattening
 
 from tercet import packing
 from tercet.dropout import quicken
-from tercet.packed_attention import PACKED_ATTENTION, Layout, attend
+from tercet.grouped_attention import Layout
+from tercet.packed_attention import PACKED_ATTENTION, attend
 from tercet.packing import Facts, Packing
 
 Features = dict[str, Any]

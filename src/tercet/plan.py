@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from tercet import packing
 from tercet.checkpoint import Commit
 from tercet.config import Config
 from tercet.dataset_plan import PlannedDataset, dataset_problems, plan_dataset
@@ -77,6 +78,8 @@ class TrainPlan(BaseModel):
     parallelism: Parallelism
     """Settled: never `auto`."""
     parallelism_reason: str
+    forward: str | None = None
+    """How texts share a forward pass, and why; None when the model's files are not on this machine."""
     memory: Memory | None
     """Of one worker; None when the model's files are not on this machine."""
     memory_bytes_available: int | None
@@ -158,6 +161,7 @@ def make_plan(
     mix: Sequence[Manifest] = (),
     champion: PlannedChampion | None = None,
     seen: Sequence[Manifest | None] | None = None,
+    packing_facts: packing.Facts | None = None,
 ) -> TrainPlan:
     """Derive everything. `memory_bytes_available`: a CPU worker's share of its machine, where the recipe does not say.
     `mix`: the manifest of each dataset in the recipe's `mix`. `seen`: of each dataset, the version that the champion
@@ -197,6 +201,7 @@ def make_plan(
 
     num_steps = steps_per_epoch * training.num_epochs
     lora = config.model.lora
+    forward = None if packing_facts is None else "{}  ({})".format(*packing.choose(workers.packing, packing_facts))
     return TrainPlan(
         run_id=run_id or make_run_id(config, [dataset.version for dataset in datasets], today),
         config=config,
@@ -217,6 +222,7 @@ def make_plan(
         else WEIGHT_BYTES * facts.num_parameters + ADAM_BYTES * num_trainable_parameters(facts, lora),
         parallelism=parallelism,
         parallelism_reason=reason,
+        forward=forward,
         memory=None
         if facts is None
         else memory_of(facts, parallelism, workers.num_workers, num_tokens, training, lora, config.loss.is_cached),

@@ -26,6 +26,7 @@ def plan_text(plan: TrainPlan) -> str:
         "each with a checkpoint but the first",
         "storage": _storage(plan) or unknown,
         "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
+        "forward": plan.forward or unknown,
         "memory": unknown if plan.memory is None else plan.memory.text(),
         "time": "not known for a GPU"
         if plan.training_seconds is None

@@ -175,11 +175,10 @@ class WorkersConfig(Section):
     memory_gib_per_worker: PositiveFloat | None = None
     """Memory of one worker's GPU, for `parallelism: auto`. Without it, a CPU worker's share of this machine; for GPUs
     it is then unknown, and taken for enough."""
-    packing: Literal["auto", "packed", "chunked", "plain"] = "plain"
+    packing: Literal["auto", "packed", "chunked", "plain"] = "auto"
     """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of like
     lengths (chunked), or column by column, as sentence-transformers does it (plain). The loss is the same but for
-    rounding, and for what dropout draws. `auto`: packed where the model allows it, else chunked. Not the default
-    yet: its way on a GPU has not run on one."""
+    rounding, and for what dropout draws. `auto`: packed where the model allows it, else chunked."""
     use_gpu: bool | Literal["auto"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any."""
     cpus_per_worker: PositiveInt = 1

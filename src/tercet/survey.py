@@ -10,6 +10,7 @@ from tercet.config import Config
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
 from tercet.manifest import Manifest, read_manifest
 from tercet.model_source import locate, read_facts
+from tercet.packing_facts import read_packing_facts
 from tercet.plan import PlannedChampion, TrainPlan, make_plan, make_run_id
 from tercet.registry import resolve
 from tercet.sealed import unseal
@@ -32,7 +33,8 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
     champion = planned_champion(storage, config, run_id)
     seen = [_seen(storage, champion, found) for found in manifests]
     facts = read_facts(folder) if folder else None
-    return storage, make_plan(config, manifest, facts, today, run_id, share, mix, champion, seen)
+    packing_facts = read_packing_facts(config)
+    return storage, make_plan(config, manifest, facts, today, run_id, share, mix, champion, seen, packing_facts)
 
 
 def planned_champion(storage: Storage, config: Config, run_id: str) -> PlannedChampion | None:

@@ -247,7 +247,8 @@ def test_gradient_checkpointing_with_dropout(load: Any, family: str, way: str) -
 
 def test_dropout_leaves_out_and_scales_up() -> None:
     """Of attention: on average what it is without, and gradients of what was drawn."""
-    from tercet.packed_attention import Layout, attend
+    from tercet.grouped_attention import Layout
+    from tercet.packed_attention import attend
 
     torch.manual_seed(0)
     layout = Layout([2, 3, 3, 9], torch.device("cpu"))
@@ -264,15 +265,10 @@ def test_dropout_leaves_out_and_scales_up() -> None:
     assert torch.autograd.gradcheck(seeded, tuple(rows))
 
 
-def test_attention_that_knows_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU gets in 16 bits, by a stand-in with the signature of torch's: the same as in groups. It is not asked
-    for what it cannot do."""
+def by_bounds(calls: list[int], ahead: int = 0) -> Any:
+    """A stand-in with the signature of torch's attention for rows of texts. ahead: tokens that a text sees of the
+    next one."""
     from torch.nn.attention.varlen import varlen_attn
-
-    from tercet import packed_attention
-    from tercet.packed_attention import Layout, attend
-
-    calls: list[int] = []
 
     def stand_in(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = inspect.signature(varlen_attn).bind(query, key, value, *args, **kwargs).arguments
@@ -281,24 +277,72 @@ def test_attention_that_knows_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(given["cu_seq_q"]))
         parts = []
         for start, stop in itertools.pairwise(given["cu_seq_q"].tolist()):
-            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-            place = torch.arange(stop - start)
+            q = query[start:stop].transpose(0, 1)
+            k, v = (x[start : stop + ahead].transpose(0, 1) for x in (key, value))
+            places = [torch.arange(x.shape[1]) for x in (q, k)]
             left, right = given["window_size"]
-            ahead = place - place[:, None]
-            mask = ((ahead <= right) | (right < 0)) & ((ahead >= -left) | (left < 0))
+            far = places[1] - places[0][:, None]
+            mask = ((far <= right) | (right < 0)) & ((far >= -left) | (left < 0))
             scores = torch.nn.functional.scaled_dot_product_attention
             parts.append(scores(q, k, v, attn_mask=mask, scale=given["scale"]).transpose(0, 1))
         return torch.cat(parts)
 
+    return stand_in
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets attention by bounds be used where a stand-in for it is set."""
+    from tercet import packed_attention
+
+    def use(stand_in: Any) -> None:
+        monkeypatch.setattr(packed_attention, "varlen_attn", stand_in)
+        monkeypatch.setattr(packed_attention, "_knows_bounds", lambda *_: True)
+
+    packed_attention.bounds_obstacle.cache_clear()
+    yield use
+    packed_attention.bounds_obstacle.cache_clear()
+
+
+def test_attention_that_knows_bounds(as_on_a_gpu: Any) -> None:
+    """What a GPU gets in 16 bits, by a stand-in: the same as in groups. It is not asked for what it cannot do."""
+    from tercet.grouped_attention import Layout
+    from tercet.packed_attention import attend
+
+    calls: list[int] = []
     layout = Layout([1, 2, 2, 5, 17], torch.device("cpu"))
     torch.manual_seed(0)
     rows = [torch.randn(27, 4, 8) for _ in range(3)]
     grouped = [attend(*rows, layout, 0.4, window=window) for window in (None, 4)]
-    monkeypatch.setattr(packed_attention, "varlen_attn", stand_in)
-    monkeypatch.setattr(packed_attention, "_knows_bounds", lambda *_: True)
+    as_on_a_gpu(by_bounds(calls))
     for expected, window in zip(grouped, (None, 4), strict=True):
         assert float((attend(*rows, layout, 0.4, window=window) - expected).abs().max()) < 1e-6
-    assert calls == [6, 6]
+    assert calls == [6, 6, 6, 6]  # tried once, with and without a window
+
+
+@pytest.mark.parametrize("wrong", ["raises", "sees the next text"])
+def test_attention_that_is_wrong_here_is_not_used(
+    as_on_a_gpu: Any, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first evaluation, which is in inference mode, as in training."""
+    from tercet.grouped_attention import Layout
+    from tercet.packed_attention import attend
+
+    def raises(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nat line 1")
+
+    layout = Layout([1, 2, 2, 5, 17], torch.device("cpu"))
+    torch.manual_seed(0)
+    rows = [torch.randn(27, 4, 8, requires_grad=True) for _ in range(3)]
+    expected = attend(*rows, layout, 0.4)
+    as_on_a_gpu(raises if wrong == "raises" else by_bounds([], ahead=1))
+    with torch.inference_mode():
+        assert attend(*rows, layout, 0.4).equal(expected)
+    attend(*rows, layout, 0.4).sum().backward()
+    assert rows[0].grad is not None
+    (record,) = caplog.records
+    why = "only supports Ampere" if wrong == "raises" else "its output is off by"
+    assert why in record.getMessage()
 
 
 def test_when_attention_with_bounds_is_used() -> None:

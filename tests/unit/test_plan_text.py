@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import made
+from tercet.packing import Facts
+from tercet.plan import make_plan
 from tercet.plan_text import plan_text
 
 
@@ -14,7 +16,8 @@ def lines(**sections: object) -> dict[str, str]:
 def test_every_line() -> None:
     found = lines()
     assert list(found) == [
-        *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism", "memory", "time"),
+        *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism"),
+        *("forward", "memory", "time"),
     ]
     assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass left out (they fill no batch)"
     assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each with a checkpoint but the first"
@@ -29,3 +32,14 @@ def test_what_stays_in_storage() -> None:
 
 def test_many_evaluations_are_not_all_named() -> None:
     assert "after steps 0, 10, 20, \u2026, 90," in lines(training={"num_epochs": 9})["evaluation"]
+
+
+def test_how_texts_share_a_forward_pass() -> None:
+    assert lines()["forward"] == "not known before the model is on this machine"
+    facts = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
+    packed, other = (
+        make_plan(made.config(), made.manifest(), made.FACTS, made.TODAY, packing_facts=facts._replace(model_type=kind))
+        for kind in ("bert", "electra")
+    )
+    assert "packed  (one row of real tokens, no padding)" in plan_text(packed)
+    assert "chunked  (not packed: untested for the architecture electra; 4 chunks of like lengths)" in plan_text(other)
