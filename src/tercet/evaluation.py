@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
+    from tercet.split_loss import SplitLoss
+
 # Beyond this many texts the corpus is cut: encoding it would take longer than training. Positives of the split itself
 # always stay in.
 MAX_CORPUS_TEXTS = 100_000
 
 
-def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> Any:
-    """Both evaluators for one split. A query's relevant texts are all positives of its anchor in the whole dataset; a
-    row with several negatives is as many triplets.
+def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int, loss: SplitLoss | None = None) -> Any:
+    """Both evaluators for one split, and the loss on it where it is given. A query's relevant texts are all positives
+    of its anchor in the whole dataset; a row with several negatives is as many triplets.
 
     Where there is a process group, every rank must call the result, and all of them get the same metrics."""
     from sentence_transformers.util import cos_sim
@@ -71,7 +73,7 @@ def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int) -> A
                 similarity_fn_names=["cosine"],
             )
         )
-    return EncodeOnceEvaluator(evaluators)
+    return EncodeOnceEvaluator([*evaluators, *([loss] if loss else [])])
 
 
 def named(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

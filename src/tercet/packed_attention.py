@@ -127,7 +127,8 @@ def _attention_function(
         arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
         padded: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
         return padded, None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, not [0]: its backward pass is a view, that of an index is a copy among zeros.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, layout, scale, dropout, sliding_window)[None], None
 

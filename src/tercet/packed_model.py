@@ -7,8 +7,7 @@ format, with an attention that needs no flash attention, and with all columns in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from types import MethodType
 from typing import Any, Literal, NamedTuple
@@ -20,11 +19,10 @@ from transformers import DataCollatorWithFlattening
 
 from tercet import packing
 from tercet.dropout import quicken
+from tercet.given_embeddings import Features, loss_of
 from tercet.grouped_attention import Layout
 from tercet.packed_attention import PACKED_ATTENTION, attend
 from tercet.packing import Facts, Packing
-
-Features = dict[str, Any]
 
 # What a model's own forward pass gets beside the names in its signature.
 ROW_KEYS = {"position_ids", "layout"}
@@ -46,12 +44,7 @@ class Forward(NamedTuple):
     def loss(self, loss: Any, model: Any, columns: list[Features], labels: torch.Tensor | None = None) -> Any:
         """What `loss` says of the columns of a batch, embedded by `model`, which may be wrapped."""
         assert self.is_together
-        embeddings = self.embed(model, columns)
-        with _given_embeddings(loss):
-            return loss(
-                [{**features, "sentence_embedding": own} for features, own in zip(columns, embeddings, strict=True)],
-                labels,
-            )
+        return loss_of(loss, columns, self.embed(model, columns), labels)
 
     def embed(self, model: Any, columns: list[Features]) -> list[torch.Tensor]:
         """The embeddings of each column's texts, in as few passes of the model as there can be."""
@@ -82,28 +75,6 @@ def prepare(
         if guide is not None:
             take_rows(guide)
     return Forward(chosen, reason, is_cached, facts.drops_prompts)
-
-
-class _Given(torch.nn.Module):  # type: ignore[misc]
-    """Hands out embeddings that are among the features already."""
-
-    def forward(self, features: Features) -> Features:
-        return {"sentence_embedding": features["sentence_embedding"]}
-
-
-@contextmanager
-def _given_embeddings(loss: Any) -> Iterator[None]:
-    """Inside, a loss of sentence-transformers 6.2 finds the embeddings where it would call the model. MatryoshkaLoss
-    holds the model, too, beside the loss that it holds."""
-    holders: list[Any] = [holder for holder in (loss, getattr(loss, "loss", None)) if hasattr(holder, "model")]
-    models, given = [holder.model for holder in holders], _Given()
-    try:
-        for holder in holders:
-            holder.model = given
-        yield
-    finally:
-        for holder, model in zip(holders, models, strict=True):
-            holder.model = model
 
 
 def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
@@ -234,7 +205,8 @@ def _mpnet_attention(
     if not isinstance(attention_mask, Layout):
         return type(self).forward(self, hidden_states, attention_mask, position_bias, **kwargs)
     width = self.attention_head_size
-    query, key, value = (linear(hidden_states)[0].unflatten(-1, (-1, width)) for linear in (self.q, self.k, self.v))
+    hidden = hidden_states.squeeze(0)
+    query, key, value = (linear(hidden).unflatten(-1, (-1, width)) for linear in (self.q, self.k, self.v))
     dropout = self.dropout.p if self.training else 0.0
     output = attend(query, key, value, attention_mask, width**-0.5, dropout, bias=position_bias)
     return (self.o(output.flatten(1))[None],)

@@ -94,6 +94,12 @@ class TrainPlan(BaseModel):
         return self.champion.commit if self.champion and self.config.model.start_from == "champion" else None
 
     @property
+    def rows_that_meet(self) -> int:
+        """In one call of the loss: of all ranks where it gathers their embeddings, else of one."""
+        num_ranks = self.config.workers.num_workers if self.config.loss.crosses_ranks else 1
+        return num_ranks * self.rows_per_rank_and_micro_batch
+
+    @property
     def metric(self) -> str:
         """What best means."""
         return self.config.evaluation.metric

@@ -66,6 +66,11 @@ class PromptsConfig(Section):
     """Before a positive and a negative."""
 
 
+def role_of(column: str) -> Literal["query", "document"]:
+    """Which of the two a text of this column is."""
+    return "query" if column == "anchor" else "document"
+
+
 class LoraConfig(Section):
     """Train small matrices beside frozen weights: Hu et al. 2021, arXiv 2106.09685. The published model is merged, and
     the adapter lies beside it."""

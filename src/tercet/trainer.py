@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from tercet import optimizer_state
 from tercet.crash_point import crash_point
 from tercet.guards import FiniteNumbers
 from tercet.ledger import Ledger
+from tercet.look_ahead import LookAhead
 from tercet.packed_model import Forward
 from tercet.parallelism import is_zero
 from tercet.sampling import RankBatches
@@ -54,17 +57,20 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_runs_backward: bool,
         scales_loss: bool,
         forward: Forward,
+        loss_reads_texts: bool = False,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` says which of them were trained on.
         save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
         scales_loss: as FiniteNumbers takes it.
-        forward: how the columns of a batch share a forward pass."""
-        self._forward = forward
+        forward: how the columns of a batch share a forward pass.
+        loss_reads_texts: it has a guide, and may make tokens itself. Otherwise the evaluator measures it too."""
+        self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         self.ledger = Ledger()
+        self._ahead: LookAhead[Any] = LookAhead()
         super().__init__(**kwargs)
         self._finite = FiniteNumbers(self.args.device, scales_loss)
         self.add_callback(self._finite)
@@ -98,16 +104,25 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
+        """Around `Trainer.get_batch_samples`: what the next step needs is made while this one runs."""
+        make = functools.partial(super().get_batch_samples, epoch_iterator, *args)
+        return make() if self._loss_reads_texts else self._ahead.get(epoch_iterator, make)
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Instead of `BaseTrainer.add_model_card_callback`: nothing. It encodes examples for a card that tercet
         replaces with its own, which has the results on the test split."""
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Instead of `BaseTrainer.evaluation_loop`, which shares the evaluator's work over ranks for DDP alone, and
-        lets every rank do all of it otherwise. Here every rank runs the evaluator, which shares the encoding (see
-        evaluators.py), so that sharded models meet in each forward pass."""
+        """Instead of `BaseTrainer.evaluation_loop`, which encodes texts once for the loss and again for the metrics,
+        and shares the evaluator's work over ranks for DDP alone. Here every rank runs the evaluator, which shares the
+        encoding (see evaluators.py), so that sharded models meet in each forward pass."""
+        self._ahead.rest()
         self._finite.check(self.state.global_step, self.model)
-        output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._loss_reads_texts:
+            output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        else:
+            output = EvalLoopOutput(None, None, {}, len(self.eval_dataset))
         crash_point("in_evaluation", self.state.global_step)
         metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -186,6 +201,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Instead of `Trainer.save_model` and `BaseTrainer._save`, which drops the gathered weights and writes what one
         rank holds. Every rank takes part in the gathering; rank 0 writes, and checks that nothing is missing."""
+        self._ahead.rest()
         folder = Path(output_dir or self.args.output_dir)
         weights = full_weights(self.model) if self._save_whole is not None else None
         if not self.args.should_save:

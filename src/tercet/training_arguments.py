@@ -8,6 +8,7 @@ from typing import Any
 
 from tercet.parallelism import deepspeed_settings, fsdp_settings, is_zero
 from tercet.plan import TrainPlan
+from tercet.sections import role_of
 
 
 def use_cpu(plan: TrainPlan) -> bool:
@@ -25,8 +26,7 @@ def gathers(plan: TrainPlan) -> bool:
 
 def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
     """The prompts for training: those that the model uses to encode queries and documents."""
-    role = {column: "query" if column == "anchor" else "document" for column in columns}
-    found = {column: prompts.get(name) or "" for column, name in role.items()}
+    found = {column: prompts.get(role_of(column)) or "" for column in columns}
     return {column: prompt for column, prompt in found.items() if prompt} or None
 
 

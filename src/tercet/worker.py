@@ -77,6 +77,7 @@ def run_worker(
     from tercet.record import Record
     from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
+    from tercet.split_loss import split_loss
     from tercet.trainer import TercetTrainer
 
     config = plan.config
@@ -106,6 +107,8 @@ def run_worker(
         forward = prepare(model, config.workers.packing, config.loss.is_cached, guide)
         if rank == 0:
             logger.info("forward pass: %s (%s)", forward.packing, forward.reason)
+        eval_batch_size = config.evaluation.batch_size
+        eval_loss = split_loss(config.loss, model, splits["eval"], plan.rows_that_meet, eval_batch_size)
         trainer = TercetTrainer(
             batches=RankBatches(
                 datasets=rows_to_order(plan, train_rows),
@@ -120,12 +123,13 @@ def run_worker(
             loss_runs_backward=config.loss.is_cached,
             scales_loss=config.training.precision == "fp16",
             forward=forward,
+            loss_reads_texts=guide is not None,
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=splits["eval"],
             loss=loss,
-            evaluator=make_evaluator(splits, "eval", config.evaluation.batch_size),
+            evaluator=make_evaluator(splits, "eval", eval_batch_size, eval_loss),
         )
 
         lineage = (*(commit.lineage if commit else ()), attempt)

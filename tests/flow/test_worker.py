@@ -83,14 +83,13 @@ def test_the_number_of_workers_changes_nothing(trained: Path, name: str) -> None
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
-def test_nor_does_it_change_the_metrics(trained: Path) -> None:
-    one, two = commits(trained, "1-triplet"), commits(trained, "2-triplet")
+@pytest.mark.parametrize("name", LOSSES)
+def test_nor_does_it_change_the_metrics(trained: Path, name: str) -> None:
+    """Nor the loss: the rows that are each other's negatives are those of all ranks."""
+    one, two = commits(trained, f"1-{name}"), commits(trained, f"2-{name}")
     for left, right in zip(one, two, strict=True):
         assert left.step == right.step
-        losses = left.metrics.pop("loss"), right.metrics.pop("loss")
         assert right.metrics == pytest.approx(left.metrics, abs=1e-6)
-        # Batches differ, and the last one is filled up with rows from the beginning.
-        assert losses[1] == pytest.approx(losses[0], rel=0.2)
 
 
 def test_the_plain_trainer_ends_with_the_same_weights(
