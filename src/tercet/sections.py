@@ -125,9 +125,10 @@ class TrainingConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
     """What the forward and backward pass compute in; the weights that are trained and saved are fp32 in any case. tf32
-    and fp16 need a GPU, bf16 one that has it, or a CPU."""
+    and fp16 need a GPU, bf16 one that has it, or a CPU. `auto`: bf16 where the first worker finds it faster than fp32,
+    in a second; the run then keeps to it on all machines."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     no_duplicates: bool = True

@@ -26,6 +26,7 @@ from tercet.errors import Preempted, StorageError, TercetError
 from tercet.lease import Attempt, Lease
 from tercet.parallelism import environment, shards_weights
 from tercet.plan import TrainPlan
+from tercet.precision import settled
 from tercet.quiet import quiet_libraries
 from tercet.retention import retain
 from tercet.storage import Storage, open_storage, retries
@@ -80,10 +81,11 @@ def run_worker(
     from tercet.split_loss import split_loss
     from tercet.trainer import TercetTrainer
 
+    storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
+    plan = settled(plan, storage, use_cpu(plan))
     config = plan.config
     prepare_process(plan.parallelism, use_cpu(plan))
     guide = load_guide(config.loss)  # before the arguments: transformers would shard it for ZeRO-3
-    storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as folder, contextlib.ExitStack() as held:
         # One folder a rank: sentence-transformers' `_save` believes that only one process calls it.
         args = SentenceTransformerTrainingArguments(**training_arguments(plan, Path(folder) / "out"))
@@ -184,6 +186,7 @@ def run_worker(
                 "resumed_from_step": commit.step if commit else 0,
                 "world_size": world_size,
                 "parallelism": plan.parallelism,
+                "precision": config.training.precision,
                 "device": str(args.device),
                 "seconds": finite(seconds, "time"),
                 "storage_retries": dict(retries),

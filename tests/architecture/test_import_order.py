@@ -91,6 +91,7 @@ ORDER = [
     "look_ahead",
     "trainer",
     "training_arguments",
+    "precision",
     "worker",
     "head",
     "controller",

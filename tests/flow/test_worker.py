@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1-accumulated": (1, "ranking", {"gradient_accumulation_steps": 2}),
     "1-seed": (1, "ranking", {"seed": 7}),
     "1-damaged": (1, "ranking", {}),
+    "1-auto": (1, "ranking", {"precision": "auto", "num_epochs": 1}),
     "2-ranking": (2, "ranking", {}),
     "2-triplet": (2, "triplet", {}),
     "2-accumulated": (2, "ranking", {"gradient_accumulation_steps": 2}),
@@ -71,6 +73,13 @@ def test_one_seed_gives_equal_bits(plans: dict[str, Path], trained: Path, enviro
 
 def test_another_seed_gives_other_weights(trained: Path) -> None:
     assert largest_difference(final_weights(trained, "1-ranking"), final_weights(trained, "1-seed")) > 1e-3
+
+
+def test_a_precision_that_was_measured_is_trained_in(trained: Path) -> None:
+    found = json.loads((trained / "runs/1-auto/precision.json").read_text())
+    assert found["precision"] == ("bf16" if found["speed_up"] >= 1.2 else "fp32")
+    assert training_log(trained, "1-auto")["precision"] == found["precision"]
+    assert training_log(trained, "1-ranking")["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("name", ["ranking", "triplet", "accumulated"])
