@@ -133,6 +133,8 @@ def main() -> None:
             night = Night.model_validate_json((folder / "night.json").read_text())
             print(line(number, what, night, storage, time.monotonic() - began), flush=True)
             print(f"      {night.sentence}", flush=True)
+            if night.warning is not None:
+                print(f"      Warning: {night.warning}", flush=True)
             if what == "poisoned":  # a person looks at it, and takes the rows back
                 (incoming / f"{number:02}.jsonl").unlink()
                 publish(storage, before)

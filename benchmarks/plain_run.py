@@ -4,7 +4,8 @@ torchrun --nproc-per-node 2 benchmarks/plain_run.py --rows FOLDER --model FOLDER
 
 The test split before and after training, the eval split before training and after each epoch, the best checkpoint taken
 back at the end. Evaluations are shared by the ranks, in-batch negatives are gathered, duplicates are found by hashes.
-`FOLDER` holds train.jsonl, eval.jsonl and test.jsonl, `FILE` gets the metrics.
+`FOLDER` holds train.jsonl, eval.jsonl, test.jsonl, and corpus.jsonl: all train rows, to search among. `FILE` gets the
+metrics.
 """
 
 import argparse
@@ -52,16 +53,18 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--rows-per-rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=8e-5)
-    parser.add_argument("--max-seq-length", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows-per-rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--max-seq-length", type=int, default=256)
     parser.add_argument("--dataloader-workers", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     splits: dict[str, Rows] = {
         name: [json.loads(line) for line in (arguments.rows / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "eval", "test")
+        for name in ("train", "eval", "test", "corpus")
     }
+    train = splits.pop("train")
     model = SentenceTransformer(arguments.model, device="cpu")
     model.max_seq_length = arguments.max_seq_length
     with tempfile.TemporaryDirectory(prefix="plain-") as folder:
@@ -69,7 +72,7 @@ def main() -> None:
             output_dir=folder,
             per_device_train_batch_size=arguments.rows_per_rank,
             per_device_eval_batch_size=arguments.rows_per_rank,
-            num_train_epochs=1,
+            num_train_epochs=arguments.epochs,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_ratio=0.1,
@@ -99,7 +102,7 @@ def main() -> None:
         trainer = SentenceTransformerTrainer(
             model=model,
             args=args,
-            train_dataset=Dataset.from_list(splits["train"]),
+            train_dataset=Dataset.from_list(train),
             eval_dataset=Dataset.from_list(splits["eval"]),
             loss=MultipleNegativesRankingLoss(model, gather_across_devices=dist.is_initialized()),
             evaluator=evaluator(splits, "eval", 64),

@@ -6,10 +6,10 @@ from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tercet import incidents
@@ -46,8 +46,8 @@ class StartsAreAttempts(DefaultFailurePolicy):  # type: ignore[misc]
         return super().make_decision(training_failed_error)
 
 
-class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc]
-    """A TorchTrainer on one of several numbers of workers."""
+class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """On one of several numbers of workers."""
 
     def __init__(self, *args: Any, world_sizes: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

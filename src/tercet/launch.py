@@ -104,19 +104,19 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
     """One run of Ray Train. Returns what all workers met and others would meet again, or a notice of preemption."""
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-    from tercet.controller import ElasticTorchTrainer, TellsOfDeadWorkers
+    from tercet.controller import ElasticTrainer, TellsOfDeadWorkers
+    from tercet.torch_group import TorchGroup
 
     workers, sizes = plan.config.workers, plan.world_sizes
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     with tempfile.TemporaryDirectory(prefix="tercet-ray-") as folder:
-        trainer = ElasticTorchTrainer(
+        trainer = ElasticTrainer(
             _train_loop,
             world_sizes=sizes,
             train_loop_config={"plan": plan.model_dump_json(), "owner": owner},
-            torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+            backend_config=TorchGroup(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
                 use_gpu=bool(workers.use_gpu),

@@ -23,13 +23,14 @@ from tercet.champion import Champion, Document, model_prefix
 from tercet.checkpoint import read_best
 from tercet.comparison import compare, impact, means
 from tercet.config import Config
-from tercet.errors import AlreadyExists, ObjectNotFound
+from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound
 from tercet.gate_decision import GateDecision, Verdict
 from tercet.incoming import find_sources
 from tercet.index_impact import IndexImpact
 from tercet.manifest import read_head, read_manifest
 from tercet.measured import Measured, Request, measure, read_measured
 from tercet.mine import mine, read_mined
+from tercet.new_rows import suspicion
 from tercet.plan import TrainPlan
 from tercet.publishers import tell
 from tercet.registry import Lineage, Promotion, promote, read_version
@@ -66,6 +67,8 @@ class Night(Document):
     metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """On the test split: of the base model, the champion before and the candidate."""
     index_impact: IndexImpact | None = None
+    warning: str | None = None
+    """Of the new rows; it decides nothing."""
     unix_seconds: float
     """When it was over."""
     seconds: float
@@ -185,12 +188,31 @@ def _judged(storage: Storage, plan: TrainPlan, date: datetime.date, began: float
     present, measured = compared[-1]
     return night.model_copy(
         update={
+            "warning": _warning(storage, plan, measured[_who(present)]),
             "champion_before": present and present.generation,
             "champion": promotion.champion and promotion.champion.generation,
             "metrics": {name: means(storage, plan.run_id, found) for name, found in measured.items()},
             "index_impact": impact(storage, plan, measured[_who(present)], measured["candidate"]),
         }
     )
+
+
+def _warning(storage: Storage, plan: TrainPlan, measured: Measured) -> str | None:
+    try:
+        return suspicion(storage, plan, _version_before(storage, plan), measured)
+    except (ObjectNotFound, CorruptObject) as error:  # the night stands without it
+        return f"The new rows were not looked at: {error.message}"
+
+
+def _version_before(storage: Storage, plan: TrainPlan) -> str | None:
+    """Of the dataset, in the night before this one; else what this version was appended to."""
+    dataset = plan.datasets[0].name
+    for run_id in list_nights(storage, plan.config.name):
+        night = read_night(storage, plan.config.name, run_id)
+        version = night.dataset_versions.get(dataset) if night else None
+        if version not in (None, plan.dataset_version):
+            return version
+    return read_manifest(storage, dataset, plan.dataset_version).parent
 
 
 def _who(champion: Champion | None) -> str:

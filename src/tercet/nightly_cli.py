@@ -45,6 +45,8 @@ def _nights(arguments: argparse.Namespace) -> None:
         night = read_night(storage, arguments.name, run_id)
         if night is not None:
             print(f"{night.date}  {night.outcome:<12}  {run_id}\n    {night.sentence}")
+            if night.warning is not None:
+                print(f"    Warning: {night.warning}")
     if not run_ids:
         print(f"no night of {arguments.name} in {storage.uri}")
 
@@ -52,6 +54,8 @@ def _nights(arguments: argparse.Namespace) -> None:
 def night_text(night: Night) -> str:
     """What a person reads in the morning."""
     lines = [f"Night of {night.date}: {night.outcome.replace('_', ' ')}", f"  {night.sentence}"]
+    if night.warning is not None:
+        lines.append(f"  Warning: {night.warning}")
     data = ", ".join(f"{name} {version}" for name, version in night.dataset_versions.items())
     lines += ["", f"  run       {night.run_id}, {night.seconds:.0f} s", f"  data      {data}"]
     names = sorted({name for found in night.metrics.values() for name in found})

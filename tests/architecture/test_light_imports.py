@@ -49,6 +49,14 @@ def test_files_that_import_numpy_at_most(name: str) -> None:
     assert imported_by(f"import tercet.{name}") <= {"numpy"}
 
 
+def test_torch_is_for_workers_alone() -> None:
+    """Driver and controller would import it one after the other, before the first worker starts."""
+    ray = "import os; os.environ['RAY_TRAIN_V2_ENABLED'] = '1'\nimport tercet.controller, tercet.torch_group"
+    found = imported_by(ray)
+    assert "ray" in found
+    assert "torch" not in found
+
+
 def call(*arguments: str) -> str:
     return (
         "import contextlib, io\nfrom tercet.cli import main\n"

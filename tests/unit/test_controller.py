@@ -18,7 +18,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
 from tercet import incidents
-from tercet.controller import ElasticTorchTrainer, StartsAreAttempts, TellsOfDeadWorkers, WholeBatches
+from tercet.controller import ElasticTrainer, StartsAreAttempts, TellsOfDeadWorkers, WholeBatches
 from tercet.lease import Lease
 from tercet.local_storage import LocalStorage
 
@@ -44,7 +44,7 @@ def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytes
 
     monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", run)
     monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.ObjectRefWrapper", lambda function: function)
-    ElasticTorchTrainer(lambda: None, world_sizes=(2, 4), scaling_config=ScalingConfig(num_workers=num_workers)).fit()
+    ElasticTrainer(lambda: None, world_sizes=(2, 4), scaling_config=ScalingConfig(num_workers=num_workers)).fit()
     assert isinstance(got["scaling_policy"], WholeBatches) == elastic
     assert isinstance(got["failure_policy"], StartsAreAttempts)
 

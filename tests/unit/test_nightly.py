@@ -83,6 +83,8 @@ def test_what_a_person_reads_in_the_morning() -> None:
     index = "  index     83% of ten neighbours stay, scores move by -0.021; embedding 1,000,000 rows again takes 2.5 h"
     assert index in text
     assert text[-1] == "  champion  generation 4, before it 3"
+    odd = night_text(a_night(warning="40 test rows are new, and …")).splitlines()
+    assert odd[2] == "  Warning: 40 test rows are new, and …"
     kept = night_text(a_night(outcome="kept", champion=3)).splitlines()
     assert kept[-1] == "  champion  generation 3"
     nothing = a_night(outcome="nothing_to_do", metrics={}, index_impact=None, champion=None, champion_before=None)
