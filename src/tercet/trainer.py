@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tercet import optimizer_state
 from tercet.crash_point import crash_point
+from tercet.embedding_gradient import embedding_gradient
 from tercet.guards import FiniteNumbers
 from tercet.ledger import Ledger
 from tercet.look_ahead import LookAhead
@@ -74,6 +75,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._finite = FiniteNumbers(self.args.device, scales_loss)
         self.add_callback(self._finite)
+        shares_gradients = parallelism == "ddp" and self.args.world_size > 1
+        self._embedding = embedding_gradient(self.model) if shares_gradients else None
 
     def create_accelerator_and_postprocess(self) -> None:
         """After `Trainer.create_accelerator_and_postprocess`: on CPUs accelerate 1.15 falls back from FSDP to DDP
@@ -151,6 +154,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Around `Trainer.training_step`: writes down which rows the micro-batch was made of, and its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._finite.add_loss(loss)
+        if self._embedding is not None and self.accelerator.sync_gradients:
+            self._embedding.average()
         crash_point("after_backward", self.state.global_step + 1)
         self.ledger.consume(self._batches.handed_out.popleft())
         return loss

@@ -89,6 +89,7 @@ ORDER = [
     "evaluation",
     "record",
     "look_ahead",
+    "embedding_gradient",
     "trainer",
     "training_arguments",
     "precision",

@@ -1,0 +1,127 @@
+"""The gradient of the word embeddings on two ranks: what DistributedDataParallel makes of it, sent row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from sentence_transformers import SentenceTransformer
+
+import tiny_model
+from tercet.embedding_gradient import embedding_gradient
+from tiny_families import FAMILIES, tiny_encoder
+
+VOCABULARY, WIDTH = 50, 4
+# Rows of each rank's micro-batches: few, none in common, one rank with more, most of the vocabulary.
+CASES = {
+    "few": [[[1, 2, 2], [3]], [[2, 7], [9, 9]]],
+    "apart": [[[1, 2]], [[3, 4]]],
+    "uneven": [[[5]], [[5, 6, 7, 8, 9, 10, 11]]],
+    "most": [[list(range(40))], [list(range(10, 50))]],
+}
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(VOCABULARY, WIDTH)
+        self.top = torch.nn.Linear(WIDTH, 1)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.words
+
+
+Encoder.__module__ = "transformers.models.test"  # where an architecture is not a model's own code
+
+
+class Words(torch.nn.Sequential):
+    """As much of a SentenceTransformer as is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Module())
+        self[0].model = Encoder()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self[0].model.top(self[0].model.words(tokens).tanh()).square().sum()
+
+
+def gradients(rank: int, case: str, ours: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Words()
+    embedding = embedding_gradient(model) if ours else None
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # nothing of a step may be left in the next
+        model.zero_grad()
+        model.eval()
+        model(torch.arange(VOCABULARY))  # an evaluation touches nothing
+        model.train()
+        *first, last = CASES[case][rank]
+        with wrapped.no_sync():
+            for tokens in first:
+                wrapped(torch.tensor(tokens)).backward()
+        wrapped(torch.tensor(last)).backward()
+        if embedding is not None:
+            embedding.average()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    found = {case: (gradients(rank, case, True), gradients(rank, case, False)) for case in CASES}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of each rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_average(found: list[dict[str, Any]], case: str) -> None:
+    """Of both ranks, and all micro-batches; the same bits on both."""
+    for ours, theirs in (ranks[case] for ranks in found):
+        assert ours.keys() == theirs.keys()
+        for name, expected in theirs.items():
+            assert float(expected.abs().max()) > 1e-3
+            torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-7)
+    left, right = (ranks[case][0]["0.model.words.weight"] for ranks in found)
+    assert left.equal(right)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "electra"])
+def test_every_family_has_its_embeddings_found(tmp_path: Path, family: str) -> None:
+    model = SentenceTransformer(str(tiny_encoder(tmp_path, family, tiny_model.all_texts())), device="cpu")
+    assert embedding_gradient(model) is not None
+    (ignored,) = model._ddp_params_and_buffers_to_ignore
+    assert model.get_parameter(ignored).shape[0] >= len(model.tokenizer)
+
+
+def _frozen(model: Any) -> None:
+    model[0].model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def _tied(model: Any) -> None:
+    model[0].again = torch.nn.Linear(32, 8, bias=False)
+    model[0].again.weight = model[0].model.get_input_embeddings().weight
+
+
+def _own_code(model: Any) -> None:
+    kind = type(model[0].model)
+    model[0].model.__class__ = type(kind.__name__, (kind,), {"__module__": "transformers_modules.someone"})
+
+
+@pytest.mark.parametrize("change", [_frozen, _tied, _own_code])
+def test_what_is_left_to_the_library(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    model = SentenceTransformer(str(tiny_encoder(tmp_path, "bert", tiny_model.all_texts())), device="cpu")
+    change(model)
+    assert embedding_gradient(model) is None
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
