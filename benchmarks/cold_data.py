@@ -74,6 +74,9 @@ def download(storage: Storage, uri: str, folder: Path) -> dict[str, float]:
 
 def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     """As `worker.run_worker` gets there."""
+    import datasets  # noqa: F401  # what a worker has anyway
+    import pyarrow.parquet  # noqa: F401
+
     from tercet.dataset import load_split
     from tercet.sampling import DatasetRows, RankBatches, num_steps_per_epoch
     from tercet.text_ids import text_ids
