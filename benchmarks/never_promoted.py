@@ -25,17 +25,16 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 import tiny_model  # noqa: E402
+from published import as_best_model  # noqa: E402
 from tercet.champion import Champion, read_champion  # noqa: E402
-from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files  # noqa: E402
+from tercet.checkpoint import Commit  # noqa: E402
 from tercet.checks import RepeatCounter  # noqa: E402
 from tercet.comparison import compare  # noqa: E402
 from tercet.config import Config  # noqa: E402
 from tercet.errors import NonFiniteError  # noqa: E402
 from tercet.gate_decision import GateDecision  # noqa: E402
-from tercet.lease import Attempt  # noqa: E402
 from tercet.measured import Measured, Request, measure, read_measured  # noqa: E402
 from tercet.registry import Lineage, promote, register, serve  # noqa: E402
-from tercet.sealed import seal  # noqa: E402
 from tercet.shards import build_version  # noqa: E402
 from tercet.storage import Storage, open_storage  # noqa: E402
 from tercet.survey import survey  # noqa: E402
@@ -90,18 +89,14 @@ class Trial:
 
     def store(self, run_id: str, weights: Weights) -> Commit:
         """As the best model of a run."""
-        local, key = self._folder / run_id, best_prefix(run_id)
+        local = self._folder / run_id
         for path in self._model.rglob("*"):
             if path.is_file():
                 target = local / path.relative_to(self._model)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
         save_file(weights, local / "model.safetensors", metadata={"format": "pt"})
-        attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
-        files = upload_files(self.storage, local, key)
-        commit = Commit(step=1, epoch=1.0, lineage=(attempt,), folder=key, metrics={}, files=files)
-        self.storage.put(f"{key}/{COMMIT}", seal(commit))
-        return commit
+        return as_best_model(self.storage, run_id, local)
 
     def measured(self, who: str, commit: Commit) -> Measured:
         request = Request(who=who, commit=commit, out_of_domain={})

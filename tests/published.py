@@ -16,16 +16,22 @@ from tercet.storage import Storage
 
 def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage:
     """Two files and a COMMIT below runs/<run_id>/best; where the run comes from."""
-    folder = best_prefix(run_id)
     with tempfile.TemporaryDirectory() as local:
         (Path(local) / "model.safetensors").write_bytes(weights or run_id.encode() * 500)
         (Path(local) / "1_Pooling").mkdir()
         (Path(local) / "1_Pooling" / "config.json").write_text(f'{{"of": "{run_id}"}}')
-        files = upload_files(storage, Path(local), folder)
-    attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
-    commit = Commit(step=8, epoch=1.0, lineage=(attempt,), folder=folder, metrics={"ndcg@10": 0.5}, files=files)
-    storage.put(f"{folder}/{COMMIT}", seal(commit))
+        as_best_model(storage, run_id, Path(local), {"ndcg@10": 0.5})
     return Lineage(run_id=run_id, recipe_hash="370c47fc", dataset_versions={"poems": "0123456789abcdef"})
+
+
+def as_best_model(storage: Storage, run_id: str, folder: Path, metrics: dict[str, float] | None = None) -> Commit:
+    """The files of a folder, committed as the best model of a run."""
+    prefix = best_prefix(run_id)
+    attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
+    files = upload_files(storage, folder, prefix)
+    commit = Commit(step=8, epoch=1.0, lineage=(attempt,), folder=prefix, metrics=metrics or {}, files=files)
+    storage.put(f"{prefix}/{COMMIT}", seal(commit))
+    return commit
 
 
 def decision(verdict: Verdict = "promote", sentence: str = "It is better.") -> GateDecision:

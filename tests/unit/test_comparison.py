@@ -15,19 +15,18 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 import tiny_model
-from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
+from published import as_best_model
+from tercet.checkpoint import Commit
 from tercet.checks import RepeatCounter
 from tercet.comparison import compare, impact, means, pair
 from tercet.config import Config
 from tercet.errors import CorruptObject, NonFiniteError
 from tercet.evaluation import evaluate
-from tercet.lease import Attempt
 from tercet.manifest import read_manifest
 from tercet.measured import Measured, Request, measure, read_measured, read_table
 from tercet.mix import load_splits
 from tercet.night_sections import SliceConfig
 from tercet.plan import TrainPlan
-from tercet.sealed import seal
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage
 from tercet.survey import survey
@@ -55,16 +54,6 @@ def build(storage: Storage, folder: Path, rows: list[dict[str, Any]], name: str 
 def plan(storage: Storage, model_dir: Path, **gate: Any) -> TrainPlan:
     document = tiny_model.recipe(model_dir, storage.uri, gate={"min_groups": 10, **gate})
     return survey(Config.model_validate(document), "a-run")[1]
-
-
-def stored(storage: Storage, run_id: str, folder: Path) -> Commit:
-    """A model's folder as the best model of a run."""
-    key = best_prefix(run_id)
-    attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
-    files = upload_files(storage, folder, key)
-    commit = Commit(step=8, epoch=1.0, lineage=(attempt,), folder=key, metrics={}, files=files)
-    storage.put(f"{key}/{COMMIT}", seal(commit))
-    return commit
 
 
 @pytest.fixture
@@ -100,7 +89,7 @@ def test_another_model_is_compared_on_the_same_rows(
     rows = [{**row, "lang": "ab"[number % 2]} for number, row in enumerate(tiny_model.triplets(NUM_ROWS))]
     build(storage, tmp_path, rows, slices=["lang"])
     made = plan(storage, model_dir, slices={"short": {"max_chars": 13}})
-    base, other = done(storage, made, "base", None), stored(storage, "b", changed("noisy", 0.5))
+    base, other = done(storage, made, "base", None), as_best_model(storage, "b", changed("noisy", 0.5))
     candidate = done(storage, made, "candidate", other)
     decision = compare(storage, made, base, candidate, "base model")
     assert decision.verdict != "promote"
@@ -132,8 +121,8 @@ def test_the_champion_itself_is_no_candidate(
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made, folder = plan(storage, model_dir), changed("noisy", 0.1)
-    champion = done(storage, made, "champion-1", stored(storage, "a", folder))
-    candidate = done(storage, made, "candidate", stored(storage, "b", folder))
+    champion = done(storage, made, "champion-1", as_best_model(storage, "a", folder))
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
     decision = compare(storage, made, champion, candidate, "champion")
     assert (decision.verdict, decision.reasons) == ("refused", ("no_op",))
 
@@ -155,7 +144,7 @@ def test_answers_of_the_test_split_among_the_rows_trained_on_are_found(
     ]
     build(storage, tmp_path, [*rows, *twins])
     made = plan(storage, model_dir)
-    candidate = done(storage, made, "candidate", stored(storage, "b", changed("noisy", 0.1)))
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.1)))
     splits = {split: _pairs(storage, made, split) for split in ("train", "test")}
     expected = sum(found in set(splits["test"]) for found in splits["train"])
     assert expected > 0
@@ -178,7 +167,7 @@ def test_what_a_model_must_not_forget(
     made = plan(storage, model_dir, out_of_domain=[{"name": "far"}])
     far = {"far": read_manifest(storage, "far").version}
     base = done(storage, made, "base", None, **far)
-    candidate = done(storage, made, "candidate", stored(storage, "b", changed("noisy", 0.5)), **far)
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.5)), **far)
     decision = compare(storage, made, base, candidate, "base model")
     [guard] = decision.out_of_domain
     assert guard.name == "far"
@@ -192,7 +181,7 @@ def test_a_model_that_makes_nan_is_named(
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made = plan(storage, model_dir)
     with pytest.raises(NonFiniteError, match="embeddings of"):
-        done(storage, made, "candidate", stored(storage, "b", changed("broken", float("nan"))))
+        done(storage, made, "candidate", as_best_model(storage, "b", changed("broken", float("nan"))))
 
 
 def test_nan_where_no_row_comes_by_is_found(
@@ -204,7 +193,7 @@ def test_nan_where_no_row_comes_by_is_found(
     weights = load_file(folder / "model.safetensors")
     weights["embeddings.position_embeddings.weight"][-1, :3] = float("inf")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    candidate = done(storage, made, "candidate", stored(storage, "b", folder))
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
     assert candidate.num_non_finite_weights == 3
     decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
     assert (decision.verdict, decision.reasons) == ("refused", ("non_finite",))
@@ -222,7 +211,7 @@ def test_what_was_measured_is_kept_and_checked(
     assert done(storage, made, "base", None) == base
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # not measured again
 
-    commit = stored(storage, "b", changed("noisy", 0.1))
+    commit = as_best_model(storage, "b", changed("noisy", 0.1))
     assert read_measured(storage, made.run_id, Request(who="base", commit=commit, out_of_domain={})) is None
 
     whole = (folder / "MEASURED").read_bytes()

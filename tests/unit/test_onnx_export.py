@@ -13,10 +13,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import tiny_model
+from published import as_best_model
 from tercet import onnx_export
-from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
 from tercet.config import Config
-from tercet.lease import Attempt
 from tercet.onnx_export import Exported
 from tercet.publishers import tell
 from tercet.registry import Lineage, register, serve
@@ -43,10 +42,7 @@ def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config = Config.model_validate(tiny_model.recipe(model_dir, storage.uri, nightly=publish))
     plan = survey(config, "a-run")[1]
     storage.put(plan_key("a-run"), seal(plan))
-    attempt, folder = Attempt(name="a", generation=1, first_step=0, world_size=1), best_prefix("a-run")
-    files = upload_files(storage, model_dir, folder)
-    commit = Commit(step=1, epoch=1.0, lineage=(attempt,), folder=folder, metrics={}, files=files)
-    storage.put(f"{folder}/{COMMIT}", seal(commit))
+    as_best_model(storage, "a-run", model_dir)
     lineage = Lineage(run_id="a-run", recipe_hash="", dataset_versions={"tiny": plan.dataset_version})
     serve(storage, register(storage, "tiny", lineage, "me"), None, "by hand", "the first", "me")
     return config
