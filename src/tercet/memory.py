@@ -113,9 +113,7 @@ def memory_of(
     # Gradients are whole all the same while they add up: under DeepSpeed over the several backward passes of a cached
     # loss (see trainer.py), under FSDP2 over the accumulation steps (accelerate reduces them at the last).
     match parallelism:
-        case "ddp" if num_workers > 1:
-            gradients *= 2  # the reducer's buckets are copies, but for `gradient_as_bucket_view`, which nothing sets
-        case "ddp":
+        case "ddp":  # gradients lie in the buckets that are sent
             pass
         case "zero1" | "zero2":
             # DeepSpeed updates a copy of its own shard of the weights, also where they are fp32 already.

@@ -79,9 +79,11 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self._embedding = embedding_gradient(self.model) if shares_gradients else None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """After `Trainer.create_accelerator_and_postprocess`: on CPUs accelerate 1.15 falls back from FSDP to DDP
-        without a word, though it can do it, so it is told to."""
+        """After `Trainer.create_accelerator_and_postprocess`: DDP is told to keep gradients in the buckets that it
+        sends, not beside them. On CPUs accelerate 1.15 falls back from FSDP to DDP without a word, though it can do it,
+        so it is told to."""
         super().create_accelerator_and_postprocess()
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self._parallelism == "fsdp2" and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
