@@ -8,6 +8,7 @@ pass this gradient comes last.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ class EmbeddingGradient:
 
 def embedding_gradient(model: Any) -> EmbeddingGradient | None:
     """Of a SentenceTransformer that is to be wrapped. None where they are not trained, tied to another weight, or
-    of a model's own code."""
+    of a model's own code; and where it would not pay."""
+    if not _pays():
+        return None
     encoder: Any = getattr(model[0], "model", None)
     # A model's own code might look rows up without calling the module.
     if not type(encoder).__module__.startswith("transformers.models."):
@@ -63,6 +66,14 @@ def embedding_gradient(model: Any) -> EmbeddingGradient | None:
         return None
     names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is embedding.weight]
     return EmbeddingGradient(model, names[0], embedding) if len(names) == 1 else None
+
+
+def _pays() -> bool:
+    """Between CPUs, and between machines. GPUs of one machine send tens of megabytes in less time than each step would
+    wait here, for the numbers of rows to come from the GPU (not measured)."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size > 1 and (dist.get_backend() == "gloo" or ranks_here < world_size)
 
 
 def _gather(own: torch.Tensor) -> list[torch.Tensor]:

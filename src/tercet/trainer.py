@@ -75,8 +75,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._finite = FiniteNumbers(self.args.device, scales_loss)
         self.add_callback(self._finite)
-        shares_gradients = parallelism == "ddp" and self.args.world_size > 1
-        self._embedding = embedding_gradient(self.model) if shares_gradients else None
+        self._embedding = embedding_gradient(self.model) if parallelism == "ddp" else None
 
     def create_accelerator_and_postprocess(self) -> None:
         """After `Trainer.create_accelerator_and_postprocess`: DDP is told to keep gradients in the buckets that it

@@ -97,9 +97,36 @@ def test_it_is_the_average(found: list[dict[str, Any]], case: str) -> None:
     assert left.equal(right)
 
 
+@pytest.fixture
+def several_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets this process take itself for a rank."""
+
+    def set_up(world_size: int = 2, backend: str = "gloo", ranks_here: int = 2) -> None:
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+        monkeypatch.setattr(dist, "get_backend", lambda: backend)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pays"),
+    [((2, "gloo", 2), True), ((8, "nccl", 8), False), ((16, "nccl", 8), True), ((1, "gloo", 1), False)],
+)
+def test_where_it_pays(several_ranks: Callable[..., None], ranks: tuple[int, str, int], pays: bool) -> None:
+    several_ranks(*ranks)
+    assert (embedding_gradient(Words()) is not None) == pays
+
+
+def test_not_without_a_process_group() -> None:
+    assert embedding_gradient(Words()) is None
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "electra"])
-def test_every_family_has_its_embeddings_found(tmp_path: Path, family: str) -> None:
+def test_every_family_has_its_embeddings_found(tmp_path: Path, several_ranks: Callable[..., None], family: str) -> None:
     model = SentenceTransformer(str(tiny_encoder(tmp_path, family, tiny_model.all_texts())), device="cpu")
+    several_ranks()
     assert embedding_gradient(model) is not None
     (ignored,) = model._ddp_params_and_buffers_to_ignore
     assert model.get_parameter(ignored).shape[0] >= len(model.tokenizer)
@@ -120,8 +147,11 @@ def _own_code(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_frozen, _tied, _own_code])
-def test_what_is_left_to_the_library(tmp_path: Path, change: Callable[[Any], None]) -> None:
+def test_what_is_left_to_the_library(
+    tmp_path: Path, several_ranks: Callable[..., None], change: Callable[[Any], None]
+) -> None:
     model = SentenceTransformer(str(tiny_encoder(tmp_path, "bert", tiny_model.all_texts())), device="cpu")
     change(model)
+    several_ranks()
     assert embedding_gradient(model) is None
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
