@@ -55,11 +55,13 @@ def gradients(rank: int, case: str, ours: bool) -> dict[str, torch.Tensor]:
     model = Words()
     embedding = embedding_gradient(model) if ours else None
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):  # nothing of a step may be left in the next
+    for _ in range(2):
         model.zero_grad()
         model.eval()
-        model(torch.arange(VOCABULARY))  # an evaluation touches nothing
+        model(torch.arange(VOCABULARY))
         model.train()
+        # Neither an evaluation nor the step before: rows would be sent for nothing, more in each step.
+        assert embedding is None or not embedding._touched
         *first, last = CASES[case][rank]
         with wrapped.no_sync():
             for tokens in first:
