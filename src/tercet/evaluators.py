@@ -105,15 +105,9 @@ def _gather(own: torch.Tensor) -> torch.Tensor:
     return torch.cat(gathered)
 
 
-def _gathers_weights(model: Any) -> bool:
-    """Under FSDP2 or DeepSpeed's ZeRO-3."""
-    return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def _pass_without_inference_mode(model: Any) -> None:
-    """FSDP2 makes the tensors that it gathers weights into in the first pass, and ZeRO-3 keeps small ones gathered.
-    Were that pass one of `encode`, which is in inference mode, the model could not be trained any more: "Inference
-    tensors cannot be saved for backward"."""
+    """FSDP2 makes the tensors that it gathers weights into in the first pass. Were that one of `encode`, which is in
+    inference mode, the model could not be trained any more: "Inference tensors cannot be saved for backward"."""
     model.eval()
     with torch.no_grad():
         model(batch_to_device(model.preprocess(["a"]), model.device))
@@ -210,7 +204,7 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         """Metrics by name, of all evaluators. Raises NonFiniteError, on all ranks."""
-        if _gathers_weights(model):
+        if isinstance(model, FSDPModule):
             _pass_without_inference_mode(model)
         try:
             metrics: dict[str, float] = super().__call__(model, output_path, epoch, steps)

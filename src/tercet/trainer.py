@@ -123,7 +123,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         encoding (see evaluators.py), so that sharded models meet in each forward pass."""
         self._ahead.rest()
         self._finite.check(self.state.global_step, self.model)
-        if self._loss_reads_texts:
+        # ZeRO-3 must meet passes outside of inference mode before those of `encode`, or the model cannot be trained any
+        # more: "Inference tensors cannot be saved for backward". The loss of these is replaced by the evaluator's.
+        if self._loss_reads_texts or self._parallelism in ("zero3", "zero3_offload"):
             output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         else:
             output = EvalLoopOutput(None, None, {}, len(self.eval_dataset))
