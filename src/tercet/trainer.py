@@ -127,8 +127,10 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         # ZeRO-3 must meet passes outside of inference mode before those of `encode`, or the model cannot be trained any
         # more: "Inference tensors cannot be saved for backward". The loss of these is replaced by the evaluator's.
         if self._loss_reads_texts or self._parallelism in ("zero3", "zero3_offload"):
-            drawn = random.getstate()  # by a Matryoshka, for which widths to use: the training's draws go on from here
-            output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            # A Matryoshka draws widths, a DataLoader a seed: the training's draws go on as if they had not.
+            drawn = random.getstate()
+            with torch.random.fork_rng(devices=[]):
+                output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             random.setstate(drawn)
         else:
             output = EvalLoopOutput(None, None, {}, len(self.eval_dataset))
