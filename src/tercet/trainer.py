@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from tercet import optimizer_state
 from tercet.crash_point import crash_point
@@ -36,9 +38,6 @@ from tercet.sharding import (
 )
 
 logger = logging.getLogger("tercet")
-
-# Off until it is known why a run with dropout did not go on to the same bits.
-LOOKS_AHEAD = False
 
 
 class EpochLoader(DataLoader):  # type: ignore[misc]
@@ -113,7 +112,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
         """Around `Trainer.get_batch_samples`: what the next step needs is made while this one runs."""
         make = functools.partial(super().get_batch_samples, epoch_iterator, *args)
-        return self._ahead.get(epoch_iterator, make) if LOOKS_AHEAD and not self._loss_reads_texts else make()
+        return make() if self._loss_reads_texts else self._ahead.get(epoch_iterator, make)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Instead of `BaseTrainer.add_model_card_callback`: nothing. It encodes examples for a card that tercet
@@ -125,9 +124,16 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         encoding (see evaluators.py), so that sharded models meet in each forward pass."""
         self._ahead.rest()
         self._finite.check(self.state.global_step, self.model)
-        # Its loss is replaced by the evaluator's, but the passes stay: without them a run with dropout did not go on to
-        # the same bits, and ZeRO-3 kept weights that were gathered in inference mode.
-        output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # ZeRO-3 must meet passes outside of inference mode before those of `encode`, or the model cannot be trained any
+        # more: "Inference tensors cannot be saved for backward". The loss of these is replaced by the evaluator's.
+        if self._loss_reads_texts or self._parallelism in ("zero3", "zero3_offload"):
+            # A Matryoshka draws widths, a DataLoader a seed: the training's draws go on as if they had not.
+            drawn = random.getstate()
+            with torch.random.fork_rng(devices=[]):
+                output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            random.setstate(drawn)
+        else:
+            output = EvalLoopOutput(None, None, {}, len(self.eval_dataset))
         crash_point("in_evaluation", self.state.global_step)
         metrics = self.evaluator(self.model, epoch=self.state.epoch, steps=self.state.global_step)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
