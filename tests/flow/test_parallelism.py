@@ -205,7 +205,7 @@ def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, drop
     for name in names:
         runs.rewind(name, f"{name}-again", step=11)
         training = {"num_epochs": 3, "precision": "bf16" if "bf16" in name else "fp32"}
-        workers = {"packing": "packed" if "packed" in name else "plain"}
+        workers = {"packing": "packed" if "packed" in name else "auto"}
         runs.add(f"{name}-again", name.split("-")[0], dropout_model_dir, training=training, workers=workers)
     assert runs.go().count("resuming from the checkpoint of step 11") == 2 * len(names)
     for name in names:
