@@ -13,7 +13,7 @@ from tercet.errors import CorruptObject
 from tercet.gate import decide
 from tercet.gate_decision import GateDecision, Origin
 from tercet.index_impact import IndexImpact, index_impact
-from tercet.measured import TEST, Measured, read_table
+from tercet.measured import TEST, Measured, groups_of, read_table
 from tercet.night_sections import SliceConfig
 from tercet.paired import Paired, slices_of
 from tercet.plan import TrainPlan
@@ -99,8 +99,7 @@ def pair(metric: str, before: pa.Table, after: pa.Table, rules: Mapping[str, Sli
         name: np.array([rule.holds(text) for text in before[rule.column].to_pylist()], dtype=np.bool_)
         for name, rule in rules.items()
     }
-    groups = before["group" if "group" in before.column_names else "anchor"].to_pylist()
-    return Paired.of(metric, before[metric].to_numpy(), after[metric].to_numpy(), groups, slices)
+    return Paired.of(metric, before[metric].to_numpy(), after[metric].to_numpy(), groups_of(before), slices)
 
 
 def means(storage: Storage, run_id: str, measured: Measured) -> dict[str, float]:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from tercet.ranks import gather
+
 
 class EmbeddingGradient:
     """Takes the word embeddings of a model out of DistributedDataParallel's hands."""
@@ -37,19 +39,18 @@ class EmbeddingGradient:
         own = torch.cat(self._touched).unique()
         self._touched.clear()
         world_size = dist.get_world_size()
-        counts = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(world_size)]
-        dist.all_gather(counts, torch.tensor([len(own)], device=own.device))
-        most = max(int(count) for count in counts)
+        counts = torch.cat(gather(torch.tensor([len(own)], device=own.device))).tolist()
+        most = max(counts)
         if world_size * most >= len(gradient):  # a large batch touches most of the vocabulary
             dist.all_reduce(gradient.div_(world_size))
             return
         rows = gradient.new_zeros(most, gradient.shape[1])
         rows[: len(own)] = gradient[own] / world_size
         numbers = torch.nn.functional.pad(own, (0, most - len(own)))
-        all_rows, all_numbers = _gather(rows), _gather(numbers)
+        all_rows, all_numbers = gather(rows), gather(numbers)
         gradient.index_fill_(0, own, 0.0)
         for count, their_numbers, their_rows in zip(counts, all_numbers, all_rows, strict=True):
-            gradient.index_add_(0, their_numbers[: int(count)], their_rows[: int(count)])
+            gradient.index_add_(0, their_numbers[:count], their_rows[:count])
 
 
 def embedding_gradient(model: Any) -> EmbeddingGradient | None:
@@ -74,9 +75,3 @@ def _pays() -> bool:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return world_size > 1 and (dist.get_backend() == "gloo" or ranks_here < world_size)
-
-
-def _gather(own: torch.Tensor) -> list[torch.Tensor]:
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
-    return gathered

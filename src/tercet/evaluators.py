@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tercet.errors import NonFiniteError
 from tercet.guards import NOT_FINITE_HINT
+from tercet.ranks import gather
 
 EXAMPLE_CHARS = 80
 
@@ -95,14 +96,7 @@ def _encode(model: Any, texts: list[str], role: str, batch_size: int) -> torch.T
     if num_ranks == 1:
         return embeddings
     place = {index: (turn % num_ranks) * texts_per_rank + turn // num_ranks for turn, index in enumerate(order)}
-    return _gather(embeddings)[[place[index] for index in range(len(texts))]]
-
-
-def _gather(own: torch.Tensor) -> torch.Tensor:
-    """The tensors of all ranks, which are of one shape, one after the other."""
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own.contiguous())
-    return torch.cat(gathered)
+    return torch.cat(gather(embeddings))[[place[index] for index in range(len(texts))]]
 
 
 def _pass_without_inference_mode(model: Any) -> None:
@@ -161,7 +155,7 @@ def _mean_over_ranks(
     """Means over all queries, from each rank's over its own."""
     values = [value for by_name in scores.values() for by_k in by_name.values() for value in by_k.values()]
     sums = torch.tensor([[num_queries * value for value in (1.0, *values)]], dtype=torch.float64, device=device)
-    num_all, *totals = _gather(sums).sum(dim=0).tolist()
+    num_all, *totals = torch.cat(gather(sums)).sum(dim=0).tolist()
     means = (total / num_all for total in totals)
     return {
         function: {name: {k: next(means) for k in by_k} for name, by_k in by_name.items()}

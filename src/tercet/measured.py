@@ -122,6 +122,12 @@ def read_table(storage: Storage, run_id: str, measured: Measured, data: str, kin
         return pq.read_table(path)
 
 
+def groups_of(table: pa.Table) -> list[str]:
+    """The group of each row of such a table: rows that are alike, of one `group` or else of one anchor."""
+    groups: list[str] = table["group" if "group" in table.column_names else "anchor"].to_pylist()
+    return groups
+
+
 def _write(folder: Path, data: str, *tables: pa.Table | None) -> None:
     import pyarrow.parquet as pq
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tercet.dataset import cache_dir_of, load_split
 from tercet.manifest import read_manifest
-from tercet.measured import TEST, Measured, read_table
+from tercet.measured import TEST, Measured, groups_of, read_table
 from tercet.plan import TrainPlan
 from tercet.storage import Storage
 
@@ -32,10 +32,8 @@ def suspicion(storage: Storage, plan: TrainPlan, before: str | None, measured: M
         return None
     manifest = read_manifest(storage, plan.datasets[0].name, before)
     known = set(load_split(storage, manifest, TEST, cache_dir_of(plan.config.workers), ["anchor"])["anchor"])
-    anchors = table["anchor"].to_pylist()
-    groups = table["group"].to_pylist() if "group" in table.column_names else anchors
-    is_new = np.array([anchor not in known for anchor in anchors], dtype=np.bool_)
-    return warning("ndcg@10", table["ndcg@10"].to_numpy(), groups, is_new)
+    is_new = np.array([anchor not in known for anchor in table["anchor"].to_pylist()], dtype=np.bool_)
+    return warning("ndcg@10", table["ndcg@10"].to_numpy(), groups_of(table), is_new)
 
 
 def warning(

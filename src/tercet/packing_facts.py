@@ -23,19 +23,18 @@ _OLD_POOLING = {
 }
 
 
-def read_packing_facts(config: Config) -> Facts | None:
-    """Of the recipe's model, its loss, and the loss's guide. None where the files of one are not on this machine.
-
-    Raises as `locate`."""
-    facts = _of_model(config.model, config.loss.is_cached)
+def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
+    """Of the recipe's model, whose files are in `folder`, its loss, and the loss's guide. None where the files of one
+    are not on this machine. Raises as `locate`, of the guide."""
+    facts = _of_model(config.model, folder, config.loss.is_cached)
     if facts is None or not isinstance(config.loss, GuidedLossConfig):
         return facts
-    guide = _of_model(ModelConfig(name_or_path=config.loss.guide), config.loss.is_cached)
+    model = ModelConfig(name_or_path=config.loss.guide)
+    guide = _of_model(model, locate(model), config.loss.is_cached)
     return None if guide is None else facts._replace(guide_obstacle=obstacle(guide))
 
 
-def _of_model(model: ModelConfig, is_cached: bool) -> Facts | None:
-    folder = locate(model)
+def _of_model(model: ModelConfig, folder: Path | None, is_cached: bool) -> Facts | None:
     if folder is None:
         return None
     transformer = _module(folder, "Transformer") or folder

@@ -33,7 +33,7 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
     champion = planned_champion(storage, config, run_id)
     seen = [_seen(storage, champion, found) for found in manifests]
     facts = read_facts(folder) if folder else None
-    packing_facts = read_packing_facts(config)
+    packing_facts = read_packing_facts(config, folder)
     return storage, make_plan(config, manifest, facts, today, run_id, share, mix, champion, seen, packing_facts)
 
 

@@ -84,6 +84,7 @@ ORDER = [
     "lora",
     "model",
     "optimizer_state",
+    "ranks",
     "evaluators",
     "split_loss",
     "evaluation",

