@@ -39,6 +39,17 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def prepare_environment() -> None:
+    """What a head, its jobs and their workers inherit: a token of this process alone, one thread a worker."""
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_worker_niceness="0",
+        OMP_NUM_THREADS="1",
+        PATH=f"{BIN}:{os.environ['PATH']}",  # a job runs the `python` of the cluster's PATH
+    )
+
+
 def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[bytes]:
     """`ray start --head` in the foreground, as a child of ours."""
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
@@ -96,13 +107,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
-    os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
-        RAY_worker_niceness="0",
-        OMP_NUM_THREADS="1",
-        PATH=f"{BIN}:{os.environ['PATH']}",  # a job runs the `python` of the cluster's PATH
-    )
+    prepare_environment()
     port, dashboard_port = free_port(), free_port()
     results: dict[str, list[dict[str, float]]] = {"torchrun": [], "ray job": []}
     with tempfile.TemporaryDirectory(prefix="rb-") as folder:
