@@ -36,6 +36,15 @@ FIRST_DAY = datetime.datetime(2026, 1, 1, 22, tzinfo=datetime.timezone.utc)
 Row = dict[str, str]
 
 
+def triplets_by_group(source: Path | None, rng: random.Random) -> list[Row]:
+    """Of a file, or the demo's: whole groups at a time in an order that is drawn, as documents come in."""
+    text = source.read_text().splitlines() if source else []
+    rows: list[Row] = [json.loads(found) for found in text] or stdlib_triplets()
+    groups = sorted({row["group"] for row in rows})
+    place = dict(zip(rng.sample(groups, len(groups)), range(len(groups)), strict=True))
+    return sorted(rows, key=lambda row: place[row["group"]])
+
+
 def recipe(store: Path, incoming: Path) -> str:
     """That of the demo, with what a night needs."""
     document = yaml.safe_load((REPOSITORY / "ray_jobs/recipes/demo.yaml").read_text())
@@ -101,12 +110,8 @@ def main() -> None:
         night = nightly(load_config(Path(arguments.do[0])), "benchmark", print, now)
         Path(arguments.do[0]).with_name("night.json").write_text(night.model_dump_json())
         return
-    text = arguments.triplets.read_text().splitlines() if arguments.triplets else []
-    rows: list[Row] = [json.loads(found) for found in text] or stdlib_triplets()
     rng = random.Random(arguments.seed)
-    groups = sorted({row["group"] for row in rows})
-    place = dict(zip(rng.sample(groups, len(groups)), range(len(groups)), strict=True))
-    rows.sort(key=lambda row: place[row["group"]])  # whole groups at a time, as documents come in
+    rows = triplets_by_group(arguments.triplets, rng)
     with tempfile.TemporaryDirectory(prefix="nights-") as name:
         folder = Path(name)
         store, incoming, path = folder / "store", folder / "incoming", folder / "recipe.yaml"

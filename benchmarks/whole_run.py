@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import secrets
 import signal
 import statistics
 import subprocess
@@ -25,10 +24,10 @@ from pathlib import Path
 import yaml
 
 from cpu import machine_cpu_seconds
-from launch import BIN, free_port, start_head
+from launch import BIN, free_port, prepare_environment, start_head
+from nights import triplets_by_group
 from tercet.cli import main as tercet_main
 from tercet.config import load_config
-from tercet.demo import stdlib_triplets
 from tercet.mix import load_splits
 from tercet.model_source import locate
 from tercet.shards import build_version
@@ -99,10 +98,7 @@ def write_rows(recipe: Path, folder: Path) -> Path:
 
 def some_rows(source: Path | None, num_rows: int, path: Path) -> None:
     """Whole groups drawn at random, until there are so many rows."""
-    rows = [json.loads(line) for line in source.read_text().splitlines()] if source else stdlib_triplets()
-    groups = sorted({row["group"] for row in rows})
-    place = dict(zip(random.Random(0).sample(groups, len(groups)), range(len(groups)), strict=True))
-    rows.sort(key=lambda row: place[row["group"]])
+    rows = triplets_by_group(source, random.Random(0))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:num_rows]))
 
 
@@ -115,14 +111,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     arguments = parser.parse_args()
-    os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
-        RAY_worker_niceness="0",
-        OMP_NUM_THREADS="1",
-        TOKENIZERS_PARALLELISM="false",
-        PATH=f"{BIN}:{os.environ['PATH']}",  # a job runs the `python` of the cluster's PATH
-    )
+    prepare_environment()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     port, dashboard_port = free_port(), free_port()
     results: dict[str, list[Measured]] = {
         f"{side} {precision}": [] for precision in arguments.precision for side in ("plain", "tercet")
