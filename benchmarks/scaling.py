@@ -32,6 +32,7 @@ def train(arguments: argparse.Namespace) -> None:
     from tercet.encoder import freeze_unused, load_model
     from tercet.loss import make_loss
     from tercet.loss_config import MultipleNegativesRankingLossConfig
+    from tercet.mix import row_bytes
     from tercet.packed_model import prepare
     from tercet.quiet import quiet_libraries
     from tercet.sampling import DatasetRows, RankBatches
@@ -72,7 +73,13 @@ def train(arguments: argparse.Namespace) -> None:
         loss = make_loss(MultipleNegativesRankingLossConfig(name="MultipleNegativesRankingLoss"), model)
         global_batch_size = BATCH_SIZE * world_size
         batches = RankBatches(
-            [DatasetRows(len(rows), num_steps, None)], global_batch_size, 1, args.process_index, world_size, 0
+            [DatasetRows(len(rows), num_steps, None)],
+            global_batch_size,
+            1,
+            args.process_index,
+            world_size,
+            0,
+            row_bytes(rows, model.max_seq_length),
         )
         shared: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "loss": loss}
         trainer = TercetTrainer(batches, "ddp", None, False, False, prepare(model, "packed"), **shared)

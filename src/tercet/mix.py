@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from tercet.checks import text_hash
 from tercet.dataset_plan import PlannedDataset
 from tercet.errors import ConfigError
 from tercet.plan import TrainPlan
 from tercet.replay import kept_rows
-from tercet.sampling import DatasetRows, subset
+from tercet.sampling import DatasetRows, RowBytes, Rows, subset
 from tercet.storage import Storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BYTES_PER_TOKEN = 5  # at most, about: English prose has 4, shell commands 2
 NUM_EXAMPLES = 3
 EXAMPLE_CHARS = 80
 
@@ -64,6 +69,23 @@ def together(datasets: Sequence[Dataset]) -> Dataset:
     if len(datasets) == 1:
         return datasets[0]
     return concatenate_datasets(list(datasets)).with_transform(_own_columns)
+
+
+def row_bytes(rows: Dataset, max_tokens: int | None) -> RowBytes:
+    """How much there is to compute for a row, about: the bytes of its texts. Those beyond `max_tokens` tokens of a text
+    are cut off, and count no more."""
+    import pyarrow.compute as pc
+
+    arrow = rows.with_format("arrow")
+    longest = sys.maxsize if max_tokens is None else max_tokens * BYTES_PER_TOKEN
+
+    def of(numbers: Rows) -> npt.NDArray[np.int64]:
+        table = arrow[numbers.tolist()]
+        lengths = [pc.fill_null(pc.binary_length(column), 0).to_numpy() for column in table.columns]
+        total: npt.NDArray[np.int64] = np.minimum(np.array(lengths, dtype=np.int64), longest).sum(axis=0)
+        return total
+
+    return of
 
 
 def _own_columns(batch: dict[str, list[str | None]]) -> dict[str, list[str | None]]:

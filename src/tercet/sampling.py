@@ -1,6 +1,6 @@
 """Pure: (seed, epoch, step, world size) → rows. The one place that decides order.
 
-An epoch is a row of *global* batches, made from (seed, epoch) alone. A rank takes its slice of each, so 1, 2 or 64
+An epoch is a row of *global* batches, made from (seed, epoch) alone. A rank takes its share of each, so 1, 2 or 64
 workers see the same global batches, and every rank has the same number of steps. The rows that do not fill a last batch
 (less than one global batch) are left out; each pass over a dataset shuffles anew, so each leaves out others.
 
@@ -13,6 +13,7 @@ batches, pass after pass, and each epoch takes the next few: with weight 1 one p
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections import deque
@@ -27,6 +28,8 @@ from tercet.errors import TrainingError
 Rows = npt.NDArray[np.int64]
 TextIds = Callable[[Rows], npt.NDArray[np.int64]]
 """Rows → equal numbers for equal texts among them: shape (num_rows,) → (num_rows, num_columns)."""
+RowBytes = Callable[[Rows], npt.NDArray[np.int64]]
+"""Rows → how long the texts of each are together: shape (num_rows,) → (num_rows,)."""
 
 # A block is what is looked at together to keep a text from being in a batch twice.
 ROWS_PER_BLOCK = 2**17
@@ -210,12 +213,31 @@ def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: i
         start_step = 0
 
 
-def rank_micro_batches(global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int) -> Rows:
+def rank_micro_batches(
+    global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int, row_bytes: RowBytes | None = None
+) -> Rows:
     """One rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
 
     The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all
-    ranks do not depend on the number of ranks."""
-    return global_batch.reshape(gradient_accumulation_steps, world_size, -1)[:, rank]
+    ranks do not depend on the number of ranks. With row_bytes, these are dealt so that no rank waits for another."""
+    parts = global_batch.reshape(gradient_accumulation_steps, world_size, -1)
+    if row_bytes is None or world_size == 1:
+        return parts[:, rank]
+    return np.stack([rows.ravel()[dealt(row_bytes(rows.ravel()), world_size)[rank]] for rows in parts])
+
+
+def dealt(sizes: npt.NDArray[np.int64], num_ranks: int) -> Rows:
+    """Which of the rows with these sizes each rank has, so that the ranks' sums are about equal: shape (num_ranks, rows
+    per rank). The largest first, each goes to the rank with the least so far that has room (Graham 1969, LPT)."""
+    rows_per_rank = len(sizes) // num_ranks
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [(0, rank) for rank in range(num_ranks)]
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        total, rank = heapq.heappop(sums)
+        ranks[rank].append(place)
+        if len(ranks[rank]) < rows_per_rank:
+            heapq.heappush(sums, (total + int(sizes[place]), rank))
+    return np.sort(ranks, axis=1)
 
 
 class RankBatches:
@@ -229,7 +251,10 @@ class RankBatches:
         rank: int,
         world_size: int,
         seed: int,
+        row_bytes: RowBytes | None = None,
     ) -> None:
+        """row_bytes: of all rows, numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
+        self.row_bytes = row_bytes
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
@@ -254,6 +279,8 @@ class RankBatches:
         num_skipped, self._num_skipped_steps = self._num_skipped_steps, 0
         yield from ([] for _ in range(num_skipped * self.gradient_accumulation_steps))
         for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch, num_skipped):
-            for micro in rank_micro_batches(batch, self.rank, self.world_size, self.gradient_accumulation_steps):
+            for micro in rank_micro_batches(
+                batch, self.rank, self.world_size, self.gradient_accumulation_steps, self.row_bytes
+            ):
                 self.handed_out.append(micro.tolist())
                 yield self.handed_out[-1]

@@ -71,7 +71,7 @@ def run_worker(
     from tercet.evaluation import make_evaluator
     from tercet.guards import Deadline, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
-    from tercet.mix import load_splits, load_train_rows, rows_to_order, together
+    from tercet.mix import load_splits, load_train_rows, row_bytes, rows_to_order, together
     from tercet.model import make_model, save_whole
     from tercet.packed_model import prepare
     from tercet.preemption import SaveAndEnd
@@ -119,6 +119,7 @@ def run_worker(
                 rank=rank,
                 world_size=world_size,
                 seed=config.training.seed,
+                row_bytes=row_bytes(train, model.max_seq_length),
             ),
             parallelism=plan.parallelism,
             save_whole=functools.partial(save_whole, start) if gathers(plan) else None,

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import made
 from tercet.errors import ConfigError
 from tercet.manifest import Manifest, read_manifest
-from tercet.mix import load_splits, load_train_rows, together
+from tercet.mix import BYTES_PER_TOKEN, load_splits, load_train_rows, row_bytes, together
 from tercet.plan import TrainPlan, make_plan
 from tercet.sampling import subset
 from tercet.shards import build_version
@@ -92,6 +93,20 @@ def test_each_batch_has_the_columns_of_its_own_dataset(
         assert list(whole.__getitems__(numbers[:2])[0]) == part.column_names
         first += len(part)
     assert first == len(whole)
+
+
+def test_the_bytes_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
+    publish("docs", [{"anchor": f"é{n}" * n, "positive": "x" * (100 - n)} for n in range(1, 21)])
+    made_plan = plan("docs")
+    train = load_train_rows(made_plan, storage, load_splits(made_plan, storage))
+    whole, last = together(train), len(train[0])
+    for first in (0, last):  # a batch is of one dataset
+        numbers = np.array([first + 11, first + 3, first])
+        texts = [list(row.values()) for row in whole.__getitems__(numbers.tolist())]
+        assert row_bytes(whole, None)(numbers).tolist() == [len("".join(row).encode()) for row in texts]
+    assert row_bytes(whole, None)(np.array([last + 11])).tolist() == [12 * 4 + 88]
+    # Of a text no more than ten tokens are read.
+    assert row_bytes(whole, 10)(np.array([last + 11])).tolist() == [12 * 4 + 10 * BYTES_PER_TOKEN]
 
 
 def test_max_train_rows_chooses_in_each_dataset(

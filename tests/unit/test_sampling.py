@@ -17,6 +17,7 @@ from tercet.errors import TrainingError
 from tercet.sampling import (
     DatasetRows,
     RankBatches,
+    dealt,
     global_batches,
     mixed_batches,
     num_steps_per_epoch,
@@ -102,7 +103,11 @@ def test_rows_that_are_twice_the_same_text_in_themselves() -> None:
 @pytest.mark.parametrize("no_duplicates", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_same_global_batches_for_any_number_of_workers(mixed: bool, accumulation: int, no_duplicates: bool) -> None:
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_same_global_batches_for_any_number_of_workers(
+    by_length: bool, mixed: bool, accumulation: int, no_duplicates: bool
+) -> None:
+    row_bytes = np.random.default_rng(0).integers(20, 900, 240).__getitem__ if by_length else None
     text_ids = repeating_texts(200, 16, 1) if no_duplicates else None
     datasets = [DatasetRows(200, 12, text_ids.__getitem__ if text_ids is not None else None), DatasetRows(40, 3)][
         : 1 + mixed
@@ -112,7 +117,7 @@ def test_the_same_global_batches_for_any_number_of_workers(mixed: bool, accumula
     for world_size in (1, 2, 4, 8):
         ranks = []
         for rank in range(world_size):
-            sampler = RankBatches(datasets, 16, accumulation, rank, world_size, 42)
+            sampler = RankBatches(datasets, 16, accumulation, rank, world_size, 42, row_bytes)
             sampler.set_epoch(3)
             micro_batches = list(sampler)
             assert len(micro_batches) == len(sampler) == len(expected) * accumulation
@@ -245,6 +250,20 @@ def test_a_resumed_run_skips_without_a_look_at_the_rows() -> None:
 def test_ranks_take_slices_in_order() -> None:
     parts = [rank_micro_batches(np.arange(8), rank, 2, 2).tolist() for rank in range(2)]
     assert parts == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_ranks_take_rows_of_about_as_many_bytes() -> None:
+    """Lengths with the tail of real texts: the longest of 16 rows is as long as four others."""
+    draw = np.random.default_rng(0)
+    in_order, by_length = [], []
+    for _ in range(100):
+        sizes = draw.lognormal(5, 0.7, 128).astype(np.int64)
+        for shares, found in ((dealt(sizes, 8), by_length), (np.arange(128).reshape(8, 16), in_order)):
+            assert sorted(shares.ravel().tolist()) == list(range(128))
+            sums = sizes[shares].sum(axis=1)
+            found.append(sums.max() / sums.mean())
+    assert np.median(in_order) > 1.2  # how long the others would wait for the slowest
+    assert np.median(by_length) < 1.01
 
 
 @pytest.mark.parametrize("text_ids", [None, repeating_texts(300, 4, 0)], ids=["plain", "no duplicates"])
