@@ -9,8 +9,11 @@ candidate that is nearly as near as the positive is probably another right answe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import random
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +38,8 @@ from tercet.sealed import seal, unseal
 from tercet.shards import BuildResult, build_version
 from tercet.splits import SPLITS
 from tercet.storage import Storage, open_storage
+
+logger = logging.getLogger("tercet")
 
 ROWS_PER_POOL = 65_536
 
@@ -149,22 +154,27 @@ def mine_pool(
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         start = reloaded(config.model, storage, commit, Path(folder)) if commit else config.model
         model = load_model(start)
-        mined = mine_hard_negatives(
-            rows.select_columns(["anchor", "positive"]),
-            model,
-            range_min=mining.range_min,
-            max_score=mining.max_score,
-            relative_margin=mining.relative_margin,
-            num_negatives=mining.num_negatives,
-            query_prompt=model.prompts.get("query"),
-            corpus_prompt=model.prompts.get("document"),
-            output_format="n-tuple",
-            batch_size=config.evaluation.batch_size,
-            verbose=False,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that it has no switch for
+            mined = mine_hard_negatives(
+                rows.select_columns(["anchor", "positive"]),
+                model,
+                range_min=mining.range_min,
+                max_score=mining.max_score,
+                relative_margin=mining.relative_margin,
+                num_negatives=mining.num_negatives,
+                query_prompt=model.prompts.get("query"),
+                corpus_prompt=model.prompts.get("document"),
+                output_format="n-tuple",
+                batch_size=config.evaluation.batch_size,
+                verbose=False,
+            )
     texts = [mined[name] for name in ("anchor", "positive", *_numbered(mining))]
     hard = {(anchor, positive): negatives for anchor, positive, *negatives in zip(*texts, strict=True)}
-    return _with_negatives(rows, labels, hard, mining, config.training.seed)
+    found, num_random = _with_negatives(rows, labels, hard, mining, config.training.seed)
+    logger.info(
+        f"mined {pool.split} rows from {pool.first_row:,}: {len(found):,}, {num_random:,} with random negatives"
+    )
+    return found, num_random
 
 
 def _with_negatives(
