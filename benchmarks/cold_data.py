@@ -78,6 +78,7 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     import pyarrow.parquet  # noqa: F401
 
     from tercet.dataset import load_split
+    from tercet.mix import row_bytes
     from tercet.sampling import DatasetRows, RankBatches, num_steps_per_epoch
     from tercet.text_ids import text_ids
 
@@ -88,7 +89,7 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     ids = text_ids(rows, folder)
     numbered = time.monotonic()
     num_steps = num_steps_per_epoch(len(rows), BATCH_SIZE)
-    batches = RankBatches([DatasetRows(len(rows), num_steps, ids)], BATCH_SIZE, 1, 0, 1, 0)
+    batches = RankBatches([DatasetRows(len(rows), num_steps, ids)], BATCH_SIZE, 1, 0, 1, 0, row_bytes(rows, 256))
     first = rows[next(iter(batches))]
     assert len(first["anchor"]) == BATCH_SIZE
     done = time.monotonic()

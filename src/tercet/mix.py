@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from tercet.checks import text_hash
 from tercet.dataset_plan import PlannedDataset
 from tercet.errors import ConfigError
 from tercet.plan import TrainPlan
 from tercet.replay import kept_rows
-from tercet.sampling import DatasetRows, RowBytes, Rows, subset
+from tercet.sampling import DatasetRows, RowBytes, subset
 from tercet.storage import Storage
 
 if TYPE_CHECKING:
@@ -72,20 +70,16 @@ def together(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def row_bytes(rows: Dataset, max_tokens: int | None) -> RowBytes:
-    """How much there is to compute for a row, about: the bytes of its texts. Those beyond `max_tokens` tokens of a text
-    are cut off, and count no more."""
+    """How much there is to compute for each row, about: the bytes of its texts. Those beyond `max_tokens` tokens of a
+    text are cut off, and count no more. Reads no text, and holds 4 bytes a row."""
     import pyarrow.compute as pc
 
-    arrow = rows.with_format("arrow")
-    longest = sys.maxsize if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-
-    def of(numbers: Rows) -> npt.NDArray[np.int64]:
-        table = arrow[numbers.tolist()]
-        lengths = [pc.fill_null(pc.binary_length(column), 0).to_numpy() for column in table.columns]
-        total: npt.NDArray[np.int64] = np.minimum(np.array(lengths, dtype=np.int64), longest).sum(axis=0)
-        return total
-
-    return of
+    longest = np.iinfo(np.int32).max if max_tokens is None else max_tokens * BYTES_PER_TOKEN
+    lengths: RowBytes = np.zeros(rows.data.num_rows, dtype=np.int32)
+    for column in rows.data.columns:
+        lengths += np.minimum(pc.fill_null(pc.binary_length(column), 0).to_numpy(), longest)
+    chosen = rows._indices  # of a selection
+    return lengths if chosen is None else lengths[chosen.column(0).to_numpy()]
 
 
 def _own_columns(batch: dict[str, list[str | None]]) -> dict[str, list[str | None]]:

@@ -28,8 +28,8 @@ from tercet.errors import TrainingError
 Rows = npt.NDArray[np.int64]
 TextIds = Callable[[Rows], npt.NDArray[np.int64]]
 """Rows → equal numbers for equal texts among them: shape (num_rows,) → (num_rows, num_columns)."""
-RowBytes = Callable[[Rows], npt.NDArray[np.int64]]
-"""Rows → how long the texts of each are together: shape (num_rows,) → (num_rows,)."""
+RowBytes = npt.NDArray[np.int32]
+"""How long the texts of each row are together: shape (num_rows,), of all rows."""
 
 # A block is what is looked at together to keep a text from being in a batch twice.
 ROWS_PER_BLOCK = 2**17
@@ -223,10 +223,10 @@ def rank_micro_batches(
     parts = global_batch.reshape(gradient_accumulation_steps, world_size, -1)
     if row_bytes is None or world_size == 1:
         return parts[:, rank]
-    return np.stack([rows.ravel()[dealt(row_bytes(rows.ravel()), world_size)[rank]] for rows in parts])
+    return np.stack([rows.ravel()[dealt(row_bytes[rows.ravel()], world_size)[rank]] for rows in parts])
 
 
-def dealt(sizes: npt.NDArray[np.int64], num_ranks: int) -> Rows:
+def dealt(sizes: npt.NDArray[np.integer], num_ranks: int) -> Rows:
     """Which of the rows with these sizes each rank has, so that the ranks' sums are about equal: shape (num_ranks, rows
     per rank). The largest first, each goes to the rank with the least so far that has room (Graham 1969, LPT)."""
     rows_per_rank = len(sizes) // num_ranks
@@ -253,7 +253,7 @@ class RankBatches:
         seed: int,
         row_bytes: RowBytes | None = None,
     ) -> None:
-        """row_bytes: of all rows, numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
+        """row_bytes: numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
         self.row_bytes = row_bytes
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import made
@@ -100,13 +99,15 @@ def test_the_bytes_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: Sto
     made_plan = plan("docs")
     train = load_train_rows(made_plan, storage, load_splits(made_plan, storage))
     whole, last = together(train), len(train[0])
-    for first in (0, last):  # a batch is of one dataset
-        numbers = np.array([first + 11, first + 3, first])
-        texts = [list(row.values()) for row in whole.__getitems__(numbers.tolist())]
-        assert row_bytes(whole, None)(numbers).tolist() == [len("".join(row).encode()) for row in texts]
-    assert row_bytes(whole, None)(np.array([last + 11])).tolist() == [12 * 4 + 88]
+    expected = [len("".join(row.values()).encode()) for part in train for row in part]
+    assert expected[last + 11] == 12 * 4 + 88
+    assert row_bytes(whole, None).tolist() == expected
     # Of a text no more than ten tokens are read.
-    assert row_bytes(whole, 10)(np.array([last + 11])).tolist() == [12 * 4 + 10 * BYTES_PER_TOKEN]
+    assert row_bytes(whole, 10)[last + 11] == 12 * 4 + 10 * BYTES_PER_TOKEN
+    chosen = load_train_rows(plan("docs", max_train_rows=15), storage, load_splits(made_plan, storage))
+    expected = [len("".join(row.values()).encode()) for part in chosen for row in part]
+    assert len(expected) == 30
+    assert row_bytes(together(chosen), None).tolist() == expected
 
 
 def test_max_train_rows_chooses_in_each_dataset(
