@@ -119,7 +119,7 @@ def run_worker(
                 rank=rank,
                 world_size=world_size,
                 seed=config.training.seed,
-                row_bytes=row_bytes(train, model.max_seq_length),
+                row_bytes=row_bytes(train, model.max_seq_length) if world_size > 1 else None,
             ),
             parallelism=plan.parallelism,
             save_whole=functools.partial(save_whole, start) if gathers(plan) else None,
