@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tercet.ranks import gather
+from tercet.ranks import gather, world_size
 
 
 class EmbeddingGradient:
@@ -33,8 +33,6 @@ class EmbeddingGradient:
 
     def _look_up(self, tokens: torch.Tensor) -> torch.Tensor:
         """Instead of `torch.nn.Embedding.forward`."""
-        if not torch.is_grad_enabled():
-            return torch.nn.functional.embedding(tokens, self._embedding.weight)
         found: torch.Tensor = _LookUp.apply(tokens, self._embedding.weight, self)
         return found
 
@@ -57,20 +55,20 @@ class EmbeddingGradient:
 
     def average(self) -> None:
         """Over all ranks, before an optimizer step. Every rank must call it. Ranks end with the same bits."""
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if world_size == 1:
+        num_ranks = world_size()
+        if num_ranks == 1:
             return
         gradient = self._gradient
         assert gradient is not None
         own = torch.cat(self._touched).unique()
         counts = torch.cat(gather(torch.tensor([len(own)], device=own.device))).tolist()
         most = max(counts)
-        if world_size * most >= len(gradient):  # a large batch touches most of the vocabulary
-            dist.all_reduce(gradient.div_(world_size))
+        if num_ranks * most >= len(gradient):  # a large batch touches most of the vocabulary
+            dist.all_reduce(gradient.div_(num_ranks))
             self._touched = [torch.arange(len(gradient), device=own.device)]
             return
         rows = gradient.new_zeros(most, gradient.shape[1])
-        rows[: len(own)] = gradient[own] / world_size
+        rows[: len(own)] = gradient[own] / num_ranks
         numbers = torch.nn.functional.pad(own, (0, most - len(own)))
         gradient.index_fill_(0, own, 0.0)
         self._touched.clear()
@@ -113,6 +111,5 @@ def embedding_gradient(model: Any) -> EmbeddingGradient | None:
 def _pays(embedding: torch.nn.Embedding) -> bool:
     """On CPUs, and between machines. GPUs of one machine clear and send tens of megabytes in less time than each step
     would wait here, for the numbers of rows to come from the GPU (not measured)."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return embedding.weight.device.type == "cpu" or ranks_here < world_size
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return embedding.weight.device.type == "cpu" or ranks_here < world_size()

@@ -220,10 +220,10 @@ def rank_micro_batches(
 
     The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all
     ranks do not depend on the number of ranks. With row_bytes, these are dealt so that no rank waits for another."""
-    parts = global_batch.reshape(gradient_accumulation_steps, world_size, -1)
-    if row_bytes is None or world_size == 1:
-        return parts[:, rank]
-    return np.stack([rows.ravel()[dealt(row_bytes[rows.ravel()], world_size)[rank]] for rows in parts])
+    if row_bytes is None:
+        return global_batch.reshape(gradient_accumulation_steps, world_size, -1)[:, rank]
+    micro_batches = global_batch.reshape(gradient_accumulation_steps, -1)
+    return np.stack([rows[dealt(row_bytes[rows], world_size)[rank]] for rows in micro_batches])
 
 
 def dealt(sizes: npt.NDArray[np.integer], num_ranks: int) -> Rows:

@@ -58,8 +58,8 @@ def gradients(rank: int, case: str, ours: bool) -> dict[str, torch.Tensor]:
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     for micro_batches in ([[9, 20], [21 + rank]], CASES[case][rank]):
         model.zero_grad()
-        with torch.no_grad():
-            model.eval()(torch.arange(VOCABULARY))
+        model.eval()
+        model(torch.arange(VOCABULARY))
         model.train()
         *first, last = micro_batches
         with wrapped.no_sync():
@@ -175,7 +175,16 @@ def _own_code(model: Any) -> None:
     model[0].model.__class__ = type(kind.__name__, (kind,), {"__module__": "transformers_modules.someone"})
 
 
-@pytest.mark.parametrize("change", [_frozen, _tied, _own_code])
+def _scaled(model: Any) -> None:
+    embedding = model[0].model.get_input_embeddings()
+    embedding.__class__ = type("ScaledEmbedding", (torch.nn.Embedding,), {})
+
+
+def _by_frequency(model: Any) -> None:
+    model[0].model.get_input_embeddings().scale_grad_by_freq = True
+
+
+@pytest.mark.parametrize("change", [_frozen, _tied, _own_code, _scaled, _by_frequency])
 def test_what_is_left_to_the_library(
     tmp_path: Path, several_ranks: Callable[..., None], change: Callable[[Any], None]
 ) -> None:
