@@ -202,17 +202,27 @@ def read_commits(storage: Storage, run_id: str) -> list[Commit]:
     is one that an attempt wrote after another had taken over (see lease.py).
 
     Commits name attempts too: where the lease got lost, what came too late still does not count."""
-    found, attempts = [], set(read_attempts(storage, run_id))
+    attempts, found = set(read_attempts(storage, run_id)), _listed_commits(storage, run_id)
+    attempts.update(attempt for commit in found for attempt in commit.lineage)
+    for commit in (late := [commit for commit in found if is_fenced(commit.attempt, commit.step, attempts)]):
+        logger.warning("%s: of an attempt that had lost the run; it is skipped", storage.uri_of(commit.folder))
+    return sorted((c for c in found if c not in late), key=lambda commit: commit.step, reverse=True)
+
+
+def _listed_commits(storage: Storage, run_id: str, num_tries: int = 10) -> list[Commit]:
+    """Lists again where one is gone before it is read: a worker has pruned it, and committed a newer one before."""
+    found = []
     for key in storage.list(checkpoints_prefix(run_id)):
         if key.rsplit("/", 1)[-1] == COMMIT:
             try:
                 found.append(_read_commit(storage, key))
             except CorruptObject as error:
                 logger.warning("%s: damaged; this checkpoint is skipped: %s", storage.uri_of(key), error)
-    attempts.update(attempt for commit in found for attempt in commit.lineage)
-    for commit in (late := [commit for commit in found if is_fenced(commit.attempt, commit.step, attempts)]):
-        logger.warning("%s: of an attempt that had lost the run; it is skipped", storage.uri_of(commit.folder))
-    return sorted((c for c in found if c not in late), key=lambda commit: commit.step, reverse=True)
+            except ObjectNotFound:
+                if num_tries == 1:
+                    raise
+                return _listed_commits(storage, run_id, num_tries - 1)
+    return found
 
 
 def fetch(storage: Storage, commit: Commit, local_dir: Path, paths: Iterable[str] | None = None) -> Path:

@@ -25,7 +25,7 @@ from tercet.checkpoint import (
     read_commits,
     upload_part,
 )
-from tercet.errors import CorruptObject, StorageUnavailable
+from tercet.errors import CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.lease import Attempt, Lease, lease_key
 from tercet.local_storage import LocalStorage
 from tercet.retention import retain
@@ -449,3 +449,30 @@ def test_a_damaged_model_is_never_published(storage: Recording, tmp_path: Path) 
 
 def test_the_wait_for_parts_is_long_enough_and_ends() -> None:
     assert 60 <= checkpoint.PART_WAIT_SECONDS <= 3600
+
+
+def test_a_reader_of_a_run_that_goes_on_sees_its_newest_checkpoint(
+    storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a listing and the reading of what it named, a worker commits the next and prunes the last."""
+    committed(storage, tmp_path, 10, metric=0.1)
+    read, seen = storage.read, []
+
+    def reads_late(key: str) -> bytes:
+        if key.endswith(COMMIT) and not seen:
+            seen.append(key)
+            committed(storage, tmp_path, 20, metric=0.2)
+            retain(storage, RUN, "ndcg@10", 1)
+        return read(key)
+
+    monkeypatch.setattr(storage, "read", reads_late)
+    assert [commit.step for commit in read_commits(storage, RUN)] == [20]
+
+
+def test_a_commit_that_is_listed_and_never_there_is_told(
+    storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(storage, tmp_path, 10)
+    monkeypatch.setattr(storage, "list", lambda prefix: [f"{prefix}/00000020/{COMMIT}"])
+    with pytest.raises(ObjectNotFound, match="00000020"):
+        read_commits(storage, RUN)
