@@ -1,17 +1,15 @@
 """The shards on this machine: downloaded once, verified, memory-mapped.
 
-    <cache>/shards/<sha256>.parquet         as in storage
-    <cache>/shards/<sha256>.<xxh3>.arrow    the same rows as an Arrow stream, which is what is memory-mapped
-    <cache>/shards/<sha256>.lock            held while either is made
+    <cache>/shards/<sha256>.<xxh3>.arrow    the rows of a Parquet file in storage as an Arrow stream, to be mapped
+    <cache>/shards/<sha256>.lock            held while it is made
 
 Files are named by content, so versions share the shards they have in common. All processes of a machine may ask at
 once: one works, the others wait for it. What is verified when:
 
-- Parquet: sha256 each time it is fetched, in the cache or not (about 0.1 s per million rows). A damaged file in the
-  cache is downloaded again; a damaged one in storage is CorruptObject.
+- Parquet: sha256 as it comes from storage; a damaged one is CorruptObject. It is not kept.
 - Parquet → Arrow: page checksums, and the number of rows.
-- Arrow: the hash in its name (XXH3, 64 bits), each time it is opened; where it differs the file is made anew. What a
-  failing disk does to it while it is mapped is not seen.
+- Arrow: the hash in its name (XXH3, 64 bits), each time it is opened; where it differs the file is made anew, after a
+  loss of power too. What a failing disk does to it while it is mapped is not seen.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
 from tercet.manifest import Manifest, Shard
-from tercet.storage import Storage, digest_of, sha256_of
+from tercet.storage import Storage, digest_of, local_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,15 +44,6 @@ def cache_dir_of(workers: WorkersConfig) -> Path:
     return Path(workers.cache_dir) if workers.cache_dir else default_cache_dir()
 
 
-def fetch(storage: Storage, manifest: Manifest, split: str, cache_dir: Path | None = None) -> list[Path]:
-    """The Parquet files of a split on this machine, in row order; those not in the cache are downloaded, 8 at a time.
-
-    Raises CorruptObject for a shard that is missing or damaged in storage, ConfigError for an unknown split.
-    """
-    cache = _Cache(storage, manifest, cache_dir)
-    return _each(cache.parquet, _shards(manifest, split))
-
-
 def load_split(
     storage: Storage,
     manifest: Manifest,
@@ -63,35 +52,32 @@ def load_split(
     columns: Sequence[str] | None = None,
 ) -> Dataset:
     """A split as a memory-mapped `datasets.Dataset`: rows in shard order, all columns or `columns`, as text.
+    Shards that are not in the cache are downloaded, 8 at a time.
 
     Costs memory for no row: pages come from the Arrow files as they are read, shared by all processes of the
-    machine. Pickling it carries paths, not rows. Raises as `fetch`, and ConfigError for an unknown column.
+    machine. Pickling it carries paths, not rows. Raises CorruptObject for a shard that is missing or damaged in
+    storage, ConfigError for an unknown split or column.
     """
     names = list(manifest.columns if columns is None else columns)
     for column in names:
         if column not in manifest.columns:
             hint = f"Columns of {manifest.dataset} {manifest.version}: {', '.join(manifest.columns)}."
             raise ConfigError(f"the dataset has no column {column!r}", hint)
-    shards = _shards(manifest, split)
-    cache = _Cache(storage, manifest, cache_dir)
-    paths = _each(cache.arrow, shards)
+    if split not in manifest.splits:
+        raise ConfigError(f"no split {split!r}", f"Splits: {', '.join(manifest.splits)}.")
+    paths = _each(_Cache(storage, manifest, cache_dir).path_of, manifest.splits[split])
 
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable, MemoryMappedTable, concat_tables
 
+    pa.default_memory_pool().release_unused()  # 100 MB that each thread's conversion left with the allocator
     if paths:
         table = concat_tables([MemoryMappedTable.from_file(str(path)) for path in paths]).select(names)
     else:
         table = InMemoryTable(pa.schema([(name, pa.string()) for name in names]).empty_table())
     fingerprint = hashlib.sha256(json.dumps([manifest.version, split, names]).encode()).hexdigest()[:16]
     return Dataset(table, fingerprint=fingerprint)
-
-
-def _shards(manifest: Manifest, split: str) -> tuple[Shard, ...]:
-    if split not in manifest.splits:
-        raise ConfigError(f"no split {split!r}", f"Splits: {', '.join(manifest.splits)}.")
-    return manifest.splits[split]
 
 
 def _each(work: Any, shards: Sequence[Shard]) -> list[Path]:
@@ -113,73 +99,56 @@ class _Cache:
         except OSError as error:
             raise ConfigError(f"cannot make the cache folder: {error}", "Set TERCET_CACHE_DIR.") from error
 
-    def parquet(self, shard: Shard) -> Path:
-        with self._lock(shard):
-            return self._parquet(shard)
-
-    def arrow(self, shard: Shard) -> Path:
-        with self._lock(shard):
-            found = whole(self._folder, shard.sha256, "arrow")
-            return found or _write_arrow(self._parquet(shard), self._folder, shard, self._uri(shard))
-
-    def _parquet(self, shard: Shard) -> Path:
-        path = self._folder / f"{shard.sha256}.parquet"
-        if path.exists() and path.stat().st_size == shard.num_bytes and sha256_of(path) == shard.sha256:
-            return path
-        for left in self._folder.glob(f".{path.name}.*.tmp"):  # of a download that was killed; the lock is ours
-            left.unlink(missing_ok=True)
-        try:
-            self._storage.download(self._manifest.key_of(shard), path, sha256=shard.sha256)
-        except ObjectNotFound as error:
-            hint = "The version lost a shard; build it again, or use another version."
-            raise CorruptObject(f"{self._uri(shard)} is missing, but the manifest lists it", hint) from error
-        return path
-
-    def _uri(self, shard: Shard) -> str:
-        return self._storage.uri_of(self._manifest.key_of(shard))
-
-    def _lock(self, shard: Shard) -> Any:
+    def path_of(self, shard: Shard) -> Path:
         from filelock import FileLock
 
-        return FileLock(self._folder / f"{shard.sha256}.lock")
+        with FileLock(self._folder / f"{shard.sha256}.lock"):
+            return self._whole(shard) or self._made(shard)
+
+    def _whole(self, shard: Shard) -> Path | None:
+        paths = self._folder.glob(f"{shard.sha256}.*.arrow")
+        return next((path for path in paths if path.name == f"{shard.sha256}.{_hash_of(path)}.arrow"), None)
+
+    def _made(self, shard: Shard) -> Path:
+        for left in self._folder.glob(f"*{shard.sha256}.*"):  # damaged, or of a process that was killed
+            if left.suffix != ".lock":
+                left.unlink()
+        parquet, partial = (self._folder / f"{shard.sha256}.{suffix}" for suffix in ("parquet", "partial"))
+        key = self._manifest.key_of(shard)
+        uri = self._storage.uri_of(key)
+        try:
+            self._storage.download(key, parquet, sha256=shard.sha256)
+        except ObjectNotFound as error:
+            hint = "The version lost a shard; build it again, or use another version."
+            raise CorruptObject(f"{uri} is missing, but the manifest lists it", hint) from error
+        with local_errors(partial):
+            _write_arrow(parquet, partial, shard.num_rows, uri)
+        parquet.unlink()
+        return partial.rename(self._folder / f"{shard.sha256}.{_hash_of(partial)}.arrow")
 
 
-def whole(folder: Path, name: str, suffix: str) -> Path | None:
-    """The file `<name>.<hash>.<suffix>` whose bytes have that hash; one that is damaged is deleted."""
-    for path in folder.glob(f"{name}.*.{suffix}"):
-        if path.name == f"{name}.{hash_of(path)}.{suffix}":
-            return path
-        path.unlink()
-    return None
-
-
-def hash_of(path: Path) -> str:
+def _hash_of(path: Path) -> str:
     """XXH3 of a file, 64 bits in hex: finds accidents, many times as fast as sha256."""
     import xxhash
 
     return digest_of(path, xxhash.xxh3_64())
 
 
-def _write_arrow(parquet_path: Path, folder: Path, shard: Shard, uri: str) -> Path:
+def _write_arrow(parquet: Path, arrow: Path, expected_num_rows: int, uri: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = folder / f"{shard.sha256}.arrow.partial"
     num_rows = 0
     try:
-        with pq.ParquetFile(parquet_path, page_checksum_verification=True, pre_buffer=False) as file:
+        with pq.ParquetFile(parquet, page_checksum_verification=True, pre_buffer=False) as file:
             schema = pa.schema([(name, pa.string()) for name in file.schema_arrow.names])
-            with partial.open("wb") as sink:
-                with pa.ipc.new_stream(sink, schema) as writer:
-                    for batch in file.iter_batches(batch_size=8192):
-                        writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
-                        num_rows += batch.num_rows
-                sink.flush()
-                os.fsync(sink.fileno())
+            with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in file.iter_batches(batch_size=8192):
+                    writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+                    num_rows += batch.num_rows
     except pa.ArrowException as error:
         raise CorruptObject(f"{uri} is not a shard: {error}", "Build the version again.") from error
-    if num_rows != shard.num_rows:
+    if num_rows != expected_num_rows:
         raise CorruptObject(
-            f"{uri} has {num_rows:,} rows, the manifest says {shard.num_rows:,}", "Build the version again."
+            f"{uri} has {num_rows:,} rows, the manifest says {expected_num_rows:,}", "Build the version again."
         )
-    return partial.rename(folder / f"{shard.sha256}.{hash_of(partial)}.arrow")

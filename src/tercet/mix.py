@@ -54,7 +54,7 @@ def rows_to_order(plan: TrainPlan, train_rows: Sequence[Dataset]) -> list[Datase
 
     no_duplicates = plan.config.training.no_duplicates
     return [
-        DatasetRows(len(rows), dataset.steps_per_epoch, text_ids(rows, _cache_dir(plan)) if no_duplicates else None)
+        DatasetRows(len(rows), dataset.steps_per_epoch, text_ids(rows) if no_duplicates else None)
         for dataset, rows in zip(plan.datasets, train_rows, strict=True)
     ]
 

@@ -4,7 +4,7 @@ An epoch is a row of *global* batches, made from (seed, epoch) alone. A rank tak
 workers see the same global batches, and every rank has the same number of steps. The rows that do not fill a last batch
 (less than one global batch) are left out; each pass over a dataset shuffles anew, so each leaves out others.
 
-The place of every row is computed, not stored: a pass is cut into blocks of some 100,000 rows, and any of them is made
+The place of every row is computed, not stored: a pass is cut into blocks of some 30,000 rows, and any of them is made
 without the ones before it. So memory does not grow with the dataset, and a run resumes at step k by making one block.
 
 Each global batch comes from one dataset, so that in-batch negatives are of its kind. A dataset is an endless row of
@@ -32,7 +32,7 @@ RowBytes = npt.NDArray[np.int32]
 """How long the texts of each row are together: shape (num_rows,), of all rows."""
 
 # A block is what is looked at together to keep a text from being in a batch twice.
-ROWS_PER_BLOCK = 2**17
+ROWS_PER_BLOCK = 2**15
 MIN_STEPS_PER_BLOCK = 64
 
 _PASS_STREAM, _SUBSET_STREAM, _MIX_STREAM = 0, 1, 2

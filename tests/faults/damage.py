@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flow.workers import make_plan
 from tercet.checkpoint import (
     Commit,
@@ -115,9 +117,7 @@ class Run:
             "manifest": [version / "manifest.json"],
             "HEAD.json": [dataset / "HEAD.json"],
             "shard": sorted((version / "shards").iterdir()),
-            "cached Parquet": sorted(cache.glob("shards/*.parquet")),
             "cached Arrow": sorted(cache.glob("shards/*.arrow")),
-            "cached text ids": sorted(cache.glob("text_ids/*.npy")),
         }
 
 
@@ -184,7 +184,7 @@ def rows(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
     manifest = read_manifest(storage, "tiny")
     splits = {split: load_split(storage, manifest, split, scratch) for split in manifest.splits}
     train = splits["train"]
-    ids = text_ids(train, scratch)([*range(len(train))])
+    ids = text_ids(train)(np.arange(len(train)))
     return manifest, {name: split.to_list() for name, split in splits.items()}, ids.tolist()
 
 
@@ -237,9 +237,6 @@ def trial(run: Run, rng: random.Random, scratch: Path) -> Trial:
         hurt(copy / relative, damage, swapped, *draws)
         # A damaged shard in storage is not seen where the cache has it: that is what the cache is for.
         cache = copy / "cache" if relative.parts[0] == "cache" else copy / "empty"
-        if kind == "cached Parquet":  # which nothing reads where the Arrow file is whole
-            for arrow in cache.glob("shards/*.arrow"):
-                arrow.unlink()
         outcome, why = _outcome(run, name, copy / "store", cache)
         outcomes.append(outcome)
         said.append(f"{name}: {outcome} {why}".strip())
