@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tercet.errors import TrainingError
+from tercet.no_duplicates import without_duplicates
 
 Rows = npt.NDArray[np.int64]
 TextIds = Callable[[Rows], npt.NDArray[np.int64]]
@@ -105,9 +105,10 @@ def global_batches(
     """The rows of the global batches of a pass over a dataset, from batch `start_step` on: each (global_batch_size,).
 
     With text_ids, no text occurs in two rows of one batch: a row that would repeat one changes places with a row of
-    another batch of its block, or with one that is left out. dataset: its place in the recipe.
+    another batch of its block, or with one that is left out. Where a text is too frequent for that, some stay, which is
+    logged. dataset: its place in the recipe.
 
-    Raises TrainingError, when a block is due, where texts are so frequent that no such order of it is found."""
+    Raises TrainingError, when a block is due, as `without_duplicates`."""
     num_steps = num_steps_per_epoch(num_rows, global_batch_size)
     steps_per_block = max(ROWS_PER_BLOCK // global_batch_size, MIN_STEPS_PER_BLOCK)
     for block in range(start_step // steps_per_block, -(-num_steps // steps_per_block)):
@@ -116,71 +117,9 @@ def global_batches(
         places = np.arange(first * global_batch_size, num_rows if end == num_steps else end * global_batch_size)
         rows = shuffled(places, num_rows, (seed, _PASS_STREAM, dataset, pass_number))
         if text_ids is not None:
-            rows = rows[_without_duplicates(text_ids(rows), end - first, global_batch_size)]
+            rows = rows[without_duplicates(text_ids(rows), end - first, global_batch_size)]
         batches = rows[: (end - first) * global_batch_size].reshape(end - first, global_batch_size)
         yield from batches[max(start_step - first, 0) :]
-
-
-def _without_duplicates(texts: npt.NDArray[np.int64], num_batches: int, batch_size: int) -> Rows:
-    """An order of a block in which no text is in two rows of one batch. texts: shape (num_rows, num_columns); what is
-    behind the last batch is left out."""
-    in_order = np.sort(texts[: num_batches * batch_size].reshape(num_batches, -1), axis=1)
-    with_equal_texts = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))
-    block = _Block(texts, num_batches, batch_size)
-    for batch in with_equal_texts.tolist():
-        block.mend(batch)
-    return block.order
-
-
-class _Block:
-    """Rows that change places until no batch has a text twice. No swap makes a new repetition."""
-
-    def __init__(self, texts: npt.NDArray[np.int64], num_batches: int, batch_size: int) -> None:
-        self.order = np.arange(len(texts))
-        self._texts, self._num_batches, self._batch_size = texts.copy(), num_batches, batch_size
-
-    def mend(self, batch: int) -> None:
-        """Move rows out of a batch until it has no text twice."""
-        texts = self._texts_of(batch)
-        numbers = np.argsort(texts, axis=None, kind="stable")
-        equal = texts.ravel()[numbers[1:]] == texts.ravel()[numbers[:-1]]
-        rows = np.unique(numbers[1:][equal] // texts.shape[1])  # the later one of two; or a row with one text twice
-        for place in (rows + batch * self._batch_size).tolist():
-            if len(self._clashes(place, batch)) > 1 and not self._swap(place, batch):
-                raise TrainingError(
-                    f"found no order of {len(self.order)} rows in {self._num_batches} batches of {self._batch_size} "
-                    "without a text twice in one",
-                    hint="lower training.global_batch_size, remove repeated texts, or set training.no_duplicates=false",
-                )
-
-    def _swap(self, place: int, batch: int) -> bool:
-        """With a row of the batches behind it, else of those before it, else with one that is left out."""
-        for other in itertools.chain(range(batch + 1, self._num_batches), range(batch)):
-            clashes = self._clashes(place, other)
-            if len(clashes) < 2 and self._swap_with(clashes or self._places(other), place, batch):
-                return True
-        return self._swap_with(range(self._num_batches * self._batch_size, len(self.order)), place, batch)
-
-    def _swap_with(self, candidates: Sequence[int], place: int, batch: int) -> bool:
-        for there in candidates:
-            if all(clash == place for clash in self._clashes(there, batch)):
-                for values in (self.order, self._texts):
-                    values[[place, there]] = values[[there, place]]
-                return True
-        return False
-
-    def _places(self, batch: int) -> range:
-        return range(batch * self._batch_size, (batch + 1) * self._batch_size)
-
-    def _texts_of(self, batch: int) -> npt.NDArray[np.int64]:
-        return self._texts[batch * self._batch_size : (batch + 1) * self._batch_size]
-
-    def _clashes(self, place: int, batch: int) -> list[int]:
-        """Where in a batch one of the texts of the row at `place` is."""
-        texts = self._texts_of(batch).ravel()
-        # Text by text: a comparison of all with all is ten times slower, for its short last axes.
-        found = np.concatenate([np.flatnonzero(texts == text) for text in self._texts[place]])
-        return sorted({number // self._texts.shape[1] + batch * self._batch_size for number in found.tolist()})
 
 
 def mixed_batches(

@@ -132,7 +132,8 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     no_duplicates: bool = True
-    """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative."""
+    """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative. Where texts are
+    in more rows than there are batches, up to 1 % of the rows repeat one, with a warning; above that, the run ends."""
     max_train_rows: PositiveInt | None = None
     """Use only this many rows of each dataset's train split, chosen by the seed: for a short try."""
     log_every_steps: PositiveInt = 10

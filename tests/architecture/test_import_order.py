@@ -43,6 +43,7 @@ ORDER = [
     "model_source",
     "packing",
     "packing_facts",
+    "no_duplicates",
     "sampling",
     "text_ids",
     "memory",

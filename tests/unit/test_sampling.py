@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from accelerate import skip_first_batches
 
-from tercet import sampling
+from tercet import no_duplicates, sampling
 from tercet.errors import TrainingError
 from tercet.sampling import (
     DatasetRows,
@@ -282,6 +282,45 @@ def test_the_impossible_is_refused_with_a_hint() -> None:
         all_batches(8, 2, 0, 0, text_ids)
     assert "training.no_duplicates=false" in caught.value.hint
     assert all_batches(8, 2, 0, 0).shape == (4, 2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("num_frequent", "num_repeats"), [(29, 0), (30, 1), (38, 9)])
+def test_a_text_in_a_few_more_rows_than_batches_is_repeated_no_more_than_it_must_be(
+    seed: int, num_frequent: int, num_repeats: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """928 rows in 29 batches, in each of which one text can be once."""
+    batches = all_batches(928, 32, seed, 0, one_frequent_text(928, num_frequent))
+    assert len(np.unique(batches)) == 928
+    assert int(((batches < num_frequent).sum(axis=1) - 1).sum()) == num_repeats
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == (
+        [f"{num_repeats} of 928 rows repeat a text of their batch"] if num_repeats else []
+    )
+    assert sha256(batches) == sha256(all_batches(928, 32, seed, 0, one_frequent_text(928, num_frequent)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_looking_at_all_batches_together_finds_what_looking_at_each_does(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hard = [(repeating_texts(509, size, seed), size) for size in (2, 8)]
+    for texts, batch_size in (*hard, (one_frequent_text(928, 120), 8)):  # in 116 batches
+        orders = []
+        for num_first_tried in (0, 3, len(texts)):
+            monkeypatch.setattr(no_duplicates, "NUM_FIRST_TRIED", num_first_tried)
+            orders.append(sha256(all_batches(len(texts), batch_size, seed, 0, texts)))
+        assert len(set(orders)) == 1
+
+
+def test_more_than_a_few_are_refused() -> None:
+    with pytest.raises(TrainingError, match="more than 1% of the rows repeat"):
+        all_batches(928, 32, 0, 0, one_frequent_text(928, 39))
+
+
+def one_frequent_text(num_rows: int, num_frequent: int) -> npt.NDArray[np.int64]:
+    """The first rows have the same positive; no other text is twice there."""
+    rows = np.arange(num_rows)
+    return np.stack([rows + 1, np.where(rows < num_frequent, 0, rows + 1 + num_rows)], axis=1)
 
 
 def test_subset_is_stable_sorted_and_chosen_by_the_seed() -> None:
