@@ -81,7 +81,7 @@ class _Block:
         if self._num_batches <= NUM_FIRST_TRIED + 1:
             return
         texts = self._texts[: self._num_batches * self._batch_size]
-        (in_the_way,) = np.isin(texts, self._texts[place]).any(axis=1).nonzero()
+        in_the_way = np.flatnonzero(np.isin(texts, self._texts[place]).any(axis=1))
         staying = np.delete(self._texts_of(batch), place - batch * self._batch_size, axis=0)
         # One that cannot come here either counts twice.
         weights = 1 + np.isin(texts[in_the_way], staying).any(axis=1)
