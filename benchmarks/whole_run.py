@@ -1,14 +1,14 @@
 """A whole run through `ray job submit`, beside plain SentenceTransformerTrainer under torchrun.
 
-python benchmarks/whole_run.py [--triplets FILE] [--rows 1652] [--epochs 3] [--runs 3] [--precision fp32 bf16 default]
+python benchmarks/whole_run.py [--triplets FILE] [--rows 1652] [--epochs 3] [--runs 3] [--precision fp32 bf16 auto]
 
 Settings of a published triplet model (1,652 rows, batches of 16, three epochs, learning rate 2e-5, cosine) with
 all-MiniLM-L6-v2 and MultipleNegativesRankingLoss, on a file of triplets with a group, or on the demo's. Two workers
 with one thread each on either side, interleaved, medians. Plain is benchmarks/plain_run.py, told the same rows and
 settings. Seconds from the command to its end: tercet's side plans, checks, trains, commits checkpoints, measures the
 model as it is read back from storage, and publishes it with a report. A Ray head waits for it, as a cluster would; its
-start is not in the time. CPU seconds are of the whole machine: nothing else may run. With `default` neither is told a
-precision: plain's is fp32, tercet chooses by the machine.
+start is not in the time. CPU seconds are of the whole machine: nothing else may run. With `auto`, tercet chooses by
+the machine, as `training.precision: auto` in a recipe makes it do, and plain has its default, fp32.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def plain(folder: Path, precision: str, model: Path, epochs: int) -> Measured:
     out = folder / "plain.json"
     script = [str(REPOSITORY / "benchmarks/plain_run.py"), "--rows", str(folder / "rows"), "--model", str(model)]
     script += ["--epochs", str(epochs)]
-    script += ["--precision", "fp32" if precision == "default" else precision, "--out", str(out)]
+    script += ["--precision", "fp32" if precision == "auto" else precision, "--out", str(out)]
     command = [str(BIN / "torchrun"), "--nproc-per-node=2", *script]
     wall, cpu = timed(command)
     after = json.loads(out.read_text())["after"]
@@ -75,8 +75,7 @@ def write_recipe(folder: Path, epochs: int) -> Path:
 def tercet(recipe: Path, precision: str, port: int, number: int) -> Measured:
     """One job."""
     run_id = f"bench-{precision}-{number}"
-    flags = ["--run-id", run_id, "--address", f"http://127.0.0.1:{port}"]
-    flags += ["--set", f"training.precision={'auto' if precision == 'default' else precision}"]
+    flags = ["--run-id", run_id, "--address", f"http://127.0.0.1:{port}", "--set", f"training.precision={precision}"]
     started, cpu = time.monotonic(), machine_cpu_seconds()
     if tercet_main(["submit", str(recipe), *flags]):
         raise SystemExit("the job failed")
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1652)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "default"), default=["fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "auto"), default=["fp32", "bf16"])
     arguments = parser.parse_args()
     prepare_environment()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
