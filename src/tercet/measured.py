@@ -67,12 +67,12 @@ class Measured(BaseModel):
 
 def measure(plan: TrainPlan, request: Request) -> None:
     """Measure a model, unless storage has these very results. Raises NonFiniteError, CorruptObject."""
-    from tercet.row_results import row_results
-
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     if read_measured(storage, plan.run_id, request) is not None:
         return
     quiet_libraries()
+    from tercet.row_results import row_results
+
     batch_size = plan.config.evaluation.batch_size
     with tempfile.TemporaryDirectory(prefix="tercet-measure-") as temporary:
         model = load_reloaded(plan, storage, request.commit, Path(temporary) / "model")

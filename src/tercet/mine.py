@@ -141,12 +141,13 @@ def mine_pool(
     config: Config, manifest: Manifest, commit: Commit | None, mining: MiningConfig, pool: Pool
 ) -> tuple[list[list[str]], int]:
     """The rows of a pool in their order, with `_columns`; and how many of them have random negatives."""
-    from sentence_transformers.util import mine_hard_negatives
-
-    from tercet.encoder import load_model, reloaded
     from tercet.quiet import quiet_libraries
 
     quiet_libraries()
+    from sentence_transformers.util import mine_hard_negatives
+
+    from tercet.encoder import load_model, reloaded
+
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     labels = [column for column in manifest.columns if not is_text(column)]
     split = load_split(storage, manifest, pool.split, cache_dir_of(config.workers), ["anchor", "positive", *labels])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,17 +87,12 @@ def _own_columns(batch: dict[str, list[str | None]]) -> dict[str, list[str | Non
 
 
 def _load(plan: TrainPlan, storage: Storage, dataset: PlannedDataset, splits: tuple[str, ...]) -> dict[str, Dataset]:
-    from tercet.dataset import load_split
+    from tercet.dataset import cache_dir_of, load_split
     from tercet.manifest import read_manifest
 
     manifest = read_manifest(storage, dataset.name, dataset.version)
-    return {name: load_split(storage, manifest, name, _cache_dir(plan), list(dataset.columns)) for name in splits}
-
-
-def _cache_dir(plan: TrainPlan) -> Path:
-    from tercet.dataset import cache_dir_of
-
-    return cache_dir_of(plan.config.workers)
+    cache_dir = cache_dir_of(plan.config.workers)
+    return {name: load_split(storage, manifest, name, cache_dir, list(dataset.columns)) for name in splits}
 
 
 def _check_nothing_leaks(plan: TrainPlan, splits: dict[str, Dataset], mix: list[Dataset]) -> None:

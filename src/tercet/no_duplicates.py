@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from tercet.errors import TrainingError
 
-Rows = npt.NDArray[np.int64]
 Texts = npt.NDArray[np.int64]
 """Equal numbers for equal texts: shape (num_rows, num_columns)."""
 
@@ -24,7 +23,7 @@ NUM_FIRST_TRIED = 64
 logger = logging.getLogger("tercet")
 
 
-def without_duplicates(texts: Texts, num_batches: int, batch_size: int) -> Rows:
+def without_duplicates(texts: Texts, num_batches: int, batch_size: int) -> npt.NDArray[np.int64]:
     """An order of a block in which no text is in two rows of one batch. What is behind the last batch is left out.
 
     Where texts are too frequent for that, a few rows repeat one, which is logged. Raises TrainingError where these

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -13,17 +14,10 @@ logger = logging.getLogger("tercet")
 
 def quiet_libraries() -> None:
     """One process in many: the libraries' progress bars and notices would drown what matters. Errors still show."""
-    gc.disable()  # what is imported stays: looking for garbage in it, again and again, is a tenth of the time
-    import torch
-
-    # accelerate imports DeepSpeed wherever it is installed, which else says in each process that it found no GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    _import_libraries()
     import datasets
-    import sentence_transformers  # noqa: F401
     import transformers
 
-    gc.freeze()
-    gc.enable()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -37,3 +31,19 @@ def quiet_libraries() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+@functools.cache
+def _import_libraries() -> None:
+    """What is imported stays. Looking for garbage in it, again and again, is a quarter of a worker's imports.
+
+    Once a process: garbage of a run before would be kept with the rest."""
+    gc.disable()
+    import torch
+
+    # accelerate imports DeepSpeed wherever it is installed, which else says in each process that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import sentence_transformers  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
