@@ -78,9 +78,8 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     import pyarrow.parquet  # noqa: F401
 
     from tercet.dataset import load_split
-    from tercet.mix import row_bytes
+    from tercet.row_texts import row_tokens, text_ids
     from tercet.sampling import DatasetRows, RankBatches, num_steps_per_epoch
-    from tercet.text_ids import text_ids
 
     manifest = read_manifest(storage, "bench")
     before, started = anonymous_bytes(), time.monotonic()
@@ -88,7 +87,7 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     loaded = time.monotonic()
     num_steps = num_steps_per_epoch(len(rows), BATCH_SIZE)
     batches = RankBatches(
-        [DatasetRows(len(rows), num_steps, text_ids(rows))], BATCH_SIZE, 1, 0, 1, 0, row_bytes(rows, 256)
+        [DatasetRows(len(rows), num_steps, text_ids(rows))], BATCH_SIZE, 1, 0, 1, 0, row_tokens(rows, 256)
     )
     first = rows[next(iter(batches))]
     assert len(first["anchor"]) == BATCH_SIZE

@@ -26,13 +26,13 @@ from tercet.config import load_config
 from tercet.demo import stdlib_triplets
 from tercet.manifest import publish, read_manifest
 from tercet.nightly import Night, nightly
-from tercet.run import read_report
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage
+from tercet.survey import read_report
 
 REPOSITORY = Path(__file__).parents[1]
 WHAT = ("first rows", "new rows", "new rows", "poisoned", "new rows", "killed", "nothing new", *["new rows"] * 3)
-FIRST_DAY = datetime.datetime(2026, 1, 1, 22, tzinfo=datetime.timezone.utc)
+FIRST_DAY = datetime.datetime(2026, 1, 1, 22, tzinfo=datetime.UTC)
 Row = dict[str, str]
 
 

@@ -1,6 +1,7 @@
-"""What a person would write without tercet, at its best: SentenceTransformerTrainer under torchrun.
+"""What a person would write without tercet, at its best: SentenceTransformerTrainer, alone or under torchrun.
 
 torchrun --nproc-per-node 2 benchmarks/plain_run.py --rows FOLDER --model FOLDER --out FILE [--precision bf16]
+python benchmarks/plain_run.py ...
 
 The test split before and after training, the eval split before training and after each epoch, the best checkpoint taken
 back at the end. Evaluations are shared by the ranks, in-batch negatives are gathered, duplicates are found by hashes.
@@ -11,6 +12,7 @@ metrics.
 import argparse
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def main() -> None:
             weight_decay=0.0,
             bf16=arguments.precision == "bf16",
             use_cpu=True,
-            ddp_backend="gloo",
+            ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
             seed=42,
             batch_sampler="no_duplicates_hashed",
             dataloader_num_workers=arguments.dataloader_workers,
@@ -95,6 +97,8 @@ def main() -> None:
         test = evaluator(splits, "test", 64)
 
         def measure() -> dict[str, float]:
+            if not dist.is_initialized():
+                return dict(test(model))
             with distributed_evaluation(model) as is_mine:
                 return dict(test(model)) if is_mine else {}
 

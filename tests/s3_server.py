@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
@@ -142,7 +145,7 @@ class Gateway:
         environment = self._environment()
         program = shutil.which(command[0], path=environment["PATH"]) or command[0]
         try:
-            done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, timeout=60, text=True)
+            done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, timeout=180, text=True)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CannotStart(f"{command[0]}: {error}") from error
         if done.returncode:
@@ -163,12 +166,12 @@ class Gateway:
         process.returncode = 0  # `stop` reaps it by its pid; without this Popen warns that it still runs
 
     def _wait_for(self, endpoint: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), contextlib.closing(urllib.request.urlopen(endpoint, timeout=5)):
                 return
             time.sleep(0.1)
-        raise CannotStart(f"no answer at {endpoint} in 60 s; see {self.folder / 'log'}")
+        raise CannotStart(f"no answer at {endpoint} in 240 s; see {self.folder / 'log'}")
 
     def _make_monitor(self, port: int) -> None:
         for name in ("mon", "osd", "rgw", "run", "log"):
@@ -253,6 +256,11 @@ def _programs() -> Path:
     if not shutil.which("apt-get"):
         raise CannotStart("no radosgw here, and no apt-get to fetch it with")
     CACHE.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE.with_suffix(".lock")):  # apt's own lock makes a second one fail
+        return CACHE if (CACHE / "usr/bin").exists() else _fetched()
+
+
+def _fetched() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as folder:
         debs, root = Path(folder, "debs"), Path(folder, "root")
         (debs / "partial").mkdir(parents=True)
@@ -267,8 +275,7 @@ def _programs() -> Path:
             raise CannotStart(f"{' '.join(map(str, error.cmd))}: {error.stderr[-300:].decode()}") from error
         except subprocess.TimeoutExpired as error:
             raise CannotStart(str(error)) from error
-        with contextlib.suppress(OSError):  # another process was first
-            root.rename(CACHE)
+        root.rename(CACHE)
     return CACHE
 
 
@@ -276,6 +283,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def silent_address() -> Iterator[str]:
+    """`host:port` that nobody listens on, and nobody else can take meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 # --- moto -----------------------------------------------------------------------------------------------------------
@@ -288,6 +303,15 @@ def moto() -> Iterator[S3Server]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    wsgi: Any = server._server
+    app, one_at_a_time = wsgi.app, threading.Lock()
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        """moto looks whether a condition holds, and then writes: in threads, both of two could win."""
+        with one_at_a_time:
+            return app(environ, start_response)
+
+    wsgi.app = answer
     try:
         host, port = server.get_host_and_port()
         yield S3Server(f"http://{host}:{port}")
@@ -322,7 +346,7 @@ class FaultyProxy:
         self.faults: list[tuple[str, str]] = []
         self.decide: Callable[[str, str], str | None] = lambda method, path: None  # noqa: ARG005
         self.requests: list[str] = []
-        self._closing = threading.Event()
+        self._closing, self._choosing = threading.Event(), threading.Lock()
         upstream = server.endpoint_url.removeprefix("http://")
         proxy = self
 
@@ -349,15 +373,14 @@ class FaultyProxy:
                     self.end_headers()
                     self.wfile.write(text)
                     return
-                connection = http.client.HTTPConnection(upstream, timeout=30)
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() not in ("expect", "connection"):
-                        connection.putheader(name, value)
-                connection.endheaders(body)
-                reply = connection.getresponse()
-                data = bytearray(reply.read())
-                connection.close()
+                with contextlib.closing(http.client.HTTPConnection(upstream, timeout=120)) as connection:
+                    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                    for name, value in self.headers.items():
+                        if name.lower() not in ("expect", "connection"):
+                            connection.putheader(name, value)
+                    connection.endheaders(body)
+                    reply = connection.getresponse()
+                    data = bytearray(reply.read())
                 if fault == "lose_reply":
                     self.close_connection = True
                     return
@@ -389,10 +412,11 @@ class FaultyProxy:
         self.faults += [(method, fault)] * times
 
     def _fault_for(self, method: str) -> str | None:
-        for queued in self.faults:
-            if queued[0] == method:
-                self.faults.remove(queued)
-                return queued[1]
+        with self._choosing:
+            for queued in self.faults:
+                if queued[0] == method:
+                    self.faults.remove(queued)
+                    return queued[1]
         return None
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from tercet.near_copies import NearCopies
 from tercet.shards import SplitWriters, upload
 from tercet.sources import local_copy
 from tercet.splits import SPLITS
-from tercet.storage import Storage, sha256_of
+from tercet.storage import Storage, local_errors, sha256_of
 
 ATTEMPTS = 20  # each of them adds to another version, because somebody else published one
 ROWS_AT_ONCE = 8_192
@@ -142,7 +142,7 @@ class _Append:
         known = {source.sha256 for source in self._parent.sources}
         new = []
         for source in sources:
-            with local_copy(source, endpoint_url) as path:
+            with local_copy(source, endpoint_url) as path, local_errors(path):
                 is_known = path.is_file() and sha256_of(path) in known
             self._num_known_sources += is_known
             if not is_known:
@@ -216,7 +216,7 @@ class _Append:
             num_leaked_rows=parent.num_leaked_rows,
             text_statistics=_together(parent, intake.text_statistics(), len(self._rows)),
             sources=(*parent.sources, *intake.sources),
-            created_at=datetime.now(timezone.utc).replace(microsecond=0),
+            created_at=datetime.now(UTC).replace(microsecond=0),
             parent=parent.version,
             num_repeated_rows=self._num_repeated,
             num_near_copies=self._num_near_copies,

@@ -2,7 +2,7 @@
 
     runs/<run_id>/checkpoints/<step>/<attempt>/…            files, each written by the rank that owns it
     runs/<run_id>/checkpoints/<step>/<attempt>/rank-0.json  what rank 0 wrote, with sha256: its part
-    runs/<run_id>/checkpoints/<step>/COMMIT                 written last, put-if-absent: now it exists
+    runs/<run_id>/checkpoints/<step>/COMMIT                 written last, by compare-and-swap: now it exists
 
 Every attempt (a start of the worker group) writes to a folder of its own, so a late upload of a dead attempt can never
 mix with another's. Without COMMIT there is no checkpoint, whatever lies there. Every file is checked by its hash in
@@ -21,10 +21,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from tercet.crash_point import crash_point
-from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
+from tercet.errors import Conflict, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.lease import Attempt, is_fenced, read_attempts
 from tercet.sealed import seal, unseal
-from tercet.storage import Storage, sha256_of
+from tercet.storage import ANYTHING, Storage, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,29 +138,40 @@ def commit_step(
         files.update(_wait_for_part(storage, folder, rank, deadline).files)
     commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
     key = f"{step_prefix(run_id, step)}/{COMMIT}"
-    try:
-        storage.put_if_absent(key, seal(commit))
-    except AlreadyExists:
-        standing = _whole_commit(storage, key)
+    token: str | None = None
+    while True:
+        try:
+            storage.compare_and_swap(key, seal(commit), token)
+            return commit
+        except Conflict:
+            token, standing = _token(storage, key), _whole_commit(storage, key)
         if standing is not None and not is_fenced(standing.attempt, step, read_attempts(storage, run_id)):
             logger.warning("step %d was committed by another attempt; its commit stands", step)
             return standing
         state = "is damaged" if standing is None else "came too late"
         logger.error("step %d was committed by another attempt, but that %s; it is replaced", step, state)
-        storage.put(key, seal(commit))
-    return commit
+
+
+def _token(storage: Storage, key: str) -> str | None:
+    """What `compare_and_swap` takes to replace what is there now."""
+    try:
+        return storage.read_versioned(key)[1]
+    except ObjectNotFound:
+        return None
+    except CorruptObject:
+        return ANYTHING
 
 
 def _whole_commit(storage: Storage, key: str) -> Commit | None:
     """The commit at `key` if all of its files are whole. Reads them all: two attempts seldom commit the same step."""
     try:
-        commit = _read_commit(storage, key)
+        commit = read_commit(storage, key)
     except (CorruptObject, ObjectNotFound):
         return None
-    return commit if _damage(storage, commit) is None else None
+    return commit if damage_of(storage, commit) is None else None
 
 
-def _damage(storage: Storage, commit: Commit, paths: Iterable[str] | None = None) -> StorageError | None:
+def damage_of(storage: Storage, commit: Commit, paths: Iterable[str] | None = None) -> StorageError | None:
     """What is wrong with the files of a commit, or some of them, if anything is. Reads them all."""
     try:
         with tempfile.TemporaryDirectory(prefix="tercet-verify-") as folder:
@@ -170,7 +181,7 @@ def _damage(storage: Storage, commit: Commit, paths: Iterable[str] | None = None
     return None
 
 
-def _read_commit(storage: Storage, key: str) -> Commit:
+def read_commit(storage: Storage, key: str) -> Commit:
     """Raises ObjectNotFound, CorruptObject: also for a document that is whole, but of another checkpoint."""
     commit = unseal(Commit, storage.read(key), storage.uri_of(key))
     if not f"{commit.folder}/".startswith(f"{key.rpartition('/')[0]}/"):
@@ -215,7 +226,7 @@ def _listed_commits(storage: Storage, run_id: str, num_tries: int = 10) -> list[
     for key in storage.list(checkpoints_prefix(run_id)):
         if key.rsplit("/", 1)[-1] == COMMIT:
             try:
-                found.append(_read_commit(storage, key))
+                found.append(read_commit(storage, key))
             except CorruptObject as error:
                 logger.warning("%s: damaged; this checkpoint is skipped: %s", storage.uri_of(key), error)
             except ObjectNotFound:
@@ -239,62 +250,20 @@ def fetch_newest(
     gets the step of each damaged one, and what is wrong with it."""
     commits = read_commits(storage, run_id)
     newest_step = commits[0].step if commits else -1
-    for step in sorted({int(key.split("/")[3]) for key in storage.list(checkpoints_prefix(run_id))}):
-        if step > newest_step:
-            logger.warning("step %d has files but no commit that counts: it was not finished, or lost it", step)
+    steps = {key.split("/")[3] for key in storage.list(checkpoints_prefix(run_id))}
+    for step in sorted(int(step) for step in steps if step.isdecimal() and int(step) > newest_step):
+        logger.warning("step %d has files but no commit that counts: it was not finished, or lost it", step)
     for commit in commits:
         try:
             fetch(storage, commit, local_dir)
         except (CorruptObject, ObjectNotFound) as error:
+            if not storage.exists(f"{step_prefix(run_id, commit.step)}/{COMMIT}"):
+                # An attempt that does not know yet that it lost the run has pruned it, after it committed newer ones.
+                shutil.rmtree(local_dir, ignore_errors=True)
+                return fetch_newest(storage, run_id, local_dir, on_skip)
             logger.error("checkpoint of step %d is damaged and skipped for the one before: %s", commit.step, error)
             on_skip(commit.step, error)
             shutil.rmtree(local_dir, ignore_errors=True)
         else:
             return commit
     return None
-
-
-def best_commit(commits: Iterable[Commit], metric: str) -> Commit | None:
-    """The commit with the highest metric; the earlier one of equals."""
-    return max((c for c in commits if metric in c.metrics), key=lambda c: (c.metrics[metric], -c.step), default=None)
-
-
-def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Commit | None:
-    """The best commit whose model is whole; a damaged one is skipped, loudly, for the next best. Reads the model."""
-    left = list(commits)
-    while (best := best_commit(left, metric)) is not None:
-        if (damage := _damage(storage, best, best.model_files())) is None:
-            return best
-        logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, damage)
-        left.remove(best)
-    return None
-
-
-def best_prefix(run_id: str) -> str:
-    """Where a run's servable model lies: a folder that `SentenceTransformer(path)` loads."""
-    return f"runs/{run_id}/best"
-
-
-def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Commit:
-    """Copy the model of a committed checkpoint to `best/`, verified on the way, with `card` as its README.md.
-
-    Returns the commit of `best/`. Already there: nothing is done."""
-    folder = best_prefix(run_id)
-    if (done := read_best(storage, run_id)) is not None and (done.step, done.attempt) == (commit.step, commit.attempt):
-        return done
-    storage.delete(folder)
-    with tempfile.TemporaryDirectory(prefix="tercet-best-") as local:
-        fetch(storage, commit, Path(local), commit.model_files())
-        (Path(local) / "README.md").write_text(card, encoding="utf-8")
-        best = commit.model_copy(update={"folder": folder, "files": upload_files(storage, Path(local), folder)})
-    crash_point("before_publish")
-    storage.put(f"{folder}/{COMMIT}", seal(best))
-    return best
-
-
-def read_best(storage: Storage, run_id: str) -> Commit | None:
-    """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
-    try:
-        return _read_commit(storage, f"{best_prefix(run_id)}/{COMMIT}")
-    except (ObjectNotFound, CorruptObject):
-        return None

@@ -11,7 +11,7 @@ import unicodedata
 from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 BadKind = Literal[
     "not_json",  # the line is not JSON
@@ -27,7 +27,6 @@ BadKind = Literal[
     "positive_equals_negative",
     "anchor_equals_negative",
 ]
-BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
 
 MAX_TEXT_CHARS = 100_000
 """Default limit of one text: longer than any encoder's window by far, so what is above it is a broken export."""

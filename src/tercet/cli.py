@@ -34,12 +34,18 @@ def main(argv: list[str] | None = None) -> int:
         if error.hint:
             print(f"  → {error.hint}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("tercet: interrupted; the same command resumes", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # of a file that a person named: what tercet itself reads and writes has errors of its own
+        if arguments.debug or error.filename is None:
+            raise
+        print(f"tercet: {error.filename}: {error.strerror}", file=sys.stderr)
+        print("  → check the path, who may use it, and the disk", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tercet: interrupted; the same command resumes", file=sys.stderr)
+        return 130
     return result
 
 
@@ -48,11 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tercet {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    recipe = argparse.ArgumentParser(add_help=False, parents=[common])
-    recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
-    recipe.add_argument(
+    changes = argparse.ArgumentParser(add_help=False, parents=[common])
+    changes.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
     )
+    recipe = argparse.ArgumentParser(add_help=False, parents=[changes])
+    recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("--run-id", help="instead of the one made from date, recipe and data")
     store = argparse.ArgumentParser(add_help=False, parents=[common])
@@ -90,11 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_nightly(verbs, recipe, store)
     add_models(verbs, store)
-    demo = verbs.add_parser("demo", parents=[common], help="the whole way on data that every machine has")
+    demo = verbs.add_parser("demo", parents=[changes], help="the whole way on data that every machine has")
     demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
-    demo.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
-    )
     demo.set_defaults(call=_demo)
     schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
     schema.set_defaults(call=_schema)
@@ -134,9 +138,8 @@ def _print_report(report: RunReport, recipe: Path) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from tercet.run import read_report
     from tercet.submit import submit
-    from tercet.survey import survey
+    from tercet.survey import read_report, survey
 
     config = _config(arguments)
     storage, plan = survey(config, arguments.run_id)
@@ -149,9 +152,8 @@ def _submit(arguments: argparse.Namespace) -> None:
 
 
 def _runs_list(arguments: argparse.Namespace) -> None:
-    from tercet.run import read_report
     from tercet.storage import open_storage
-    from tercet.survey import list_runs
+    from tercet.survey import list_runs, read_report
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     run_ids = list_runs(storage)
@@ -171,9 +173,8 @@ def _runs_list(arguments: argparse.Namespace) -> None:
 def _runs_show(arguments: argparse.Namespace) -> None:
     from tercet.errors import ConfigError
     from tercet.report import screen
-    from tercet.run import read_report
     from tercet.storage import open_storage
-    from tercet.survey import list_runs, unknown_run
+    from tercet.survey import list_runs, read_report, unknown_run
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     report = read_report(storage, arguments.run_id)
@@ -219,7 +220,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         result = build_version([str(source)], storage, config.dataset.name, group="group")
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
     print_manifest(result.manifest)
-    print("starting Ray with two workers; the first line of training comes in about half a minute", flush=True)
+    print("starting Ray and its workers; the first line of training comes in about half a minute", flush=True)
     _print_report(run(config), arguments.recipe)
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
 

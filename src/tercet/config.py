@@ -128,6 +128,9 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
                 lines.append(f"{where}: `{dotted}` is missing")
             case "string_type" if isinstance(item["input"], int | float):
                 lines.append(f"{where}: `{dotted}` is a text: write it in quotes, not as the number {item['input']!r}")
+            case "model_type" | "model_attributes_type":
+                kind = type(item["input"]).__name__
+                lines.append(f"{where}: `{dotted}` is a section of keys and values, not of type {kind}")
             case "tuple_type":
                 lines.append(f"{where}: `{dotted}` is a list: write it in brackets, [...], not {item['input']!r}")
             case "value_error":

@@ -128,7 +128,8 @@ def _mine(arguments: argparse.Namespace) -> None:
     try:
         mining = MiningConfig(num_negatives=arguments.num_negatives, relative_margin=arguments.relative_margin)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())) from None
+        problems = "\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())
+        raise ConfigError(problems, hint="see tercet mine --help") from None
     result = mine(load_config(arguments.recipe, arguments.overrides), arguments.into, mining)
     manifest = result.build.manifest
     rows = f"{result.num_rows:,} rows, {result.num_random:,} with random negatives"
@@ -158,8 +159,9 @@ def _show_progress(progress: Progress) -> None:
 def print_manifest(manifest: Manifest) -> None:
     """A version, as a person reads it."""
     from tercet.memory import size_text
+    from tercet.splits import SPLITS
 
-    for split in ("train", "eval", "test"):
+    for split in SPLITS:
         shards = manifest.splits.get(split, ())
         num_bytes = sum(shard.num_bytes for shard in shards)
         print(f"  {split:<6} {manifest.num_rows[split]:>10,} rows  {len(shards):>4} shards  {size_text(num_bytes):>10}")
@@ -175,6 +177,9 @@ def print_manifest(manifest: Manifest) -> None:
         print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
     if manifest.num_leaked_rows:
         print(f"  left out   {manifest.num_leaked_rows:,} rows that eval or test has too (quarantine.jsonl)")
+    for split in SPLITS:
+        if not manifest.num_rows[split]:
+            print(f"  warning: the {split} split has no rows")
 
 
 def _datasets_list(arguments: argparse.Namespace) -> None:

@@ -1,14 +1,17 @@
 """Attention over one row of many texts, each of which sees only itself: in matrices, on any device.
 
-Texts of like length share a batch of matrices, as wide as the longest of them.
+Texts of like length share a batch of matrices, as wide as the longest of them. Matrices of short texts are made here;
+those of long texts are torch's business, which does not keep them for the backward pass.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tercet.dropout import draw_kept
 from tercet.packing import attention_groups
@@ -56,12 +59,36 @@ class Layout:
         self._lengths, self._device = lengths, device
         self._matrices: Matrices | None = None
         self._cu_seq_lens: torch.Tensor | None = None
+        self._splits: dict[int, tuple[Layout | None, Layout | None]] = {}
+        self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = {}
 
     def matrices(self, num_heads: int) -> Matrices:
         """For attention that knows matrices only. Made once: all layers have as many heads."""
         if self._matrices is None:
             self._matrices = _matrices(self._lengths, num_heads, self._device)
         return self._matrices
+
+    def split(self, width: int) -> tuple[Layout | None, Layout | None]:
+        """The texts of fewer tokens, and the others. Made once."""
+        if width not in self._splits:
+            num_short = bisect.bisect_left(self._lengths, width)
+            parts = (self._lengths[:num_short], self._lengths[num_short:])
+            short, long = (Layout(lengths, self._device) if lengths else None for lengths in parts)
+            self._splits[width] = (short, long)
+        return self._splits[width]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all texts."""
+        return sum(self._lengths)
+
+    def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores of a block, None for nothing. Made once: layers keep it for the backward pass."""
+        key = (block.start, window, dtype)
+        if key not in self._masks:
+            added = _biases(block, None, window, self._device)
+            self._masks[key] = sum(added[1:], added[0]).to(dtype) if added else None
+        return self._masks[key]
 
     @property
     def cu_seq_lens(self) -> torch.Tensor:
@@ -158,6 +185,28 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             torch.bmm(of_scores, k, out=of_q)
             torch.bmm(of_scores.mT, q, out=of_k)
         return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in of_rows), of_bias, *(None,) * 4)
+
+
+def attend_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """As `GroupedAttention` without a bias, each block by torch's scaled_dot_product_attention."""
+    num_heads = query.shape[1]
+    matrices = layout.matrices(num_heads)
+    rows = [_gather(x, matrices) for x in (query, key, value)]
+    outputs = []
+    for block in matrices.blocks:
+        q, k, v = (_of_block(x, block, num_heads).unflatten(0, (-1, num_heads)) for x in rows)
+        mask = layout.mask(block, window, query.dtype)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        outputs.append(output.reshape(-1, value.shape[-1]))
+    return torch.cat(outputs).index_select(0, matrices.back).view(value.shape)
 
 
 def _gather(tokens: torch.Tensor, matrices: Matrices) -> torch.Tensor:

@@ -132,7 +132,7 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
     faulthandler ends the process a little later: its watch does not need one."""
 
     def __init__(self, seconds: float, on_hang: Callable[[], None] = lambda: None) -> None:
-        """seconds: for the longest of a step, an evaluation and a checkpoint. on_hang: called before the end."""
+        """seconds: for the longest of a step, an evaluation and a checkpoint. on_hang: called last."""
         self._seconds, self._on_hang = seconds, on_hang
         self._ended = threading.Event()
 
@@ -154,9 +154,9 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
         while (left := self._since + self._seconds - time.monotonic()) > 0:
             if self._ended.wait(left):
                 return
-        self._on_hang()
         logger.error("no step within %g s; where each thread hangs:", self._seconds)
         faulthandler.dump_traceback(all_threads=True)
+        self._on_hang()
         os._exit(1)
 
 

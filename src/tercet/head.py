@@ -1,7 +1,7 @@
-"""A wait for the cluster that ends when its head is lost.
+"""Waits for the head of a cluster that end.
 
-Ray 2.60 gives a head that does not answer a while to come back, and then ends the driver from within: by an exit that
-leaves no report and does not say what to do.
+Ray 2.60 tries for more than eight minutes to join a head that does not answer. One that stops answering it gives a
+while to come back, and then ends the driver from within: by an exit that leaves no report and does not say what to do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,19 @@ POLL_SECONDS = 1.0
 RAY_PATIENCE = ("RAY_gcs_rpc_server_reconnect_timeout_s", "60")  # Ray's own name and default
 
 
+def wait_for_head(address: str) -> None:
+    """Returns when something answers at `address`, host:port. Raises TrainingError after half the time that Ray gives
+    a head to come back, and ValueError for a host that cannot be one."""
+    ends_at = time.monotonic() + _patience_seconds()
+    while not _answers(address):
+        if time.monotonic() > ends_at:
+            raise TrainingError(
+                f"no Ray cluster answers at {address} (RAY_ADDRESS)",
+                hint="start its head, or unset RAY_ADDRESS to run on this machine alone",
+            )
+        time.sleep(POLL_SECONDS)
+
+
 def while_head_answers(work: Callable[[], T]) -> T:
     """What `work` returns or raises; it runs in a thread of its own, so that a lost head cannot hold this one.
 
@@ -29,8 +42,7 @@ def while_head_answers(work: Callable[[], T]) -> T:
     after that: Ray's farewell to a cluster that is gone ends it, with an exit code of Ray's own."""
     import ray
 
-    address = ray.get_runtime_context().gcs_address
-    patience_seconds = float(os.environ.get(*RAY_PATIENCE)) / 2
+    address, patience_seconds = ray.get_runtime_context().gcs_address, _patience_seconds()
     done = _in_thread(work)
     answered_at = time.monotonic()
     while not concurrent.futures.wait([done], timeout=POLL_SECONDS).done:
@@ -56,6 +68,10 @@ def _in_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
 
     threading.Thread(target=run, name="ray", daemon=True).start()
     return future
+
+
+def _patience_seconds() -> float:
+    return float(os.environ.get(*RAY_PATIENCE)) / 2
 
 
 def _answers(address: str) -> bool:

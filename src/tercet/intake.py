@@ -127,10 +127,11 @@ class Intake:
             raise TooManyBadRows(
                 f"{self.num_bad_rows:,} of {self.num_rows:,} rows are bad ({self.num_bad_rows / self.num_rows:.2%}, "
                 f"the limit is {max_bad_rows:.2%}): {by_kind(self.bad_rows)}; the first:\n{first}",
-                "Nothing was published. Mend the rows, or raise the limit on the share of bad rows.",
+                "Nothing was published. Mend the rows, or raise the limit (--max-bad-rows; nightly.max_bad_rows).",
             )
         if self._num_good == 0:
-            raise DataError(f"all {self.num_rows:,} rows are bad: {by_kind(self.bad_rows)}; the first:\n{first}")
+            bad = f"all {self.num_rows:,} rows are bad: {by_kind(self.bad_rows)}; the first:\n{first}"
+            raise DataError(bad, "Nothing was published. Mend the rows, or check which columns are meant.")
 
     def text_statistics(self) -> dict[str, TextStatistics]:
         """Of the good rows that were read, of which there must be one."""

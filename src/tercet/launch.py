@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import tempfile
 import uuid
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from tercet.checkpoint import Commit
 from tercet.config import Config
 from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError
-from tercet.head import while_head_answers
+from tercet.head import wait_for_head, while_head_answers
 from tercet.plan import TrainPlan
 from tercet.sections import WorkersConfig
 from tercet.storage import open_storage
@@ -48,12 +49,15 @@ def environment(workers: WorkersConfig) -> dict[str, str]:
 
 
 def start_ray(workers: WorkersConfig) -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with this process."""
+    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with this process.
+
+    Raises ConfigError for an address that is none, TrainingError when no cluster answers there."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job has an environment already: add to it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     arguments: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
         # A token of this process alone: by default Ray would write one to the home folder, for all clusters to come.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -63,14 +67,25 @@ def start_ray(workers: WorkersConfig) -> None:
         num_cpus = max(os.cpu_count() or 1, (workers.min or workers.num_workers) * workers.cpus_per_worker)
         arguments = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", "num_cpus": num_cpus}
     import ray
+    from ray.exceptions import RayError
 
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        return
+    try:
+        if re.fullmatch(r"[^/]+:\d+", address):
+            wait_for_head(address)
         ray.init(
             runtime_env={"env_vars": environment(workers)},
             logging_level=logging.WARNING,
             log_to_driver=True,
             **arguments,
         )
+    except (ValueError, ConnectionError, RayError) as error:
+        if not address:
+            raise
+        what = f"cannot join the Ray cluster of RAY_ADDRESS={address}: {str(error).splitlines()[0]}"
+        hint = "it is the head's own address, such as 10.0.0.1:6379; without it, this machine alone is used"
+        raise (ConfigError if isinstance(error, ValueError) else TrainingError)(what, hint=hint) from None
 
 
 def with_devices(config: Config) -> Config:

@@ -122,9 +122,14 @@ class Lease:
         return attempt
 
     def check(self) -> None:
-        """Raises LeaseLost when another attempt has taken the run over."""
+        """Raises LeaseLost when another attempt is known to have taken the run over. Asks nobody."""
         if self._lost is not None:
             raise self._lost
+
+    def confirm(self) -> None:
+        """As `check`, but storage is asked: a process that stood still for a while may not know yet. StorageError."""
+        self._swap({})
+        self.check()
 
     def release(self, finished: bool = True) -> None:
         """Say that this attempt has ended, and whether well."""
@@ -137,7 +142,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._end.wait(self._seconds / RENEWALS_PER_LEASE):
             try:
-                self._swap({"num_renewals": self._holder.num_renewals + 1})
+                self._swap({})
             except StorageError as error:  # an answer that does not come is no loss: the next renewal may
                 logger.warning("the lease of run %s could not be renewed: %s", self._run_id, error)
             if self._lost is not None:
@@ -147,7 +152,8 @@ class Lease:
         with self._lock:
             if self._lost is not None:
                 return
-            changed = self._holder.model_copy(update=changes)
+            renewal = {"num_renewals": self._holder.num_renewals + 1}
+            changed = self._holder.model_copy(update=renewal | changes)
             try:
                 self._token = self._storage.compare_and_swap(lease_key(self._run_id), seal(changed), self._token)
                 self._holder = changed

@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
@@ -209,7 +209,8 @@ def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> M
 
 def _check_newest(newest: str | None, manifest: Manifest, after: str) -> None:
     if newest not in (after, manifest.version):
-        raise Conflict(f"the newest version of {manifest.dataset} is {newest}, not {after}")
+        what = f"the newest version of {manifest.dataset} is {newest}, not {after}"
+        raise Conflict(what, "Another writer published meanwhile: the same command again starts from that version.")
 
 
 def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
@@ -221,7 +222,7 @@ def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
         if after is not None:
             _check_newest(None if head is None else str(head["version"]), manifest, after)
         generation = 1 if head is None else int(head["generation"]) + 1
-        updated_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        updated_at = datetime.now(UTC).isoformat(timespec="seconds")
         new = {"version": version, "generation": generation, "updated_at": updated_at}
         try:
             storage.compare_and_swap(key, (json.dumps(new) + "\n").encode(), token)

@@ -86,6 +86,7 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
     manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
     if into == manifest.dataset:
         raise ConfigError(f"{into} is the dataset that is mined", hint="name another one")
+    dataset_prefix(into)
     commit = None
     if config.model.start_from == "champion" and read_champion(storage, config.name) is not None:
         commit = resolve(storage, config.name)[1].commit

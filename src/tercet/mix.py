@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from tercet.checks import text_hash
 from tercet.dataset_plan import PlannedDataset
 from tercet.errors import ConfigError
 from tercet.plan import TrainPlan
 from tercet.replay import kept_rows
-from tercet.sampling import DatasetRows, RowBytes, subset
+from tercet.sampling import DatasetRows, subset
 from tercet.storage import Storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BYTES_PER_TOKEN = 5  # at most, about: English prose has 4, shell commands 2
 NUM_EXAMPLES = 3
 EXAMPLE_CHARS = 80
 
@@ -49,7 +46,7 @@ def load_train_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Dataset
 
 def rows_to_order(plan: TrainPlan, train_rows: Sequence[Dataset]) -> list[DatasetRows]:
     """What the order of rows is made from; `train_rows` as `load_train_rows` returns them."""
-    from tercet.text_ids import text_ids
+    from tercet.row_texts import text_ids
 
     no_duplicates = plan.config.training.no_duplicates
     return [
@@ -66,19 +63,6 @@ def together(datasets: Sequence[Dataset]) -> Dataset:
     if len(datasets) == 1:
         return datasets[0]
     return concatenate_datasets(list(datasets)).with_transform(_own_columns)
-
-
-def row_bytes(rows: Dataset, max_tokens: int | None) -> RowBytes:
-    """How much there is to compute for each row, about: the bytes of its texts. Those beyond `max_tokens` tokens of a
-    text are cut off, and count no more. Reads no text, and holds 4 bytes a row."""
-    import pyarrow.compute as pc
-
-    longest = np.iinfo(np.int32).max if max_tokens is None else max_tokens * BYTES_PER_TOKEN
-    lengths: RowBytes = np.zeros(rows.data.num_rows, dtype=np.int32)
-    for column in rows.data.columns:
-        lengths += np.minimum(pc.fill_null(pc.binary_length(column), 0).to_numpy(), longest)
-    chosen = rows._indices  # of a selection
-    return lengths if chosen is None else lengths[chosen.column(0).to_numpy()]
 
 
 def _own_columns(batch: dict[str, list[str | None]]) -> dict[str, list[str | None]]:

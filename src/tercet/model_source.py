@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +40,16 @@ def locate(model: ModelConfig) -> Path | None:
         folder = _inside_package(model.name_or_path.removeprefix(PACKAGE_SCHEME))
     else:
         folder = Path(model.name_or_path)
+        if folder.is_file():
+            raise ConfigError(f"model.name_or_path: {folder} is a file", hint="name the folder of a model")
         if not folder.is_dir():
             if folder.is_absolute() or model.name_or_path.startswith((".", "~")):
                 raise ConfigError(f"model.name_or_path: no folder {folder}", hint="check the path")
             return None
+        if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+            raise ConfigError(
+                f"model.name_or_path: {folder} holds no model", hint="it has neither config.json nor modules.json"
+            )
     if model.sha256 is not None:
         check_sha256(folder, model.sha256)
     return folder
@@ -76,10 +84,25 @@ def _inside_package(package: str) -> Path:
     return folders[0]
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raises ConfigError for a file of the model in `folder` that cannot be read, or holds something else."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        what = f"the files of the model {folder} cannot be read: {type(error).__name__}: {error}"
+        raise ConfigError(what, hint="fetch the model again") from None
+
+
 def read_facts(folder: Path) -> ModelFacts | None:
     """From config.json and the headers of the weights' files; None when they do not say.
 
-    Raises ConfigError when the weights are no safetensors file."""
+    Raises ConfigError when the weights are no safetensors file, or a file cannot be read."""
+    with reading(folder):
+        return _read_facts(folder)
+
+
+def _read_facts(folder: Path) -> ModelFacts | None:
     transformer = next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
     weights = _weight_files(transformer) if transformer else []
     if transformer is None or not weights:

@@ -19,8 +19,8 @@ from pydantic import Field
 
 from tercet import launch
 from tercet.append import append
+from tercet.best import read_best
 from tercet.champion import Champion, Document, model_prefix
-from tercet.checkpoint import read_best
 from tercet.comparison import compare, impact, means
 from tercet.config import Config
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound
@@ -77,7 +77,7 @@ class Night(Document):
 
 def night_of(now: datetime.datetime, begins_at_utc_hour: int) -> datetime.date:
     """The night that a moment belongs to, named by the UTC date on which it began."""
-    return (now.astimezone(datetime.timezone.utc) - datetime.timedelta(hours=begins_at_utc_hour)).date()
+    return (now.astimezone(datetime.UTC) - datetime.timedelta(hours=begins_at_utc_hour)).date()
 
 
 def nightly(config: Config, who: str, say: Say, now: datetime.datetime | None = None) -> Night:
@@ -86,7 +86,7 @@ def nightly(config: Config, who: str, say: Say, now: datetime.datetime | None = 
     Raises whatever ends the run or the comparison; the champion is then as it was, and the next start goes on."""
     began = time.monotonic()
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    date = night_of(now or datetime.datetime.now(datetime.timezone.utc), config.nightly.begins_at_utc_hour)
+    date = night_of(now or datetime.datetime.now(datetime.UTC), config.nightly.begins_at_utc_hour)
     say(f"data: {add_rows(config, storage)}")
     config = _with_mined_negatives(config, storage, say)
     _, plan = survey(config, today=date)

@@ -18,13 +18,18 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tercet.grouped_attention import GroupedAttention, Layout
+from tercet.grouped_attention import GroupedAttention, Layout, attend_by_kernel
 
 PACKED_ATTENTION = "tercet_packed"
 
 # Two kernels differ by rounding, to the scale of their largest value: bfloat16 has 8 bits. A text that sees another
 # is off by about all of it.
 MAX_TRIAL_ERROR = 0.05
+
+# Tokens of a text from which torch's kernel is used without dropout: on a CPU 1.3 times as fast there, 3.4 times at
+# 2,048, and its memory grows with the length, not with its square. Below, matrices are faster, and on a CPU in 16 bits
+# up to twice the length; with dropout on a CPU they always are, and the smaller ones (docs/log.md).
+LONG_TEXT = 512
 
 logger = logging.getLogger("tercet")
 
@@ -43,12 +48,20 @@ def attend(
 
     window: tokens see those less than so many places away. bias: shape (num_heads, max_length, max_length), added to
     the scores. On a GPU, in 16 bits, it is torch's attention for rows of texts, where that is found to be right; it
-    knows neither bias nor dropout."""
+    knows neither bias nor dropout. Long texts go to torch's attention for matrices, where that is better."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
     if _knows_bounds(value, dropout, bias) and bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None:
         return _with_bounds(query, key, value, layout, scaling, window)
-    grouped: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
-    return grouped
+    slow_kernel = not value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
+    short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
+    if long is None or bias is not None or (dropout and not value.is_cuda):
+        return _in_matrices(query, key, value, layout, scaling, window, dropout, bias)
+    if short is None:
+        return attend_by_kernel(query, key, value, long, scaling, window, dropout)
+    num_tokens = [short.num_tokens, long.num_tokens]
+    (q, q_long), (k, k_long), (v, v_long) = (rows.split(num_tokens) for rows in (query, key, value))
+    of_short = _in_matrices(q, k, v, short, scaling, window, dropout)
+    return torch.cat([of_short, attend_by_kernel(q_long, k_long, v_long, long, scaling, window, dropout)])
 
 
 def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
@@ -75,7 +88,7 @@ def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -
     try:
         for window in (None, 4):
             found, expected = (
-                _trial(attention, device, dtype, head_width, window) for attention in (_with_bounds, _in_groups)
+                _trial(attention, device, dtype, head_width, window) for attention in (_with_bounds, _in_matrices)
             )
             for name, left, right in zip(("output", "query", "key", "value"), found, expected, strict=True):
                 error = float((left - right).abs().max() / right.abs().max())
@@ -95,19 +108,28 @@ def _trial(
     lengths = (1, 2, 7, 7, 30)
     draw = torch.Generator().manual_seed(0)
     shape = (sum(lengths), 2, head_width)
-    # The first evaluation, where this may be called first, is in inference mode.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    # The first evaluation, where this may be called first, is in inference mode. The first step of a resumed run may be
+    # within a layer that is computed again later: what is saved here must not be counted there.
+    own = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    with own, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         drawn = [torch.randn(shape, generator=draw).to(device, dtype) for _ in range(4)]
         rows = [row.requires_grad_() for row in drawn[:3]]
         output = way(*rows, Layout(lengths, device), head_width**-0.5, window)
         return [x.detach().float() for x in (output, *torch.autograd.grad(output, rows, drawn[3]))]
 
 
-def _in_groups(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float, window: int | None
+def _in_matrices(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    grouped: torch.Tensor = GroupedAttention.apply(query, key, value, None, layout, scaling, 0.0, window)
-    return grouped
+    found: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
+    return found
 
 
 def _attention_function(

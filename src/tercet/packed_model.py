@@ -85,12 +85,18 @@ def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
     config = getattr(encoder, "config", None)
     return Facts(
         model_type=getattr(config, "model_type", None),
-        own_code=encoder is None or not type(encoder).__module__.startswith("transformers.models."),
+        own_code=encoder is not None and not type(encoder).__module__.startswith("transformers.models."),
         pooling=(modes,) if isinstance(modes, str) else tuple(modes),
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.include_prompt,
         pads_left=getattr(model.tokenizer, "padding_side", "right") == "left",
+        other_modules=tuple(name for name in map(_type_name, model) if name not in packing.TEXT_BY_TEXT),
+        is_decoder=bool(getattr(config, "is_decoder", False)),
     )
+
+
+def _type_name(module: object) -> str:
+    return type(module).__name__
 
 
 def take_rows(model: SentenceTransformer) -> None:
@@ -123,7 +129,6 @@ def one_row(columns: list[Features], drops_prompts: bool) -> Features:
     bounds = pad(bounds, (1, 0)).to(torch.int32)
     row: Features = {
         "input_ids": torch.cat([features["input_ids"] for features in columns], dim=1),
-        "position_ids": torch.cat([features["position_ids"] for features in columns], dim=1),
         "cu_seq_lens_q": bounds,
         "modality": columns[0]["modality"],
     }
@@ -144,10 +149,11 @@ def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
     order = sorted(range(len(bounds) - 1), key=lambda text: bounds[text + 1] - bounds[text])
     lengths = [bounds[text + 1] - bounds[text] for text in order]
     place = torch.cat([torch.arange(bounds[text], bounds[text + 1]) for text in order]).to(device)
-    layout = Layout([length for length in lengths if length], device)
+    layout, offset = Layout([length for length in lengths if length], device), self._flatten_position_offset
     row = {
         "input_ids": features["input_ids"][:, place],
-        "position_ids": features["position_ids"][:, place],
+        # Not those of the features: a guide may count from another number than the model that they were made for.
+        "position_ids": (torch.cat([torch.arange(length) for length in lengths]) + offset)[None].to(device),
         "layout": layout,
         "modality": features["modality"],
     }

@@ -18,6 +18,8 @@ Packing = Literal["packed", "chunked", "plain"]
 
 # The architectures whose forward pass takes a row of many texts, as transformers 5.23 writes them; each is under test.
 PACKED_MODEL_TYPES = ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
+# Modules that take each text, or each of its tokens, by itself.
+TEXT_BY_TEXT = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LayerNorm")
 PACKED_POOLING = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens")
 
 # What a group costs in any case, in scores (pairs of positions) that could be computed instead. Measured
@@ -53,6 +55,10 @@ class Facts(NamedTuple):
     """Prompts are left out of the pooling."""
     pads_left: bool = False
     """The tokenizer pads on the left."""
+    other_modules: tuple[str, ...] = ()
+    """Of the model's modules, those that are none of TEXT_BY_TEXT."""
+    is_decoder: bool = False
+    """Tokens see those before them only."""
     guide_obstacle: str | None = None
     """Why a guide of the loss, which gets the same features, cannot take them in one row."""
 
@@ -65,6 +71,8 @@ def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, st
     if wanted != "chunked" and why_not is None:
         return "packed", "one row of real tokens, no padding"
     why = "as the recipe says" if wanted == "chunked" else f"not packed: {why_not}"
+    if facts.other_modules:
+        return "plain", f"{why}; nor in chunks"
     if facts.is_cached:
         return "plain", f"{why}; the loss cuts its own mini-batches"
     if facts.drops_prompts:
@@ -76,6 +84,10 @@ def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, st
 
 def obstacle(facts: Facts) -> str | None:
     """Why a model cannot take its texts in one row; None where it can."""
+    if facts.other_modules:
+        return f"its module {facts.other_modules[0]} may look beyond a text"
+    if facts.is_decoder:
+        return "its tokens see only those before them"
     if facts.own_code:
         return "the model's own code would have to know of boundaries"
     if facts.model_type not in PACKED_MODEL_TYPES:

@@ -8,8 +8,8 @@ from typing import Any
 
 from tercet.config import Config
 from tercet.loss_config import GuidedLossConfig
-from tercet.model_source import locate
-from tercet.packing import Facts, obstacle
+from tercet.model_source import locate, reading
+from tercet.packing import TEXT_BY_TEXT, Facts, obstacle
 from tercet.sections import ModelConfig
 
 # As sentence-transformers wrote a Pooling module before version 5.
@@ -25,7 +25,7 @@ _OLD_POOLING = {
 
 def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
     """Of the recipe's model, whose files are in `folder`, its loss, and the loss's guide. None where the files of one
-    are not on this machine. Raises as `locate`, of the guide."""
+    are not on this machine. Raises ConfigError where a file of theirs cannot be read; and as `locate`, of the guide."""
     facts = _of_model(config.model, folder, config.loss.is_cached)
     if facts is None or not isinstance(config.loss, GuidedLossConfig):
         return facts
@@ -37,6 +37,11 @@ def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
 def _of_model(model: ModelConfig, folder: Path | None, is_cached: bool) -> Facts | None:
     if folder is None:
         return None
+    with reading(folder):
+        return _read_facts(model, folder, is_cached)
+
+
+def _read_facts(model: ModelConfig, folder: Path, is_cached: bool) -> Facts:
     transformer = _module(folder, "Transformer") or folder
     config, pooling = _config(transformer), _pooling(folder)
     return Facts(
@@ -46,6 +51,8 @@ def _of_model(model: ModelConfig, folder: Path | None, is_cached: bool) -> Facts
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.get("include_prompt", True),
         pads_left=_read(transformer / "tokenizer_config.json").get("padding_side") == "left",
+        other_modules=tuple(name for name in _type_names(folder) if name not in TEXT_BY_TEXT),
+        is_decoder=bool(config.get("is_decoder")),
     )
 
 
@@ -61,6 +68,10 @@ def _pooling(folder: Path) -> dict[str, Any] | None:
 def _module(folder: Path, name: str) -> Path | None:
     modules = _read(folder / "modules.json") or []
     return next((folder / found["path"] for found in modules if found["type"].endswith(f".{name}")), None)
+
+
+def _type_names(folder: Path) -> list[str]:
+    return [module["type"].rpartition(".")[2] for module in _read(folder / "modules.json") or []]
 
 
 def _modes(pooling: dict[str, Any] | None) -> tuple[str, ...]:

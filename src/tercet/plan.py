@@ -28,7 +28,7 @@ from tercet.memory import (
     size_text,
 )
 from tercet.model_source import ModelFacts
-from tercet.plan_problems import data_problems, worker_problems
+from tercet.plan_problems import data_problems, loss_problems, worker_problems
 from tercet.sections import Parallelism
 from tercet.world_sizes import on_world, rows_per_rank_and_micro_batch, world_sizes
 
@@ -115,7 +115,13 @@ class TrainPlan(BaseModel):
         return world_sizes(self.config)
 
     def on(self, world_size: int) -> TrainPlan:
-        """The plan on one of its `world_sizes`. The global batches, and so the steps, are the same on all."""
+        """The plan on one of its `world_sizes`, else PlanError. The global batches, and so the steps, stay the same."""
+        if world_size not in self.world_sizes:
+            allowed = ", ".join(map(str, self.world_sizes))
+            raise PlanError(
+                f"the plan is for {allowed} workers, but {world_size} were started",
+                hint="start as many processes as the plan says, or plan again with --set workers.num_workers",
+            )
         config = on_world(self.config, world_size)
         return self.model_copy(
             update={"config": config, "rows_per_rank_and_micro_batch": rows_per_rank_and_micro_batch(config)}
@@ -150,7 +156,8 @@ class TrainPlan(BaseModel):
 
 
 def make_run_id(config: Config, dataset_versions: Sequence[str], today: datetime.date) -> str:
-    """The same recipe on the same data on the same UTC day is the same run: submitting it again resumes."""
+    """The same recipe on the same data on the same UTC day is the same run: submitting it again resumes. One that has
+    not ended is resumed on later days too (survey.py)."""
     data = dataset_versions[0]
     if len(dataset_versions) > 1:
         data = hashlib.sha256("\n".join(dataset_versions).encode()).hexdigest()
@@ -202,6 +209,8 @@ def make_plan(
         parallelism, reason = choose(tightest, facts, num_tokens, memory_bytes_available)
     except PlanError as error:
         problems.append((error.message, error.hint))
+    else:
+        problems += loss_problems(tightest, parallelism)
     if problems:
         raise PlanError("\n".join(problem for problem, _ in problems), hint="; ".join(hint for _, hint in problems))
 

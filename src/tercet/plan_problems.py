@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tercet.config import Config
 from tercet.manifest import Manifest
-from tercet.parallelism import override_problems
+from tercet.parallelism import override_problems, shards_weights
+from tercet.sections import Parallelism
 from tercet.world_sizes import world_sizes
 
 
@@ -42,6 +43,21 @@ def data_problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def loss_problems(config: Config, parallelism: Parallelism) -> list[tuple[str, str]]:
+    """What the loss cannot do in the parallelism that was chosen."""
+    num_tokens = getattr(config.loss, "mini_batch_num_tokens", None)
+    most_workers = (world_sizes(config) or (config.workers.num_workers,))[-1]
+    if num_tokens is None or most_workers == 1 or not shards_weights(parallelism):
+        return []
+    return [
+        (
+            f"loss.mini_batch_num_tokens={num_tokens} does not go with {parallelism} on several workers: ranks would "
+            "have unequal numbers of mini-batches, each of which gathers the weights",
+            "take loss.mini_batch_size instead, or workers.parallelism ddp, zero1 or zero2",
+        )
+    ]
 
 
 def worker_problems(config: Config) -> list[tuple[str, str]]:

@@ -77,6 +77,8 @@ def load(path: Path) -> tuple[dict[str, Any], Marks]:
         raise ConfigError(
             f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax"
         ) from None
+    except (ValueError, RecursionError) as error:  # a date that does not exist, a number of 5,000 digits, a loop
+        raise ConfigError(f"{path}: a value is not YAML: {error}", hint="mend it, or quote it") from None
     return document, marks
 
 
@@ -106,12 +108,15 @@ def override(document: dict[str, Any], marks: Marks, assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: not of the form section.key=value", hint="such as training.seed=7")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {assignment}: the value is not YAML", hint="quote it") from None
-    section = document
-    for key in keys[:-1]:
+    section, flag = document, f"--set {assignment}"
+    for depth, key in enumerate(keys[:-1], start=1):
+        if isinstance(section.get(key), list):
+            raise ConfigError(f"{flag}: {key} is a list", hint="set it as a whole, or change the recipe")
         if not isinstance(section.get(key), dict):
             section[key] = {}
+            marks.flags[tuple(keys[:depth])] = flag
         section = section[key]
     section[keys[-1]] = value
-    marks.flags[tuple(keys)] = f"--set {assignment}"
+    marks.flags[tuple(keys)] = flag

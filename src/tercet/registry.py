@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock
 
+from tercet.best import read_best
 from tercet.champion import (
     Champion,
     Document,
@@ -30,7 +31,7 @@ from tercet.champion import (
     read_champion,
     sha256,
 )
-from tercet.checkpoint import Commit, fetch, read_best
+from tercet.checkpoint import Commit, fetch
 from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNotFound
 from tercet.gate_decision import GateDecision
 from tercet.storage import Storage, sha256_of
@@ -223,8 +224,8 @@ def list_models(storage: Storage) -> list[str]:
 
 def list_versions(storage: Storage, name: str) -> list[int]:
     """Numbers of a model's versions, the oldest first."""
-    keys = storage.list(f"{model_prefix(name)}/versions")
-    return sorted(int(key.rpartition("/")[2].removesuffix(".json")) for key in keys)
+    names = [key.rpartition("/")[2].removesuffix(".json") for key in storage.list(f"{model_prefix(name)}/versions")]
+    return sorted(int(name) for name in names if name.isdecimal())  # what a file manager left there is none
 
 
 def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:

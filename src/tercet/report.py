@@ -129,10 +129,8 @@ def _cells(before: Metrics, after: Metrics, name: str) -> str:
 
 
 def next_commands(report: RunReport, recipe: str) -> list[tuple[str, str]]:
-    """What a person may want next, and the command that does it, for `screen`."""
+    """What a person may want next of a run that finished, and the command that does it, for `screen`."""
     tercet, python = _program("tercet"), _program("python")
-    if report.best_uri is None:
-        return [("resume", f"{tercet} train {recipe}")]
     load = f'from sentence_transformers import SentenceTransformer as S; print(S("{report.best_uri}"))'
     local = "://" not in report.run_uri
     return [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tercet.checkpoint import COMMIT, best_commit, checkpoints_prefix, read_commits, step_prefix
+from tercet.best import best_commit
+from tercet.checkpoint import COMMIT, checkpoints_prefix, read_commits, step_prefix
 from tercet.crash_point import crash_point
 from tercet.storage import Storage
 

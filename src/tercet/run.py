@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from tercet import incidents, launch
-from tercet.checkpoint import Commit, best_whole, publish_best, read_commits
+from tercet.best import best_whole, publish_best
+from tercet.checkpoint import Commit, read_commits
 from tercet.config import NOT_OF_THE_EXPERIMENT, Config
 from tercet.errors import CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.lease import read_attempts
@@ -24,7 +25,7 @@ from tercet.report import Metrics, RunMetrics, RunReport, as_json
 from tercet.sealed import seal
 from tercet.storage import Storage
 from tercet.storage import retries as storage_retries
-from tercet.survey import check_same_experiment, plan_key, survey
+from tercet.survey import check_same_experiment, plan_key, read_report, survey
 from tercet.worker import evaluation_key, training_key
 
 logger = logging.getLogger("tercet")
@@ -42,9 +43,13 @@ class Events:
         self.stage = "plan"
         try:
             self._lines = storage.read(self._key).decode().splitlines()
+            last = json.loads(self._lines[-1])["event"] if self._lines else None
         except ObjectNotFound:
-            self._lines = []
-        if self._lines and json.loads(self._lines[-1])["event"] not in _LAST_EVENTS:
+            self._lines, last = [], None
+        except (CorruptObject, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is damaged and begun anew: %s", storage.uri_of(self._key), error)
+            self._lines, last = [], None
+        if last is not None and last not in _LAST_EVENTS:
             message = "an earlier start of this run ended without a word"
             incidents.tell(storage, run_id, f"driver-{len(self._lines)}", "driver_lost", message)
 
@@ -117,14 +122,6 @@ def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
         incidents.tell(storage, plan.run_id, f"best-{evaluated['step']}", "best_checkpoint_lost", message)
         events.add("best checkpoint lost", step=evaluated["step"], taken_step=best.step)
     return best
-
-
-def read_report(storage: Storage, run_id: str) -> RunReport | None:
-    """The report of a run that ended, or None. A damaged one is None too: repeating the run writes it anew."""
-    try:
-        return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
-    except (ObjectNotFound, CorruptObject, ValueError):
-        return None
 
 
 def recipe(config: Config, exclude: set[str] | None = None) -> str:

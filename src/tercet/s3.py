@@ -62,8 +62,7 @@ class S3Storage(Storage):
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._opening = threading.Lock()
         self._fs: Any = None
-        self._fs_pid = 0
-        self._answered = False
+        self._fs_pid, self._answered = 0, False
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str | None]]:
         return S3Storage, (self._bucket, self._prefix, self._endpoint)
@@ -178,6 +177,7 @@ class S3Storage(Storage):
 
     def _retry(self, name: str, attempt: Callable[[_Deadline], T], size: int = 0) -> T:
         """Attempt until it succeeds, fails for good, or the deadline is near. Pauses double, with full jitter."""
+        self._filesystem()  # what its import takes is not the server's time
         deadline = _Deadline(PATIENCE_S if self._answered else FIRST_CONTACT_S)
         deadline.allow(size)
         for number in itertools.count():

@@ -28,8 +28,8 @@ from tercet.no_duplicates import without_duplicates
 Rows = npt.NDArray[np.int64]
 TextIds = Callable[[Rows], npt.NDArray[np.int64]]
 """Rows → equal numbers for equal texts among them: shape (num_rows,) → (num_rows, num_columns)."""
-RowBytes = npt.NDArray[np.int32]
-"""How long the texts of each row are together: shape (num_rows,), of all rows."""
+RowTokens = Callable[[Rows], npt.NDArray[np.int64]]
+"""Rows → about how much there is to compute for each: shape (num_rows,) → (num_rows,)."""
 
 # A block is what is looked at together to keep a text from being in a batch twice.
 ROWS_PER_BLOCK = 2**15
@@ -153,16 +153,20 @@ def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: i
 
 
 def rank_micro_batches(
-    global_batch: Rows, rank: int, world_size: int, gradient_accumulation_steps: int, row_bytes: RowBytes | None = None
+    global_batch: Rows,
+    rank: int,
+    world_size: int,
+    gradient_accumulation_steps: int,
+    row_tokens: RowTokens | None = None,
 ) -> Rows:
     """One rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
 
     The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all
-    ranks do not depend on the number of ranks. With row_bytes, these are dealt so that no rank waits for another."""
-    if row_bytes is None:
+    ranks do not depend on the number of ranks. With row_tokens, these are dealt so that no rank waits for another."""
+    if row_tokens is None:
         return global_batch.reshape(gradient_accumulation_steps, world_size, -1)[:, rank]
     micro_batches = global_batch.reshape(gradient_accumulation_steps, -1)
-    return np.stack([rows[dealt(row_bytes[rows], world_size)[rank]] for rows in micro_batches])
+    return np.stack([rows[dealt(row_tokens(rows), world_size)[rank]] for rows in micro_batches])
 
 
 def dealt(sizes: npt.NDArray[np.integer], num_ranks: int) -> Rows:
@@ -190,10 +194,10 @@ class RankBatches:
         rank: int,
         world_size: int,
         seed: int,
-        row_bytes: RowBytes | None = None,
+        row_tokens: RowTokens | None = None,
     ) -> None:
-        """row_bytes: numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
-        self.row_bytes = row_bytes
+        """row_tokens: numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
+        self.row_tokens = row_tokens
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
@@ -219,7 +223,7 @@ class RankBatches:
         yield from ([] for _ in range(num_skipped * self.gradient_accumulation_steps))
         for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch, num_skipped):
             for micro in rank_micro_batches(
-                batch, self.rank, self.world_size, self.gradient_accumulation_steps, self.row_bytes
+                batch, self.rank, self.world_size, self.gradient_accumulation_steps, self.row_tokens
             ):
                 self.handed_out.append(micro.tolist())
                 yield self.handed_out[-1]

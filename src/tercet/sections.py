@@ -86,7 +86,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The base model."""
 
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     """A hub name, a local folder, or `package:NAME` for a model that a Python package carries."""
     start_from: Literal["base", "champion"] = "base"
     """Which weights the training starts from: these, or those of the champion, where there is one."""

@@ -89,6 +89,11 @@ def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: 
     found = _parallelism_of(model)
     # One rank by itself is not wrapped; under torchrun or Ray it is.
     lone = world_size == 1 and parallelism == "ddp" and found == "a lone model"
+    if found == "DataParallel":
+        raise TrainingError(
+            "one process would train on several GPUs, which no plan asks for",
+            hint="start a process for each of them with torchrun, or name one in CUDA_VISIBLE_DEVICES",
+        )
     if found != parallelism and not lone:
         raise TrainingError(
             f"the plan says parallelism {parallelism} on {world_size} workers, but the model is trained as {found}",
@@ -131,7 +136,7 @@ def _parallelism_of(model: torch.nn.Module) -> str:
     if type(model).__name__ == "DeepSpeedEngine":
         offloads = model.zero_offload_optimizer() is not None and model.zero_cpu_offload()
         return f"zero{int(model.zero_optimization_stage())}" + ("_offload" if offloads else "")
-    return "a lone model"
+    return "DataParallel" if isinstance(model, torch.nn.DataParallel) else "a lone model"
 
 
 def _sizes(parameter: Any) -> tuple[int, int]:

@@ -9,17 +9,16 @@ manifest and HEAD go up in that order, so that a version is visible whole or not
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tercet.checks import MAX_TEXT_CHARS, RepeatCounter, is_text, row_hash
 from tercet.errors import ConfigError
-from tercet.intake import TRIPLET, GoodRow, Intake, Progress, by_kind, check_sources, wanted_columns
+from tercet.intake import TRIPLET, GoodRow, Intake, Progress, check_sources, wanted_columns
 from tercet.manifest import (
     Manifest,
     Shard,
@@ -49,20 +48,6 @@ class BuildResult:
     """Of this build, by kind."""
     first_bad_rows: tuple[str, ...]
     """At most five, `file:line: kind: detail`."""
-    seconds: float
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What a person should know about a version that was published all the same."""
-        found = []
-        if self.bad_rows:
-            found.append(f"{sum(self.bad_rows.values()):,} bad rows were quarantined ({by_kind(self.bad_rows)})")
-        if self.manifest.num_duplicate_rows:
-            found.append(f"{self.manifest.num_duplicate_rows:,} rows repeat an earlier row; they were kept")
-        if self.manifest.num_leaked_rows:
-            found.append(f"{self.manifest.num_leaked_rows:,} rows were left out, because eval or test has them too")
-        found += [f"the {split} split has no rows" for split in SPLITS if not self.manifest.num_rows[split]]
-        return tuple(found)
 
 
 def build_version(
@@ -90,7 +75,6 @@ def build_version(
     for arguments that cannot work. Then nothing was written to storage. Needs temporary disk space for the shards,
     and 16 bytes of memory a row.
     """
-    began = time.monotonic()
     wanted = wanted_columns(columns, group, slices)
     check_sources(sources, max_bad_rows)
     _check_arguments(rows_per_shard, fractions, max_text_chars)
@@ -136,14 +120,13 @@ def build_version(
                 num_leaked_rows=num_leaked_rows,
                 text_statistics=intake.text_statistics(),
                 sources=intake.sources,
-                created_at=datetime.now(timezone.utc).replace(microsecond=0),
+                created_at=datetime.now(UTC).replace(microsecond=0),
                 parent=read_head(storage, name),
             )
             upload(storage, manifest, writers.paths, folder, on_progress)
         published = publish(storage, manifest)
-        seconds = time.monotonic() - began
         already_published = already_published or published is not manifest  # someone else may have been faster
-        return BuildResult(published, already_published, dict(intake.bad_rows), intake.first_bad_rows, seconds)
+        return BuildResult(published, already_published, dict(intake.bad_rows), intake.first_bad_rows)
 
 
 class SplitWriters:
@@ -205,4 +188,5 @@ def _check_arguments(rows_per_shard: int, fractions: tuple[float, float, float],
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0]:
         raise ConfigError(f"fractions are {fractions}", "Train's (above 0), eval's and test's, summing to 1.")
     if rows_per_shard < 1 or max_text_chars < 1:
-        raise ConfigError("rows_per_shard and max_text_chars must be at least 1")
+        what = "rows_per_shard" if rows_per_shard < 1 else "max_text_chars"
+        raise ConfigError(f"{what} is {min(rows_per_shard, max_text_chars)}", "It must be at least 1.")

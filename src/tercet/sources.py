@@ -75,6 +75,8 @@ def iter_rows(
             raise DataError(f"{name}: no such file", "Check the path; it is taken from the working folder.") from error
         except IsADirectoryError as error:
             raise DataError(f"{name} is a folder", "Name its files one by one.") from error
+        except PermissionError as error:
+            raise DataError(f"{name}: no permission to read it", "Check its owner and mode.") from error
         except (OSError, EOFError, zlib.error) as error:
             whole = f"is not a whole {compression} file" if compression else "cannot be read"
             raise DataError(f"{name} {whole}: {error}", "Copy or export the file again.") from error
@@ -286,5 +288,6 @@ def _no_column(message: str, column: str, existing: Iterable[str]) -> DataError:
     lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(column.lower(), lower, 1, 0.4)
     meant = f"Did you mean {lower[close[0]]!r}? " if close else ""
-    hint = f"{meant}Columns there: {', '.join(names[:20])}. Leave 'negative' out of the columns to train on pairs."
+    hint = f"{meant}Columns there: {', '.join(names[:20])}. "
+    hint += "Name one with --anchor, --positive, --negative or nightly.columns; --pairs needs no negative."
     return DataError(message, hint)

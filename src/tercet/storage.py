@@ -42,7 +42,7 @@ from tercet.errors import (
     StorageUnavailable,
 )
 
-LOCK_TIMEOUT_S = 60.0  # the lock of a local folder is held for one hash of a small file and one rename
+LOCK_TIMEOUT_S = 120.0  # a local folder's lock is held for one hash of a small file, one rename and the sync of folders
 READ_ATTEMPTS = 3  # a flip in transit is gone at the next read; one on the disk is not
 CHUNK = 1024 * 1024
 

@@ -67,11 +67,12 @@ def job_environment(config: Config) -> dict[str, str]:
 
 
 def _client(address: str) -> Any:
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError, RayError) as error:
         raise JobError(
             f"no Ray cluster answers at {address}: {_first_line(error)}",
             hint="is the head up (`ray status`), and the dashboard's port (8265) forwarded "
@@ -85,7 +86,10 @@ def _status(client: Any, job_id: str) -> Any:
     except (RuntimeError, OSError) as error:
         if "404" in str(error) or "does not exist" in str(error):
             return None
-        raise JobError(f"cannot read the status of job {job_id}: {_first_line(error)}") from None
+        raise JobError(
+            f"cannot read the status of job {job_id}: {_first_line(error)}",
+            hint="is the head up (`ray status`)? Submitting again follows the job",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

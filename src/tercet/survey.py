@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from tercet.champion import read_champion
 from tercet.config import Config
@@ -13,28 +16,59 @@ from tercet.model_source import locate, read_facts
 from tercet.packing_facts import read_packing_facts
 from tercet.plan import PlannedChampion, TrainPlan, make_plan, make_run_id
 from tercet.registry import resolve
+from tercet.report import RunReport
 from tercet.sealed import unseal
 from tercet.storage import Storage, open_storage
 
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+RESUMED_FOR_DAYS = 7  # from its start; an older one is gone on with by its --run-id
+
 
 def survey(config: Config, run_id: str | None = None, today: datetime.date | None = None) -> tuple[Storage, TrainPlan]:
-    """Look at storage and derive the plan. Starts nothing and writes nothing.
+    """Look at storage and derive the plan. Starts nothing and writes nothing. Without `run_id` and `today`, it is that
+    of the run of this recipe and data that did not get to its end, or else of a new one.
 
     The memory of CPU workers is taken for this machine's, shared among them. That is right for a Ray of this machine
     alone; on a cluster it is a guess, which `workers.memory_gib_per_worker` replaces."""
+    if run_id is not None and not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"{run_id!r} cannot be a run id", hint="letters, digits, `.`, `_` and `-`, at most 200")
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     manifest, *mix = [read_manifest(storage, part.name, part.version) for part in (config.dataset, *config.mix)]
     folder = locate(config.model)
-    today = today or datetime.datetime.now(datetime.timezone.utc).date()
     memory_bytes = _physical_memory_bytes()
     share = None if memory_bytes is None else memory_bytes // config.workers.num_workers
     manifests = (manifest, *mix)
-    run_id = run_id or make_run_id(config, [found.version for found in manifests], today)
+    versions = [found.version for found in manifests]
+    if today is None:
+        today = datetime.datetime.now(datetime.UTC).date()
+        run_id = run_id or unfinished_run(storage, config, versions, today)
+    run_id = run_id or make_run_id(config, versions, today)
     champion = planned_champion(storage, config, run_id)
     seen = [_seen(storage, champion, found) for found in manifests]
     facts = read_facts(folder) if folder else None
     packing_facts = read_packing_facts(config, folder)
     return storage, make_plan(config, manifest, facts, today, run_id, share, mix, champion, seen, packing_facts)
+
+
+def unfinished_run(
+    storage: Storage, config: Config, dataset_versions: Sequence[str], today: datetime.date
+) -> str | None:
+    """The newest run of this recipe on this data that was started in the last week, if it has no result: a crash before
+    midnight UTC is resumed after it. None where the newest has one, or a damaged plan, or there is none."""
+    for num_days in range(RESUMED_FOR_DAYS):
+        run_id = make_run_id(config, dataset_versions, today - datetime.timedelta(days=num_days))
+        if storage.exists(plan_key(run_id)):
+            return run_id if _can_go_on(storage, run_id) else None
+    return None
+
+
+def _can_go_on(storage: Storage, run_id: str) -> bool:
+    try:
+        read_plan(storage, run_id)
+    except CorruptObject:
+        return False
+    report = read_report(storage, run_id)
+    return report is None or report.status != "finished"
 
 
 def planned_champion(storage: Storage, config: Config, run_id: str) -> PlannedChampion | None:
@@ -86,6 +120,15 @@ def read_plan(storage: Storage, run_id: str) -> TrainPlan:
     return plan
 
 
+def plan_of_file(path: Path) -> TrainPlan:
+    """What `tercet plan --json` printed to a file. Raises ConfigError for anything else."""
+    try:
+        return TrainPlan.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"{path} is not a plan: {str(error).splitlines()[0]}"
+        raise ConfigError(what, hint="make one: tercet plan RECIPE --json > plan.json") from None
+
+
 def unknown_run(storage: Storage, run_id: str) -> ConfigError:
     """To raise for a run that was never started."""
     known = ", ".join(list_runs(storage)[:5]) or "none"
@@ -95,6 +138,14 @@ def unknown_run(storage: Storage, run_id: str) -> ConfigError:
 def plan_key(run_id: str) -> str:
     """Where the plan of a run lies."""
     return f"runs/{run_id}/plan.json"
+
+
+def read_report(storage: Storage, run_id: str) -> RunReport | None:
+    """The report of a run that ended, or None. A damaged one is None too: repeating the run writes it anew."""
+    try:
+        return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
+    except (ObjectNotFound, CorruptObject, ValueError):
+        return None
 
 
 def check_same_experiment(storage: Storage, plan: TrainPlan) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -67,6 +68,7 @@ class _TorchGroupBackend(Backend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: TorchGroup) -> None:
         """All workers join, or an error is raised."""
+        ray.get(worker_group.execute_async(_import))  # takes seconds, in which a free port need not stay free
         address, port = worker_group.execute_single(0, get_address_and_port)
         joining = (backend_config.backend, len(worker_group), address, port)
         ray.get([worker_group.execute_single_async(rank, _join, rank, *joining) for rank in range(len(worker_group))])
@@ -77,6 +79,10 @@ class _TorchGroupBackend(Backend):  # type: ignore[misc]
             ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=SHUTDOWN_SECONDS)
         except GetTimeoutError:
             logger.warning("the workers did not leave their process group within %d s", SHUTDOWN_SECONDS)
+
+
+def _import() -> None:
+    import_module("ray.train.torch.config")  # and so torch
 
 
 def _join(rank: int, backend: str, world_size: int, address: str, port: int) -> None:

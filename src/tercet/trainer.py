@@ -76,7 +76,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._finite = FiniteNumbers(self.args.device, scales_loss)
         self.add_callback(self._finite)
-        self._embedding = embedding_gradient(self.model) if parallelism == "ddp" else None
+        # Not where the scaler skips a step: clipping would leave NaN in rows that the next step does not touch.
+        keeps = parallelism == "ddp" and not scales_loss
+        self._embedding = embedding_gradient(self.model) if keeps else None
 
     def create_accelerator_and_postprocess(self) -> None:
         """After `Trainer.create_accelerator_and_postprocess`: DDP is told to keep gradients in the buckets that it
@@ -246,17 +248,13 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Around `Trainer._load_rng_state`, which leaves a rank as it is that was not there when the checkpoint was
-        written: such a rank draws from the seed, the step and its own number."""
-        if checkpoint is not None and not any(Path(checkpoint).glob(_rng_file(self.args))):
+        written: on another number of ranks each draws from the seed, the step and its own number."""
+        if checkpoint is not None and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
             # Python's own numbers stay alike on all ranks: MatryoshkaLoss draws its dimensions from them.
             set_seed((self.args.seed + self.state.global_step) % 2**32)
             torch.manual_seed((self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index) % 2**32)
             return
         super()._load_rng_state(checkpoint)
-
-
-def _rng_file(args: Any) -> str:
-    return "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
 
 
 class OneReduction:

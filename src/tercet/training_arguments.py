@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tercet.errors import PlanError
 from tercet.parallelism import deepspeed_settings, fsdp_settings, is_zero
 from tercet.plan import TrainPlan
 from tercet.sections import role_of
@@ -31,8 +32,11 @@ def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> 
 
 
 def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
-    """The plan in the words of transformers' TrainingArguments."""
+    """The plan in the words of transformers' TrainingArguments. Raises PlanError for a precision that is a GPU's where
+    this process has none."""
     training, on_cpu = plan.config.training, use_cpu(plan)
+    if on_cpu and training.precision in ("tf32", "fp16"):
+        raise PlanError(f"training.precision={training.precision} needs a GPU, and none is here", "choose fp32 or bf16")
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,

@@ -19,8 +19,17 @@ class Uploader:
 
     A failed upload is raised at the next `submit` or at `close`, so a run cannot end well without its checkpoints."""
 
-    def __init__(self, storage: Storage, run_id: str, lineage: tuple[Attempt, ...], rank: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        lineage: tuple[Attempt, ...],
+        rank: int,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:
+        """confirm: raises when another attempt has taken the run over; called before each upload."""
         self._storage, self._run_id, self._lineage, self._rank = storage, run_id, lineage, rank
+        self._confirm = confirm
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint-uploader", daemon=True)
@@ -35,6 +44,7 @@ class Uploader:
         def job() -> None:
             folder = attempt_folder(self._run_id, step, self._lineage[-1].name)
             crash_point("before_upload", step)
+            self._confirm()
             upload_part(self._storage, local_dir, folder, self._rank)
             shutil.rmtree(local_dir)
             crash_point("before_commit", step)

@@ -112,7 +112,8 @@ def _newest_ledger(storage: Storage, plan: TrainPlan) -> tuple[Commit, ledger.Di
             except (CorruptObject, ObjectNotFound):
                 continue
     if commits:
-        raise CorruptObject(f"no checkpoint of run {plan.run_id} has a ledger that can be read")
+        what = f"no checkpoint of run {plan.run_id} has a ledger that can be read"
+        raise CorruptObject(what, hint="its rows cannot be proven; a new --run-id trains anew")
     raise TrainingError(f"run {plan.run_id} has no checkpoint yet", hint="a run proves what is committed")
 
 

@@ -30,6 +30,7 @@ from tercet.precision import settled
 from tercet.quiet import quiet_libraries
 from tercet.retention import retain
 from tercet.storage import Storage, open_storage, retries
+from tercet.survey import plan_of_file
 from tercet.training_arguments import column_prompts, gathers, training_arguments, use_cpu
 from tercet.uploader import Uploader
 
@@ -61,7 +62,7 @@ def run_worker(
     Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log.
     Raises Preempted after a notice, when the run is saved and there are steps left."""
     started = time.monotonic()
-    plan = _on_this_world(plan)
+    plan = plan.on(int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     quiet_libraries()
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -71,11 +72,12 @@ def run_worker(
     from tercet.evaluation import make_evaluator
     from tercet.guards import Deadline, HoldsTheRun, WeightsMove, finite
     from tercet.loss import load_guide, make_loss
-    from tercet.mix import load_splits, load_train_rows, row_bytes, rows_to_order, together
+    from tercet.mix import load_splits, load_train_rows, rows_to_order, together
     from tercet.model import make_model, save_whole
     from tercet.packed_model import prepare
     from tercet.preemption import SaveAndEnd
     from tercet.record import Record
+    from tercet.row_texts import row_tokens
     from tercet.sampling import RankBatches
     from tercet.sharding import prepare_process
     from tercet.split_loss import split_loss
@@ -98,7 +100,7 @@ def run_worker(
         train_rows = load_train_rows(plan, storage, splits)
         train = together(train_rows)
         resume_dir = Path(folder) / "resume"
-        commit, attempt, check = _take_the_run(storage, plan, owner or uuid.uuid4().hex, world_size, resume_dir, held)
+        commit, attempt, lease = _take_the_run(storage, plan, owner or uuid.uuid4().hex, world_size, resume_dir, held)
         set_seed(config.training.seed)  # weights that the base model's files do not have are drawn at random
         start = config.model
         if plan.starts_from is not None:
@@ -119,7 +121,7 @@ def run_worker(
                 rank=rank,
                 world_size=world_size,
                 seed=config.training.seed,
-                row_bytes=row_bytes(train, model.max_seq_length) if world_size > 1 else None,
+                row_tokens=row_tokens(train, model.max_seq_length) if world_size > 1 else None,
             ),
             parallelism=plan.parallelism,
             save_whole=functools.partial(save_whole, start) if gathers(plan) else None,
@@ -136,10 +138,12 @@ def run_worker(
         )
 
         lineage = (*(commit.lineage if commit else ()), attempt)
-        uploader = Uploader(storage, plan.run_id, lineage, rank)
+        confirm = lease.confirm if lease is not None else lambda: None
+        uploader = Uploader(storage, plan.run_id, lineage, rank, confirm)
 
         def on_evaluation(step: int, epoch: float, metrics: dict[str, float]) -> None:
             if rank == 0:
+                confirm()
                 entry = {"step": step, "epoch": epoch, **metrics}
                 storage.put(evaluation_key(plan.run_id, step), json.dumps(entry).encode())
                 logger.info("step %d/%d  eval  %s", step, plan.num_steps, show_metrics(metrics))
@@ -160,7 +164,7 @@ def run_worker(
             incidents.tell(storage, plan.run_id, incidents.end_name(attempt.generation), "hung", message)
 
         record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
-        guards = (WeightsMove(shards_weights(plan.parallelism)), HoldsTheRun(check))
+        guards = [WeightsMove(shards_weights(plan.parallelism)), *([HoldsTheRun(lease.check)] if lease else [])]
         for callback in (*guards, record, preemption, Deadline(config.workers.step_timeout_seconds, on_hang)):
             trainer.add_callback(callback)
 
@@ -175,12 +179,14 @@ def run_worker(
         seconds["training"] = time.monotonic() - training_started
         uploader.close()
         if preemption.step is not None:
+            _wait_for_all_ranks()  # torchrun kills the others soon after the first one ends
             raise Preempted(
                 f"the machine is about to be taken away; step {preemption.step} is saved",
                 hint="the same command goes on from there, elsewhere",
             )
         seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
         if rank == 0:
+            confirm()
             # Once more: an attempt that died after its last commit may have left what no commit comes to clean up.
             retain(storage, plan.run_id, plan.metric, config.checkpoint.keep_last)
             log = {
@@ -205,9 +211,9 @@ def show_metrics(metrics: dict[str, float]) -> str:
 
 def _take_the_run(
     storage: Storage, plan: TrainPlan, owner: str, world_size: int, resume_dir: Path, held: contextlib.ExitStack
-) -> tuple[Commit | None, Attempt, Callable[[], None]]:
-    """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank; this attempt; and what raises on
-    rank 0 once another attempt has taken the run. It is given back when `held` closes."""
+) -> tuple[Commit | None, Attempt, Lease | None]:
+    """The newest whole checkpoint, as rank 0 finds it, on the disk of every rank; this attempt; and on rank 0 the lease
+    of the run, which is given back when `held` closes."""
     leases: list[Lease] = []
 
     def take() -> tuple[Commit | None, Attempt]:
@@ -229,7 +235,7 @@ def _take_the_run(
     held.push(functools.partial(_tell_end, storage, plan.run_id, attempt))
     if commit is not None and not leases:
         fetch(storage, commit, resume_dir)
-    return commit, attempt, leases[0].check if leases else lambda: None
+    return commit, attempt, leases[0] if leases else None
 
 
 def _as_rank_0(work: Callable[[], Any]) -> Any:
@@ -270,25 +276,12 @@ def _tell_end(
         raise own from error
 
 
-def _on_this_world(plan: TrainPlan) -> TrainPlan:
-    """The plan for as many ranks as were started. Raises TercetError when it has none for so many."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size not in plan.world_sizes:
-        allowed = ", ".join(map(str, plan.world_sizes))
-        raise TercetError(
-            f"the plan is for {allowed} workers, but {world_size} were started",
-            hint="start as many processes as the plan says, or plan again with --set workers.num_workers",
-        )
-    return plan.on(world_size)
-
-
 def main() -> int:
     """Run one rank from a plan file."""
     from tercet.preemption import notice_of_sigterm
 
-    plan = TrainPlan.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
-        run_worker(plan, notice=notice_of_sigterm())
+        run_worker(plan_of_file(Path(*sys.argv[1:2])), notice=notice_of_sigterm())
     except TercetError as error:
         logger.error("%s: %s\n%s", type(error).__name__, error.message, error.hint)
         return error.exit_code

@@ -55,6 +55,7 @@ def test_torch_is_for_workers_alone() -> None:
     found = imported_by(ray)
     assert "ray" in found
     assert "torch" not in found
+    assert "torch" in imported_by(f"{ray}\ntercet.torch_group._import()")
 
 
 def call(*arguments: str) -> str:

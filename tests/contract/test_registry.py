@@ -36,7 +36,7 @@ def test_a_life(storage: Storage, tmp_path: Path) -> None:
 
 
 def test_of_several_that_publish_at_once_each_gets_a_number(storage: Storage) -> None:
-    barrier = threading.Barrier(6)
+    barrier = threading.Barrier(6, timeout=120)
 
     def publish(lineage: Lineage) -> int:
         barrier.wait()
@@ -48,7 +48,7 @@ def test_of_several_that_publish_at_once_each_gets_a_number(storage: Storage) ->
 
 def test_of_several_that_promote_at_once_each_is_gated_against_what_it_replaces(storage: Storage) -> None:
     """All are better than whatever they are compared with, so all become the champion, one after the other."""
-    barrier, against = threading.Barrier(4), dict[str, list[int]]()
+    barrier, against = threading.Barrier(4, timeout=120), dict[str, list[int]]()
 
     def night(lineage: Lineage) -> Champion | None:
         def decide(present: Champion | None) -> object:

@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 from flow.workers import make_plan
+from tercet.best import best_whole, publish_best, read_best
 from tercet.checkpoint import (
     Commit,
     attempt_folder,
-    best_whole,
     commit_step,
     fetch,
     fetch_newest,
-    publish_best,
-    read_best,
     read_commits,
     upload_part,
 )
@@ -36,12 +34,12 @@ from tercet.dataset import load_split
 from tercet.errors import TercetError, TrainingError
 from tercet.lease import Lease
 from tercet.manifest import publish, read_manifest
+from tercet.row_texts import text_ids
 from tercet.run import Events, _best
 from tercet.sealed import seal
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage, sha256_of
 from tercet.survey import check_same_experiment, read_plan, survey
-from tercet.text_ids import text_ids
 from tercet.verify import verify_rows
 
 OUTCOMES = ("refused", "fell back", "unaffected", "LOADED DAMAGED", "NO TYPED ERROR")

@@ -23,7 +23,7 @@ SHORT_PATIENCE = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 
@@ -75,7 +75,7 @@ class RayCluster:
         return machine.start(command, self._environment, self._log(machine))
 
     def _wait_for(self, process: subprocess.Popen[bytes], machine: Machine) -> None:
-        assert process.wait(timeout=90) == 0, self._log(machine).read_text()
+        assert process.wait(timeout=240) == 0, self._log(machine).read_text()
 
     def _log(self, machine: Machine) -> Path:
         return self._folder / f"{machine.address}.log"
@@ -94,7 +94,7 @@ class RayCluster:
         """Kill the commands that still run. Ray then ends what they started."""
         for driver in self._drivers:
             driver.kill()
-            driver.wait(timeout=20)
+            driver.wait(timeout=60)
 
     def switch_off(self) -> None:
         """The head and all nodes, at once. The laptop stays."""

@@ -59,6 +59,7 @@ def test_it_shrinks_and_grows(
     driver = run.train(cluster, f"{first};at=before_step rank=0 step=15 do=hang once={fired_2} until={go}")
     wait_until(fired.exists, driver, PATIENCE_SECONDS)
     rank_0 = cluster.machine_of(run.rank_0())
+    wait_until((store / "runs/elastic/checkpoints/00000008/COMMIT").exists, driver, PATIENCE_SECONDS)
     next(node for node in cluster.nodes if node is not rank_0).kill("raylet")
     wait_until(fired_2.exists, driver, PATIENCE_SECONDS)
     assert [attempt.world_size for attempt in run.attempts()] == [2, 1]

@@ -14,7 +14,8 @@ import tiny_model
 from faults.runs import proof, settings, what_counts
 from flow.conftest import check, run_command, tercet
 from flow.workers import training_log, wait_until, worker_command, write_plan
-from tercet.checkpoint import read_best, read_commits
+from tercet.best import read_best
+from tercet.checkpoint import read_commits
 from tercet.crash_point import VARIABLE
 from tercet.storage import open_storage
 
@@ -32,7 +33,7 @@ def test_ray_starts_dead_workers_again_and_nothing_changes(
     recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **sections)
     armed = {VARIABLE: f"at=before_commit rank=0 step=12 once={tmp_path / 'fired'}"}
     command = tercet("train", recipe, "--run-id", "ray")
-    done = check(run_command(command, {**environment, **armed}, tmp_path, timeout=240))
+    done = check(run_command(command, {**environment, **armed}, tmp_path))
     assert (tmp_path / "fired").exists()
     assert "in 2 attempts" in done.stdout
     assert report(store, "ray")["num_attempts"] == 2
@@ -53,9 +54,9 @@ def test_a_driver_that_is_interrupted_says_so(
             tercet("train", recipe, "--run-id", "interrupted"), env={**environment, **armed}, stdout=out, stderr=out
         )
     try:
-        wait_until(fired.exists, driver, 200)
+        wait_until(fired.exists, driver)
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=60) == 130
+        assert driver.wait(timeout=120) == 130
     finally:
         driver.kill()
     assert "tercet: interrupted; the same command resumes" in log.read_text()
@@ -68,13 +69,13 @@ def test_a_driver_that_dies_while_it_publishes(
     recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings())
     command = tercet("train", recipe, "--run-id", "publishing")
     armed = {VARIABLE: f"at=before_publish once={tmp_path / 'fired'}"}
-    died = run_command(command, {**environment, **armed}, tmp_path, timeout=240)
+    died = run_command(command, {**environment, **armed}, tmp_path)
     assert (tmp_path / "fired").exists(), died.stdout[-3000:]
     storage = open_storage(str(store))
     assert (store / "runs/publishing/best/model.safetensors").exists()
     assert read_best(storage, "publishing") is None  # without its COMMIT it does not exist
 
-    done = check(run_command(command, environment, tmp_path, timeout=240))
+    done = check(run_command(command, environment, tmp_path))
     assert "is better than the baseline" in done.stdout
     assert report(store, "publishing")["num_attempts"] == 1  # nothing was trained again
     best = read_best(storage, "publishing")
@@ -92,7 +93,7 @@ def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: d
     path = store / best.folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     command = tercet("train", tmp_path / "damaged.yaml", "--run-id", "damaged")
-    done = check(run_command(command, environment, tmp_path, timeout=240))
+    done = check(run_command(command, environment, tmp_path))
     assert f"the best checkpoint, of step {best.step}, is lost; that of step {expected.step} is taken" in done.stdout
     published = read_best(storage, "damaged")
     assert published is not None

@@ -26,7 +26,7 @@ from tercet.evaluation import make_evaluator
 from tercet.evaluators import Encodings
 
 BATCH_SIZE = 4
-HANG_SECONDS = 25
+HANG_SECONDS = 120
 
 model_folder, cases_file, out, mode = sys.argv[1:]
 dist.init_process_group("gloo", timeout=timedelta(seconds=HANG_SECONDS))

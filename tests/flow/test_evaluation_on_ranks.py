@@ -65,7 +65,7 @@ def _run(mode: str, num_ranks: int, folder: Path, model: Path, environment: dict
     cases = folder / "cases.json"
     cases.write_text(json.dumps(_cases()))
     command = torchrun(num_ranks, [str(SCRIPT), str(model), str(cases), str(folder), mode])
-    check(run_command(command, environment, folder, timeout=90))
+    check(run_command(command, environment, folder))
     return Shared(
         [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)],
         [torch.load(folder / f"{rank}.pt") for rank in range(num_ranks)],

@@ -71,7 +71,9 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, envir
     folder = tmp_path_factory.mktemp("nights")
     (folder / "incoming").mkdir()
     store = folder / "store"
-    sections = {**SECTIONS, "nightly": {"sources": [str(folder / "incoming/*.jsonl")], "group": "group"}}
+    far = (datetime.datetime.now(datetime.UTC).hour + 12) % 24  # the hour that begins another night
+    nightly = {"sources": [str(folder / "incoming/*.jsonl")], "group": "group", "begins_at_utc_hour": far}
+    sections = {**SECTIONS, "nightly": nightly}
     sections["dataset"] = {"name": "tiny", "replay": {"new_share": 0.5}}
     model = {"name_or_path": str(tiny_model_dir), "start_from": "champion"}
     recipe = tiny_model.write_recipe(folder / "recipe.yaml", tiny_model_dir, store, model=model, **sections)
@@ -84,7 +86,7 @@ def first(nights: Nights) -> str:
     nights.bring("a", tiny_model.triplets(NUM_ROWS)[:FIRST])
     armed = f"at=before_champion once={nights.folder / 'fired'}"
     command = tercet("nightly", nights.recipe)
-    died = run_command(command, {**nights.environment, VARIABLE: armed}, nights.folder, timeout=300)
+    died = run_command(command, {**nights.environment, VARIABLE: armed}, nights.folder)
     assert died.returncode == -9, died.stdout[-3000:]
     assert read_champion(open_storage(str(nights.store)), "tiny") is None
     return nights.start()
@@ -172,7 +174,7 @@ def test_a_night_that_is_over_is_not_done_again(nights: Nights, second: str) -> 
 
 
 def test_a_night_with_nothing_new_ends_at_once(nights: Nights, second: str) -> None:  # noqa: ARG001
-    tomorrow = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+    tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     night = nightly(load_config(nights.recipe), "a test", lambda _: None, tomorrow)
     assert night.outcome == "nothing_to_do"
     assert "nothing is new since the night of" in night.sentence

@@ -8,6 +8,7 @@ import pytest
 
 from flow.conftest import check, run_command
 from flow.workers import commits, torchrun, write_plan
+from tercet.crash_point import VARIABLE
 
 STEP = 6
 NAME = r"0.model.encoder.layer.1.output.dense.weight"
@@ -38,7 +39,9 @@ def test_it_is_named_and_not_committed(
     plan = write_plan(tmp_path, run_id, tiny_model_dir, store, **sections)
     step = 11 if kind == "embedding" else STEP
     script = str(Path(__file__).with_name("planted.py"))
-    done = check(run_command(torchrun(2, [script, str(plan), kind, str(step)]), environment, tmp_path))
+    first = store / "runs" / run_id / "checkpoints/00000002/COMMIT"
+    armed = {VARIABLE: f"at=before_step step=5 do=hang once={tmp_path / 'held'} until={first}"}
+    done = check(run_command(torchrun(2, [script, str(plan), kind, str(step)]), {**environment, **armed}, tmp_path))
     for rank in (0, 1):
         assert f"rank {rank}: {TOLD[mode, kind]}" in done.stdout, done.stdout[-5000:]
     kept = [commit.step for commit in commits(store, run_id)]

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -41,8 +40,16 @@ def finished(
 ) -> Finished:
     folder = tmp_path_factory.mktemp("whole-run")
     recipe = tiny_model.write_recipe(folder / "recipe.yaml", tiny_model_dir, store, workers={"num_workers": 2})
-    done = check(run_command(tercet("train", recipe, "--run-id", RUN_ID), environment, folder, timeout=240))
+    done = check(run_command(tercet("train", recipe, "--run-id", RUN_ID), environment, folder))
     return Finished(recipe, store, store / "runs" / RUN_ID, done.stdout)
+
+
+def without_rays_own(screen: str) -> str:
+    """On a busy machine a thread of Ray's PlacementGroupCleaner ends with a traceback after the run, and its controller
+    shows one when its autoscaler was late to answer. Lines of workers, and of a controller without that, stay."""
+    late = "autoscaling_coordinator_client.py" in screen
+    own = ("(PlacementGroupCleaner pid=", "(TrainController pid=") if late else ("(PlacementGroupCleaner pid=",)
+    return "\n".join(line for line in screen.splitlines() if not any(name in line for name in own))
 
 
 def test_the_screen_tells_the_story_in_order(finished: Finished) -> None:
@@ -51,8 +58,7 @@ def test_the_screen_tells_the_story_in_order(finished: Finished) -> None:
     assert -1 not in places, finished.screen
     assert places == sorted(places), finished.screen
     assert "the best model is better than the baseline: ndcg@10" in finished.screen
-    # On a busy machine a thread of Ray's own PlacementGroupCleaner ends with a traceback after the run.
-    ours = "\n".join(line for line in finished.screen.splitlines() if "(PlacementGroupCleaner pid=" not in line)
+    ours = without_rays_own(finished.screen)
     assert "Traceback" not in ours, ours
     assert "Warning" not in ours, ours
 
@@ -218,9 +224,8 @@ class _Tags(HTMLParser):
 
 def test_the_same_command_again_returns_the_result_at_once(finished: Finished, environment: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
-    started = time.monotonic()
-    done = check(run_command(tercet("train", finished.recipe, "--run-id", RUN_ID), environment, finished.recipe.parent))
-    assert time.monotonic() - started < 15, "Ray alone takes longer to start"
+    without_ray = environment | {"RAY_ADDRESS": "127.0.0.1:1"}  # nobody listens there
+    done = check(run_command(tercet("train", finished.recipe, "--run-id", RUN_ID), without_ray, finished.recipe.parent))
     assert done.stdout.strip() == finished.screen[finished.screen.index(f"Run {RUN_ID}") :].strip()
     assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
 
@@ -272,7 +277,7 @@ def test_a_run_that_cannot_come_out_well_fails(
 ) -> None:
     done = check(failures[run_id], code=6)
     assert re.search(f"tercet: .*{message}", done.stdout), done.stdout
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in without_rays_own(done.stdout)
     report = json.loads((store / "runs" / run_id / "report.json").read_text())
     assert (report["status"], report["failed_stage"], report["metrics"]) == ("failed", stage, None)
     assert re.search(message, report["error"])

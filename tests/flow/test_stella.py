@@ -8,7 +8,7 @@ import pytest
 
 from flow.conftest import REPOSITORY, check, run_command
 from flow.workers import commits, make_plan, model_folder, training_log, weights, worker_command
-from tercet.checkpoint import best_commit, publish_best
+from tercet.best import best_commit, publish_best
 from tercet.errors import ConfigError
 from tercet.loss_config import TripletLossConfig
 from tercet.plan import TrainPlan

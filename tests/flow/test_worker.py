@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from flow.conftest import check, run_command
 from flow.workers import (
     commits,
     final_weights,
+    held_worker,
     largest_difference,
     model_folder,
     torchrun,
@@ -124,14 +123,8 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
     check(run_command(worker_command(whole), environment, tmp_path))
 
     killed = write_plan(tmp_path, "killed", model, store, **settings)
-    with (tmp_path / "killed.log").open("w") as log:
-        slow = [sys.executable, str(Path(__file__).with_name("slow_worker.py")), str(killed)]
-        process = subprocess.Popen(slow, env=environment, cwd=tmp_path, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: bool(commits(store, "killed")), process)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait(timeout=20)
+    with held_worker(killed, environment, step=13, until=tmp_path / "never") as process:
+        wait_until(lambda: bool(commits(store, "killed")), process)
     assert [commit.step for commit in commits(store, "killed")] == [11]
     assert not (store / "runs/killed/training.json").exists()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import tiny_model
 from tercet.checkpoint import Commit, read_commits
 from tercet.config import load_config
+from tercet.crash_point import VARIABLE
 from tercet.plan import TrainPlan
 from tercet.storage import open_storage
 from tercet.survey import survey
@@ -45,14 +46,33 @@ def worker_command(*plans: Path) -> list[str]:
 
 def torchrun(num_workers: int, worker: list[str]) -> list[str]:
     """A program on so many ranks of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_workers)]
-    return [*launcher, "--master-addr", "127.0.0.1", "--master-port", port, *worker]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    return [*launcher, "--nproc-per-node", str(num_workers), *worker]
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90) -> None:
+def held_worker(
+    plan: Path, environment: Mapping[str, str], step: int, until: Path
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Waits before a step for that file to be there. A .held beside its plan says that it does."""
+    armed = f"at=before_step step={step} do=hang once={plan.with_suffix('.held')} until={until}"
+    return armed_worker(plan, environment, armed)
+
+
+@contextmanager
+def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs beside the test, and is killed at its end. What it prints is in a .log beside its plan."""
+    with plan.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            worker_command(plan), env={**environment, VARIABLE: armed}, cwd=plan.parent, stdout=log, stderr=log
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
     """As long as the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -195,7 +195,11 @@ def test_names_that_cannot_be(storage: LocalStorage, name: str) -> None:
 
 
 MOVE_TEN_TIMES = f"""
+import sys
+import tercet.champion, tercet.storage
 from tercet.errors import ChampionMoved
+print(flush=True)
+sys.stdin.read(1)
 done = lost = 0
 while done < 10:
     try:
@@ -210,8 +214,16 @@ print(lost)
 def test_of_many_processes_one_wins_each_place(storage: LocalStorage) -> None:
     """Each tries to add 10 generations to what it reads; who loses reads again."""
     commands = [[sys.executable, "-c", MOVE_TEN_TIMES, storage.uri, str(version)] for version in (1, 2, 3, 4)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    lost = [int(process.communicate(timeout=120)[0]) for process in processes]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for command in commands]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is ready
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")  # go
+        process.stdin.flush()
+    lost = [int(process.communicate(timeout=400)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     chain = history(storage, "m")
     assert len(chain) == 40

@@ -71,6 +71,22 @@ def test_every_error_has_its_exit_code_and_no_traceback(
         main(["schema", "--debug"])
 
 
+def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    errors_of_files = [PermissionError(13, "Permission denied", "rows.jsonl"), OSError("not of a file")]
+
+    def fail(_: object) -> None:
+        raise errors_of_files[0]
+
+    monkeypatch.setattr(cli, "_schema", fail)
+    assert main(["schema"]) == 1
+    assert capsys.readouterr().err.startswith("tercet: rows.jsonl: Permission denied\n  → ")
+    with pytest.raises(PermissionError):
+        main(["schema", "--debug"])
+    errors_of_files.pop(0)
+    with pytest.raises(OSError, match="not of a file"):
+        main(["schema"])
+
+
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

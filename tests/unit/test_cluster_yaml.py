@@ -215,7 +215,6 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         cache.cache_clear()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(botocore|boto3|moto).*")
 @pytest.mark.filterwarnings("ignore:Could not find AMI:PendingDeprecationWarning")
 @pytest.mark.usefixtures("aws")

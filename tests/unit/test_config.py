@@ -102,7 +102,7 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
             "did you mean `CachedMultipleNegativesRankingLoss`?",
         ),
         ("{name: MSELoss}", "r.yaml:4:8: `MSELoss` cannot be used: it needs a teacher's scores or embeddings as label"),
-        ("TripletLoss", "r.yaml:4:1: `loss`: input should be a valid dictionary"),
+        ("TripletLoss", "r.yaml:4:1: `loss` is a section of keys and values, not of type str"),
         (
             "{name: CachedMultipleNegativesRankingLoss, mini_batch: 8}",
             "r.yaml:4:50: unknown key `loss.mini_batch`; did you mean `mini_batch_size`?",
@@ -141,7 +141,7 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
             "r.yaml:4:54: `loss.matryoshka.weights`: one weight for each of dims: there are 1 for 2",
         ),
         ("{name: TripletLoss, matryoshka: {}}", "r.yaml:4:27: `loss.matryoshka.dims` is missing"),
-        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka`: input should be a valid dictionary"),
+        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka` is a section of keys and values"),
     ],
 )
 def test_a_wrong_loss(tmp_path: Path, loss: str, message: str) -> None:

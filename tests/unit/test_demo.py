@@ -58,7 +58,8 @@ def test_rows_make_a_version(tmp_path: Path, rows: list[dict[str, str]], monkeyp
     num_rows = write_triplets(tmp_path / "r.jsonl")
     result = build_version([tmp_path / "r.jsonl"], open_storage(str(tmp_path / "s")), "demo", group="group")
     assert sum(result.manifest.num_rows.values()) == num_rows == len(rows)
-    assert result.warnings == ()
+    assert result.bad_rows == {}
+    assert (result.manifest.num_duplicate_rows, result.manifest.num_leaked_rows) == (0, 0)
     assert min(result.manifest.num_rows.values()) > 200
 
 

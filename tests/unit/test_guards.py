@@ -283,15 +283,15 @@ def test_ranks_with_models_of_their_own_are_found(
 DEADLINE = """
 import sys, time
 from tercet.guards import Deadline
-guard = Deadline(2.5)
+guard = Deadline(8)
 guard.on_train_begin(None, None, None)
 for _ in range(3):
-    time.sleep(0.9)
+    time.sleep(2.8)
     guard.on_step_end(None, None, None)
 if sys.argv[1] == "ends":
     guard.on_train_end(None, None, None)
 def hangs():
-    time.sleep(5)
+    time.sleep(9 if sys.argv[1] == "ends" else 60)
 hangs()
 print("went on")
 """

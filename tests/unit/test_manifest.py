@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def _manifest(number: int = 0, dataset: str = "faq", **change: Any) -> Manifest:
         "splits": splits,
         "split_rule": RULE,
         "num_rows": {"train": number, "eval": 0, "test": 0},
-        "created_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
     }
     return Manifest(**{**values, **change})
 
@@ -68,7 +68,7 @@ def test_what_was_published_is_read_back(storage: Storage) -> None:
 def test_publishing_again_keeps_the_first_and_does_not_move_head(storage: Storage) -> None:
     first = publish(storage, _manifest(1))
     head = storage.read("datasets/faq/HEAD.json")
-    again = publish(storage, _manifest(1, created_at=datetime(2027, 1, 1, tzinfo=timezone.utc)))
+    again = publish(storage, _manifest(1, created_at=datetime(2027, 1, 1, tzinfo=UTC)))
     assert again == first
     assert storage.read("datasets/faq/HEAD.json") == head
 
@@ -93,7 +93,7 @@ def test_without_a_manifest_there_is_no_version(storage: Storage) -> None:
 
 def test_racing_publishers_all_count(storage: Storage) -> None:
     manifests = [_manifest(number) for number in range(6)]
-    together = threading.Barrier(6)
+    together = threading.Barrier(6, timeout=120)
 
     def work(manifest: Manifest) -> None:
         together.wait()

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import made
 from tercet.errors import ConfigError
 from tercet.manifest import Manifest, read_manifest
-from tercet.mix import BYTES_PER_TOKEN, load_splits, load_train_rows, row_bytes, together
+from tercet.mix import load_splits, load_train_rows, together
 from tercet.plan import TrainPlan, make_plan
+from tercet.row_texts import row_tokens
 from tercet.sampling import subset
 from tercet.shards import build_version
 from tercet.storage import Storage, open_storage
@@ -94,20 +96,17 @@ def test_each_batch_has_the_columns_of_its_own_dataset(
     assert first == len(whole)
 
 
-def test_the_bytes_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
-    publish("docs", [{"anchor": f"é{n}" * n, "positive": "x" * (100 - n)} for n in range(1, 21)])
-    made_plan = plan("docs")
-    train = load_train_rows(made_plan, storage, load_splits(made_plan, storage))
-    whole, last = together(train), len(train[0])
-    expected = [len("".join(row.values()).encode()) for part in train for row in part]
-    assert expected[last + 11] == 12 * 4 + 88
-    assert row_bytes(whole, None).tolist() == expected
-    # Of a text no more than ten tokens are read.
-    assert row_bytes(whole, 10)[last + 11] == 12 * 4 + 10 * BYTES_PER_TOKEN
-    chosen = load_train_rows(plan("docs", max_train_rows=15), storage, load_splits(made_plan, storage))
-    expected = [len("".join(row.values()).encode()) for part in chosen for row in part]
-    assert len(expected) == 30
-    assert row_bytes(together(chosen), None).tolist() == expected
+def test_the_tokens_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
+    """Some rows are pairs: their negatives are null."""
+    publish("docs", [{"anchor": f"é{n} " * n, "positive": "x " * (100 - n)} for n in range(1, 21)])
+    for made_plan in (plan("docs"), plan("docs", max_train_rows=15)):
+        train = load_train_rows(made_plan, storage, load_splits(made_plan, storage))
+        whole = together(train)
+        expected = [row_tokens(part, None)(np.array([n]))[0] for part in train for n in range(len(part))]
+        numbers = np.random.default_rng(0).permutation(len(whole))
+        assert row_tokens(whole, None)(numbers).tolist() == [expected[n] for n in numbers]
+        longest = row_tokens(whole, 10)(np.arange(len(train[0]), len(whole))).max()
+        assert longest == 2 * 16 * 10  # of each text no more than ten
 
 
 def test_max_train_rows_chooses_in_each_dataset(

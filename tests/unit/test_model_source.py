@@ -155,3 +155,28 @@ def test_a_pointer_of_git_lfs_is_not_taken_for_weights(folder: Path) -> None:
     with pytest.raises(ConfigError, match="not a safetensors file") as caught:
         read_facts(folder)
     assert "git lfs pull" in caught.value.hint
+
+
+def test_what_holds_no_model(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a file"):
+        located(str(folder / "config.json"))
+    with pytest.raises(ConfigError, match="holds no model"):
+        located(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"not JSON"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"num_hidden_layers": "x", "hidden_size": 8}'),
+        ("config.json", b"\xff"),
+        ("model.safetensors", b""),
+        ("sentence_bert_config.json", b"[]"),
+    ],
+)
+def test_a_damaged_model(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        read_facts(folder)
+    assert caught.value.hint == "fetch the model again"

@@ -18,7 +18,7 @@ from tercet.nightly_cli import REFUSED_EXIT_CODE, night_text
 BERLIN = ZoneInfo("Europe/Berlin")
 
 
-def at(text: str, zone: datetime.tzinfo = datetime.timezone.utc) -> datetime.datetime:
+def at(text: str, zone: datetime.tzinfo = datetime.UTC) -> datetime.datetime:
     return datetime.datetime.fromisoformat(text).replace(tzinfo=zone)
 
 

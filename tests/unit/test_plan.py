@@ -330,3 +330,22 @@ def test_what_a_mix_need_not_have() -> None:
 def test_a_plan_survives_the_way_to_the_workers() -> None:
     for made in (plan(), plan(mix=MIX)):
         assert TrainPlan.model_validate_json(made.model_dump_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "number"),
+    [
+        ("fsdp2", {"num_workers": 2}),
+        ("zero3", {"num_workers": 2}),
+        ("zero3", {"min": 1, "max": 2}),
+        ("zero3_offload", {"min": 1, "max": 2}),
+    ],
+)
+def test_mini_batches_by_tokens_do_not_go_with_sharded_weights(parallelism: str, number: dict[str, int]) -> None:
+    """Each gathers the weights on all ranks, and ranks would have unequal numbers of them."""
+    loss = {"name": "CachedMultipleNegativesRankingLoss", "mini_batch_num_tokens": 50}
+    workers = {**number, "parallelism": parallelism}
+    with pytest.raises(PlanError, match=f"mini_batch_num_tokens=50 does not go with {parallelism}"):
+        plan(loss=loss, workers=workers)
+    assert plan(loss={**loss, "mini_batch_num_tokens": None}, workers=workers)
+    assert plan(loss=loss, workers={**workers, "parallelism": "zero2"})

@@ -89,3 +89,24 @@ def test_override_of_another_form(assignment: str) -> None:
     with pytest.raises(ConfigError) as caught:
         recipe_yaml.override({}, Marks(), assignment)
     assert caught.value.message.startswith(f"--set {assignment}: ")
+
+
+@pytest.mark.parametrize("value", ["2020-02-30", "!!int abc", "9" * 5000])
+def test_values_that_yaml_cannot_make(tmp_path: Path, value: str) -> None:
+    assert refused(tmp_path, f"a: {value}\n").startswith("r.yaml")
+    with pytest.raises(ConfigError, match="not YAML"):
+        recipe_yaml.override({}, Marks(), f"a={value}")
+
+
+def test_a_value_that_holds_itself(tmp_path: Path) -> None:
+    assert refused(tmp_path, "a: &a [*a]\n").startswith("r.yaml")
+
+
+def test_what_a_flag_made_is_the_flags(tmp_path: Path) -> None:
+    document, marks = load(tmp_path, "a: {b: 1}\nmix: [{c: 1}]\n")
+    recipe_yaml.override(document, marks, "x.y=1")
+    assert marks.where(("x",), "f") == marks.where(("x", "y"), "f") == "--set x.y=1"
+    assert marks.where(("a",), "f") == "f:1:1"
+    with pytest.raises(ConfigError, match=r"--set mix.0.c=2: mix is a list"):
+        recipe_yaml.override(document, marks, "mix.0.c=2")
+    assert document["mix"] == [{"c": 1}]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from published import decision, finished_run
+from tercet.best import best_prefix
 from tercet.champion import Champion, as_bytes, history, read_champion, sha256
-from tercet.checkpoint import best_prefix
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.gate_decision import GateDecision
 from tercet.local_storage import LocalStorage
@@ -54,6 +54,8 @@ def test_versions_are_numbered(storage: LocalStorage) -> None:
     assert second.lineage.dataset_versions == {"poems": "0123456789abcdef"}
     assert list_models(storage) == ["m"]
     assert list_versions(storage, "other") == []
+    storage.put("models/m/versions/.DS_Store", b"of a file manager")
+    assert list_versions(storage, "m") == [1, 2]
 
 
 def test_a_run_is_published_once(storage: LocalStorage) -> None:

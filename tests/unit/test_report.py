@@ -90,4 +90,3 @@ def test_the_next_commands_are_for_where_the_run_lies() -> None:
     assert (
         dict(next_commands(remote, "demo.yaml"))["load the model"] == "aws s3 cp --recursive s3://b/runs/r/best ./model"
     )
-    assert [what for what, _ in next_commands(made.report(best_uri=None), "demo.yaml")] == ["resume"]

@@ -9,7 +9,7 @@ import pytest
 import made
 from tercet.errors import ConfigError, LearnedNothing
 from tercet.manifest import publish
-from tercet.run import _metrics, run
+from tercet.run import Events, _metrics, run
 from tercet.sealed import seal
 from tercet.storage import open_storage
 from tercet.survey import survey
@@ -42,3 +42,13 @@ def test_evaluations_that_are_equal_in_every_digit_are_no_result(changed: bool) 
     else:
         with pytest.raises(LearnedNothing, match="all 3 evaluations are equal in every digit"):
             _metrics(evaluations, 10, test)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
+def test_damaged_events_are_begun_anew(tmp_path: Path, content: bytes) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.put("runs/mine/events.jsonl", content)
+    Events(storage, "mine").add("start started")
+    assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 1
+    Events(storage, "mine").add("start started")
+    assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 2

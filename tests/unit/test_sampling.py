@@ -107,7 +107,7 @@ def test_rows_that_are_twice_the_same_text_in_themselves() -> None:
 def test_the_same_global_batches_for_any_number_of_workers(
     by_length: bool, mixed: bool, accumulation: int, no_duplicates: bool
 ) -> None:
-    row_bytes = np.random.default_rng(0).integers(20, 900, 240, dtype=np.int32) if by_length else None
+    row_tokens = np.random.default_rng(0).integers(20, 900, 240).__getitem__ if by_length else None
     text_ids = repeating_texts(200, 16, 1) if no_duplicates else None
     datasets = [DatasetRows(200, 12, text_ids.__getitem__ if text_ids is not None else None), DatasetRows(40, 3)][
         : 1 + mixed
@@ -117,7 +117,7 @@ def test_the_same_global_batches_for_any_number_of_workers(
     for world_size in (1, 2, 4, 8):
         ranks = []
         for rank in range(world_size):
-            sampler = RankBatches(datasets, 16, accumulation, rank, world_size, 42, row_bytes)
+            sampler = RankBatches(datasets, 16, accumulation, rank, world_size, 42, row_tokens)
             sampler.set_epoch(3)
             micro_batches = list(sampler)
             assert len(micro_batches) == len(sampler) == len(expected) * accumulation

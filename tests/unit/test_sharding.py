@@ -137,6 +137,12 @@ def test_a_lone_model_is_right_for_ddp_of_one() -> None:
     check_wrapped(Model(), "ddp", 1)
 
 
+def test_one_process_on_several_gpus_is_refused() -> None:
+    with pytest.raises(TrainingError, match="several GPUs") as caught:
+        check_wrapped(torch.nn.DataParallel(Model()), "ddp", 1)
+    assert "torchrun" in caught.value.hint
+
+
 @pytest.mark.parametrize(("mode", "num_workers"), [("ddp", 2), *((mode, 1) for mode in MODES)])
 def test_a_lone_model_is_nothing_else(mode: Parallelism, num_workers: int) -> None:
     with pytest.raises(TrainingError, match=f"parallelism {mode} on {num_workers} workers.*trained as a lone model"):
@@ -277,6 +283,6 @@ print("RESULT", backend, args.process_index, args.world_size, args.device.type)
 def test_a_lone_process(tmp_path: Path, mode: str, backend: str) -> None:
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-c", LONE, mode, str(tmp_path)]
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("RESULT")[1].split() == [backend, "0", "1", "cpu"]

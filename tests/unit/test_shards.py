@@ -73,7 +73,7 @@ def test_every_good_row_is_in_one_shard_in_order(tmp_path: Path, storage: Storag
     assert manifest.text_statistics["positive"].mean_chars == round(
         sum(len(f"answer {n}") for n in range(300)) / 300, 2
     )
-    assert (manifest.sources[0].num_rows, manifest.bad_rows, result.warnings) == (300, {}, ())
+    assert (manifest.sources[0].num_rows, manifest.bad_rows) == (300, {})
     assert read_manifest(storage, "faq") == manifest
 
 
@@ -171,7 +171,7 @@ def test_bad_rows_are_set_aside_with_file_and_line(tmp_path: Path, storage: Stor
     ]
     assert len(entries[0]["raw"]) == 2000
     assert entries[1]["raw"] == json.dumps(bad[1])
-    assert "3 bad rows" in result.warnings[0]
+    assert sum(result.bad_rows.values()) == 3
 
 
 TOO_MANY: list[tuple[str, object]] = [
@@ -220,7 +220,7 @@ def test_only_five_bad_rows_are_listed(tmp_path: Path, storage: Storage) -> None
         ({"fractions": (0.8, 0.1, 0.2)}, "", ConfigError, "fractions are"),
         ({"fractions": (0.0, 0.5, 0.5)}, "", ConfigError, "fractions are"),
         ({"fractions": (1.1, -0.1, 0.0)}, "", ConfigError, "fractions are"),
-        ({"rows_per_shard": 0}, "", ConfigError, "at least 1"),
+        ({"rows_per_shard": 0}, "", ConfigError, "rows_per_shard is 0"),
         ({"sources": []}, "", ConfigError, "no sources"),
         ({"name": "a/b"}, "", DataError, "cannot name a dataset"),
     ],
@@ -296,7 +296,6 @@ def test_repeats_are_kept_and_reported(tmp_path: Path, storage: Storage) -> None
     result = build_version([_write(tmp_path / "r.jsonl", [*rows, *rows[:40]])], storage, "faq")
     assert sum(result.manifest.num_rows.values()) == 140
     assert (result.manifest.num_duplicate_rows, result.manifest.num_leaked_rows) == (40, 0)
-    assert sum("repeat an earlier row" in warning for warning in result.warnings) == 1
 
 
 def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
@@ -318,7 +317,6 @@ def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
     entries = [json.loads(line) for line in quarantine.splitlines()]
     assert [entry["kind"] for entry in entries] == ["leaked"] * num_leaked
     assert all(entry["source"] == str(path) and entry["line"] > 0 for entry in entries)
-    assert f"{num_leaked:,} rows were left out, because eval or test has them too" in result.warnings
     assert alone.num_leaked_rows == 0
 
 
@@ -349,7 +347,6 @@ def test_progress_is_told(tmp_path: Path, storage: Storage) -> None:
     result: BuildResult = build_version([path], storage, "faq", on_progress=told.append, rows_per_shard=20_000)
     assert told[:2] == [Progress("read", 10_000, None, 0), Progress("read", 20_000, None, 0)]
     assert told[-1] == Progress("upload", 4, 4, 0)
-    assert result.seconds > 0
     assert (
         len(
             pq.ParquetFile(

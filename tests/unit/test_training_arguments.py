@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import made
+from tercet.errors import PlanError
 from tercet.parallelism import ZERO_STAGES, is_zero
 from tercet.plan import TrainPlan
 from tercet.sections import Parallelism
@@ -124,7 +125,7 @@ def read(modes: tuple[Parallelism, ...], tmp_path: Path) -> list[dict[str, Any]]
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -152,3 +153,11 @@ def test_transformers_takes_it_as_meant(tmp_path: Path, modes: tuple[Parallelism
             "fsdp": 2 if fsdp2 else None,
             "of_accelerate": False,
         }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_precision_of_gpus_where_there_is_none(tmp_path: Path, precision: str) -> None:
+    """`use_gpu: auto` is settled after the plan."""
+    plan = made.plan(training={"precision": precision}, workers={"use_gpu": "auto"})
+    with pytest.raises(PlanError, match=f"training.precision={precision} needs a GPU"):
+        training_arguments(plan, tmp_path)

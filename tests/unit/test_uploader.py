@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tercet.checkpoint import attempt_folder, read_commits
-from tercet.errors import StorageError
+from tercet.errors import LeaseLost, StorageError
 from tercet.uploader import Uploader
 from unit.test_checkpoint import RUN, Recording, lineage, trained
+from unit.test_lease import wait_until
 
 
 @pytest.fixture
@@ -64,11 +64,22 @@ def test_a_failed_upload_ends_the_run(
     monkeypatch.setattr(storage, "upload", fail)
     uploader = Uploader(storage, RUN, lineage("a"), rank=0)
     uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
-    assert failed.wait(5)
+    assert failed.wait(60)
     if raised_by == "submit":
-        time.sleep(0.05)  # the thread keeps the error right after `failed`
+        wait_until(lambda: uploader._error is not None)  # the thread keeps it right after `failed`
         with pytest.raises(StorageError, match="the disk is full"):
             uploader.submit(trained(tmp_path), 20, 1.0, {}, lambda _: None)
     with pytest.raises(StorageError, match="the disk is full"):
         uploader.close()
     assert read_commits(storage, RUN) == []
+
+
+def test_who_lost_the_run_uploads_nothing(storage: Recording, tmp_path: Path) -> None:
+    def confirm() -> None:
+        raise LeaseLost("taken over")
+
+    uploader = Uploader(storage, RUN, lineage("a"), 0, confirm)
+    uploader.submit(trained(tmp_path), 10, 1.0, {}, lambda _: None)
+    with pytest.raises(LeaseLost):
+        uploader.close()
+    assert storage.written == []
