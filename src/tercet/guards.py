@@ -8,8 +8,10 @@ import faulthandler
 import logging
 import math
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -126,14 +128,14 @@ class FiniteNumbers(TrainerCallback):  # type: ignore[misc]
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
-    """Ends a process that hangs, with the stacks of all its threads on standard error, so that it can be started again.
+    """Ends a process that hangs, with the stacks of all its threads in its log, so that it can be started again.
 
     A thread of its own says so first. Where that cannot run, because what hangs holds the interpreter, Python's
     faulthandler ends the process a little later: its watch does not need one."""
 
-    def __init__(self, seconds: float, on_hang: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, seconds: float, rank: int = 0, on_hang: Callable[[], None] = lambda: None) -> None:
         """seconds: for the longest of a step, an evaluation and a checkpoint. on_hang: called last."""
-        self._seconds, self._on_hang = seconds, on_hang
+        self._seconds, self._rank, self._on_hang = seconds, rank, on_hang
         self._ended = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -154,10 +156,20 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
         while (left := self._since + self._seconds - time.monotonic()) > 0:
             if self._ended.wait(left):
                 return
-        logger.error("no step within %g s; where each thread hangs:", self._seconds)
-        faulthandler.dump_traceback(all_threads=True)
+        message = "no step within %g s on rank %d; where each of its threads is:\n%s"
+        logger.error(message, self._seconds, self._rank, _stacks())
         self._on_hang()
         os._exit(1)
+
+
+def _stacks() -> str:
+    """Of all threads. To be written in one piece: ranks that share a log hang at the same moment, and faulthandler,
+    which writes word by word, mixed up their lines."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
 
 
 class HoldsTheRun(TrainerCallback):  # type: ignore[misc]

@@ -165,7 +165,8 @@ def run_worker(
 
         record = Record(uploader, trainer.ledger, plan.num_steps, save_every_steps, on_evaluation, on_commit)
         guards = [WeightsMove(shards_weights(plan.parallelism)), *([HoldsTheRun(lease.check)] if lease else [])]
-        for callback in (*guards, record, preemption, Deadline(config.workers.step_timeout_seconds, on_hang)):
+        deadline = Deadline(config.workers.step_timeout_seconds, rank, on_hang)
+        for callback in (*guards, record, preemption, deadline):
             trainer.add_callback(callback)
 
         # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,

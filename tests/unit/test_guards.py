@@ -6,6 +6,8 @@ import copy
 import math
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -303,6 +305,38 @@ def test_what_hangs_ends_with_its_stacks(how: str) -> None:
     assert (done.returncode == 0) == (how == "ends")
     assert ("went on" in done.stdout) == (how == "ends")
     assert ("in hangs" in done.stderr) == (how == "hangs")
+
+
+TOGETHER = """
+import sys, threading, time
+from pathlib import Path
+from tercet.guards import Deadline
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def hangs():
+    time.sleep(60)
+for _ in range(39):
+    threading.Thread(target=hangs, daemon=True).start()
+(folder / f"ready{rank}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.001)
+Deadline(0.5, rank).on_train_begin(None, None, None)
+hangs()
+"""
+
+
+def test_stacks_of_two_ranks_in_one_log_are_not_mixed_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        command = [sys.executable, "-c", TOGETHER]
+        ranks = [subprocess.Popen([*command, str(rank), tmp_path], stdout=file, stderr=file) for rank in (0, 1)]
+    while len(list(tmp_path.glob("ready*"))) < 2 and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    first, second = log.read_text().split("no step within ")[1:]
+    for told in first, second:
+        assert told.count(" in hangs\n") == 40
+    assert {first[:19], second[:19]} == {"0.5 s on rank 0; wh", "0.5 s on rank 1; wh"}
 
 
 def test_an_attempt_that_lost_the_run_stops() -> None:
