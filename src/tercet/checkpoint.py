@@ -24,7 +24,7 @@ from tercet.crash_point import crash_point
 from tercet.errors import Conflict, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.lease import Attempt, is_fenced, read_attempts
 from tercet.sealed import seal, unseal
-from tercet.storage import ANYTHING, Storage, sha256_of
+from tercet.storage import Storage, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ def step_prefix(run_id: str, step: int) -> str:
     return f"{checkpoints_prefix(run_id)}/{step:08d}"
 
 
+def step_of(key: str) -> int | None:
+    """The step of the checkpoint that a key belongs to; None for what a person or a file manager left beside them."""
+    _, _, _, step, *below = key.split("/")
+    return int(step) if below and step.isdecimal() else None
+
+
 def attempt_folder(run_id: str, step: int, attempt: str) -> str:
     """The key of the folder into which one attempt writes one step's files."""
     return f"{step_prefix(run_id, step)}/{attempt}"
@@ -144,7 +150,7 @@ def commit_step(
             storage.compare_and_swap(key, seal(commit), token)
             return commit
         except Conflict:
-            token, standing = _token(storage, key), _whole_commit(storage, key)
+            token, standing = _standing(storage, key)
         if standing is not None and not is_fenced(standing.attempt, step, read_attempts(storage, run_id)):
             logger.warning("step %d was committed by another attempt; its commit stands", step)
             return standing
@@ -152,23 +158,18 @@ def commit_step(
         logger.error("step %d was committed by another attempt, but that %s; it is replaced", step, state)
 
 
-def _token(storage: Storage, key: str) -> str | None:
-    """What `compare_and_swap` takes to replace what is there now."""
+def _standing(storage: Storage, key: str) -> tuple[str | None, Commit | None]:
+    """The token of what lies at `key`, and the commit that it is, if that and all of its files are whole. Reads them
+    all: two attempts seldom commit the same step."""
+    token = None
     try:
-        return storage.read_versioned(key)[1]
+        data, token = storage.read_versioned(key)
+        commit = _commit_of(storage, key, data)
     except ObjectNotFound:
-        return None
-    except CorruptObject:
-        return ANYTHING
-
-
-def _whole_commit(storage: Storage, key: str) -> Commit | None:
-    """The commit at `key` if all of its files are whole. Reads them all: two attempts seldom commit the same step."""
-    try:
-        commit = read_commit(storage, key)
-    except (CorruptObject, ObjectNotFound):
-        return None
-    return commit if damage_of(storage, commit) is None else None
+        return None, None
+    except CorruptObject as error:
+        return token or error.token, None
+    return token, commit if damage_of(storage, commit) is None else None
 
 
 def damage_of(storage: Storage, commit: Commit, paths: Iterable[str] | None = None) -> StorageError | None:
@@ -183,7 +184,11 @@ def damage_of(storage: Storage, commit: Commit, paths: Iterable[str] | None = No
 
 def read_commit(storage: Storage, key: str) -> Commit:
     """Raises ObjectNotFound, CorruptObject: also for a document that is whole, but of another checkpoint."""
-    commit = unseal(Commit, storage.read(key), storage.uri_of(key))
+    return _commit_of(storage, key, storage.read(key))
+
+
+def _commit_of(storage: Storage, key: str, data: bytes) -> Commit:
+    commit = unseal(Commit, data, storage.uri_of(key))
     if not f"{commit.folder}/".startswith(f"{key.rpartition('/')[0]}/"):
         raise CorruptObject(f"{storage.uri_of(key)} is the commit of {commit.folder}")
     return commit
@@ -249,9 +254,9 @@ def fetch_newest(
     """Download the newest checkpoint that is whole; a damaged one is skipped, loudly, for the one before. `on_skip`
     gets the step of each damaged one, and what is wrong with it."""
     commits = read_commits(storage, run_id)
-    newest_step = commits[0].step if commits else -1
-    steps = {key.split("/")[3] for key in storage.list(checkpoints_prefix(run_id))}
-    for step in sorted(int(step) for step in steps if step.isdecimal() and int(step) > newest_step):
+    newest_step = commits[0].step if commits else 0
+    steps = {step_of(key) or 0 for key in storage.list(checkpoints_prefix(run_id))}
+    for step in sorted(step for step in steps if step > newest_step):
         logger.warning("step %d has files but no commit that counts: it was not finished, or lost it", step)
     for commit in commits:
         try:

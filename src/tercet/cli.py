@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tercet import __version__
 from tercet.datasets_cli import add_datasets, print_manifest
-from tercet.errors import TercetError
+from tercet.errors import TercetError, first_line
 from tercet.models_cli import add_models
 from tercet.nightly_cli import add_nightly
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # of a file that a person named: what tercet itself reads and writes has errors of its own
+    except OSError as error:  # of a file: what storage does has errors of its own
         if arguments.debug or error.filename is None:
             raise
         print(f"tercet: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -162,7 +162,7 @@ def _runs_list(arguments: argparse.Namespace) -> None:
         if report is None:
             print(f"{run_id}  not ended")
         elif report.metrics is None:
-            print(f"{run_id}  failed in {report.failed_stage}: {(report.error or '').splitlines()[0]}")
+            print(f"{run_id}  failed in {report.failed_stage}: {first_line(report.error)}")
         else:
             value = report.metrics.best_test[report.metric]
             print(f"{run_id}  finished  test {report.metric} {value:.4f} ({report.gain:+.4f})")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from tercet import recipe_yaml
 from tercet.errors import ConfigError
+from tercet.home import expand_home
 from tercet.loss_config import LEFT_OUT, GuidedLossConfig, LossConfig
 from tercet.night_sections import GateConfig, NightlyConfig
 from tercet.sections import (
@@ -104,10 +105,10 @@ def _absolute(config: Config) -> Config:
     """Ray's workers run in a folder of their own, so no relative path may leave this process."""
     storage, model, loss = config.storage, config.model, config.loss
     if "://" not in storage.uri:
-        storage = storage.model_copy(update={"uri": str(Path(storage.uri).expanduser().absolute())})
-    if (folder := Path(model.name_or_path).expanduser()).is_dir():
+        storage = storage.model_copy(update={"uri": str(expand_home(storage.uri).absolute())})
+    if (folder := expand_home(model.name_or_path)).is_dir():
         model = model.model_copy(update={"name_or_path": str(folder.absolute())})
-    if isinstance(loss, GuidedLossConfig) and (folder := Path(loss.guide).expanduser()).is_dir():
+    if isinstance(loss, GuidedLossConfig) and (folder := expand_home(loss.guide)).is_dir():
         loss = loss.model_copy(update={"guide": str(folder.absolute())})
     return config.model_copy(update={"storage": storage, "model": model, "loss": loss})
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
+from tercet.home import expand_home
 from tercet.manifest import Manifest, Shard
 from tercet.storage import Storage, digest_of, local_errors
 
@@ -93,7 +94,7 @@ def _each(work: Any, shards: Sequence[Shard]) -> list[Path]:
 class _Cache:
     def __init__(self, storage: Storage, manifest: Manifest, cache_dir: Path | None) -> None:
         self._storage, self._manifest = storage, manifest
-        self._folder = (cache_dir or default_cache_dir()).expanduser().resolve() / "shards"
+        self._folder = expand_home(cache_dir or default_cache_dir()).resolve() / "shards"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

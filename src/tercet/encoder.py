@@ -8,7 +8,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from tercet.checkpoint import Commit, fetch
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, first_line
 from tercet.model_source import check_sha256, locate
 from tercet.sections import ModelConfig
 from tercet.storage import Storage
@@ -38,7 +38,7 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
             hint = "install what the model's own code asks for, or switch that part off in model.config_kwargs"
         elif offline:
             hint = "HF_HUB_OFFLINE is set: only local folders and cached models can be loaded"
-        raise ConfigError(f"model.name_or_path={config.name_or_path}: {str(error).splitlines()[0]}", hint) from error
+        raise ConfigError(f"model.name_or_path={config.name_or_path}: {first_line(error)}", hint) from error
     if folder is None and config.sha256 is not None:
         check_sha256(_hub_folder(config), config.sha256)
     if config.max_seq_length is not None:

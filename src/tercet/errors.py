@@ -46,6 +46,11 @@ class TercetError(Exception):
         return self.message
 
 
+def first_line(error: object) -> str:
+    """Of what an error of a library says, which may be nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(TercetError):
     """A recipe or a flag is wrong."""
 
@@ -116,6 +121,9 @@ class LeaseLost(StorageError):
 
 class CorruptObject(StorageError):
     """The bytes read are not the bytes that were committed."""
+
+    token: str | None = None
+    """Of the bytes that lie there, where storage itself found them damaged: `compare_and_swap` replaces them by it."""
 
 
 class TrainingError(TercetError):

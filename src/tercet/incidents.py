@@ -29,6 +29,7 @@ from tercet.errors import (
     StorageError,
     StorageUnavailable,
     TercetError,
+    first_line,
 )
 from tercet.storage import Storage
 
@@ -73,18 +74,17 @@ def typed(error: BaseException) -> BaseException:
     if isinstance(error, TercetError):
         return error
     text = str(error)
-    first_line = (text.splitlines() or [type(error).__name__])[0]
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in text:
         return OutOfMemory(
-            f"out of memory: {first_line}",
+            f"out of memory: {first_line(error)}",
             hint="raise training.gradient_accumulation_steps (smaller micro-batches), set "
             "training.gradient_checkpointing=true, or let workers.parallelism shard the model",
         )
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if is_disk or any(words in text for words in _WRITE_FAILED):
         return DiskFull(
-            f"a disk of this machine is full, or fails: {first_line}",
+            f"a disk of this machine is full, or fails: {first_line(error)}",
             hint="a checkpoint lies in TMPDIR until it is uploaded: give it room for two, or choose a larger disk",
         )
     return error
@@ -108,7 +108,9 @@ def tell(storage: Storage, run_id: str, name: str, kind: str, message: str) -> N
 
 def counts(storage: Storage, run_id: str) -> dict[str, int]:
     """The incidents of a run by kind, in the order of the alphabet."""
-    kinds = Counter(_read_kind(storage, key) for key in storage.list(f"runs/{run_id}/incidents"))
+    kinds = Counter(
+        _read_kind(storage, key) for key in storage.list(f"runs/{run_id}/incidents") if key.endswith(".json")
+    )
     return dict(sorted(kinds.items()))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from pathlib import Path
 
 from tercet.errors import ConfigError
-from tercet.storage import local_errors, open_storage
+from tercet.home import expand_home
+from tercet.storage import open_storage
 
 _WILDCARDS = set("*?[")
 
@@ -16,8 +16,8 @@ def find_sources(patterns: Sequence[str], endpoint_url: str | None = None) -> li
     """The files that patterns such as `incoming/*.jsonl.gz` or `s3://bucket/incoming/*.parquet` name, sorted. A pattern
     without a file gives none; one without a wildcard names a file, whether it exists or not.
 
-    Raises ConfigError for a wildcard before the last part, ObjectNotFound or AccessDenied for a local folder that is
-    not there or may not be read: that it holds nothing new is not known."""
+    Raises ConfigError for a wildcard before the last part, and for a local folder that is not there or may not be read:
+    that it holds nothing new is not known."""
     found: set[str] = set()
     for pattern in patterns:
         root, _, name = pattern.rpartition("/")
@@ -29,8 +29,10 @@ def find_sources(patterns: Sequence[str], endpoint_url: str | None = None) -> li
             keys = open_storage(root, endpoint_url).list("")
             found.update(f"{root}/{key}" for key in keys if "/" not in key and fnmatch.fnmatchcase(key, name))
         else:
-            folder = Path(pattern).expanduser().parent
-            with local_errors(folder):
-                files = [path for path in folder.iterdir() if path.is_file()]
+            try:
+                files = [path for path in expand_home(pattern).parent.iterdir() if path.is_file()]
+            except OSError as error:
+                what, hint = f"{pattern}: {error.filename}: {error.strerror}", "check the path, its owner and its mode"
+                raise ConfigError(what, hint) from None
             found.update(str(path) for path in files if fnmatch.fnmatchcase(path.name, name))
     return sorted(found)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tercet.checkpoint import Commit
 from tercet.config import Config
-from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError
+from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError, first_line
 from tercet.head import wait_for_head, while_head_answers
 from tercet.plan import TrainPlan
 from tercet.sections import WorkersConfig
@@ -83,7 +83,7 @@ def start_ray(workers: WorkersConfig) -> None:
     except (ValueError, ConnectionError, RayError) as error:
         if not address:
             raise
-        what = f"cannot join the Ray cluster of RAY_ADDRESS={address}: {str(error).splitlines()[0]}"
+        what = f"cannot join the Ray cluster of RAY_ADDRESS={address}: {first_line(error)}"
         hint = "it is the head's own address, such as 10.0.0.1:6379; without it, this machine alone is used"
         raise (ConfigError if isinstance(error, ValueError) else TrainingError)(what, hint=hint) from None
 
@@ -164,12 +164,12 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
             count = sizes[0] if len(sizes) == 1 else f"at least {sizes[0]}"
             raise PlanError(
                 f"Ray Train could not start {count} workers with {_resources(workers)} each:"
-                f" {str(error.controller_failure).splitlines()[0]}",
+                f" {first_line(error.controller_failure)}",
                 hint="does the cluster have the room (`ray status`)? raise workers.start_timeout_seconds if it is slow",
             ) from error
         except RayActorError as error:
             raise TrainingError(
-                f"Ray Train's controller is lost: {str(error).splitlines()[0]}",
+                f"Ray Train's controller is lost: {first_line(error)}",
                 hint="the same command again: the run goes on from its last checkpoint",
             ) from error
     return result.return_value if isinstance(result.return_value, TercetError) else None
@@ -209,7 +209,7 @@ def _cause(failures: dict[int, Exception]) -> TercetError:
     for cause in causes.values():
         if isinstance(cause, TercetError):
             return cause
-    lines = [f"rank {rank}: {type(c).__name__}: {(str(c).splitlines() or [''])[0]}" for rank, c in causes.items()]
+    lines = [f"rank {rank}: {type(c).__name__}: {first_line(c)}" for rank, c in causes.items()]
     return TrainingError(
         "the workers failed more often than workers.max_failures allows:\n" + "\n".join(lines),
         hint="the workers' logs tell more (--debug, or the Ray dashboard); "
@@ -243,7 +243,7 @@ def in_fresh_processes(workers: WorkersConfig, tasks: Mapping[str, Callable[[], 
         raise error.cause if isinstance(error.cause, TercetError) else error from None
     except RayError as error:
         raise TrainingError(
-            f"{', '.join(tasks)}: a process did not finish: {str(error).splitlines()[0]}",
+            f"{', '.join(tasks)}: a process did not finish: {first_line(error)}",
             hint="the same command again: what is committed is kept, only this is repeated",
         ) from error
 

@@ -18,6 +18,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from tercet.errors import Conflict, StorageError
+from tercet.home import expand_home
 from tercet.storage import ANYTHING, CHUNK, LOCK_TIMEOUT_S, Fetched, Keys, Storage, checked_key, local_errors, sha256_of
 
 
@@ -29,7 +30,7 @@ class LocalStorage(Storage):
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = Path(os.path.abspath(root.expanduser()))  # noqa: PTH100 (links in it stay as the person wrote them)
+        self._root = Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 (links in it stay as the person wrote them)
         self._own = self._root / ".tercet"
         self.uri = str(self._root).rstrip("/")
 

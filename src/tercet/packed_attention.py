@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from tercet.errors import first_line
 from tercet.grouped_attention import GroupedAttention, Layout, attend_by_kernel
 
 PACKED_ATTENTION = "tercet_packed"
@@ -95,7 +96,7 @@ def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -
                 if not error <= MAX_TRIAL_ERROR:
                     raise ArithmeticError(f"its {name} is off by {error:.0%}")
     except (RuntimeError, ValueError, ArithmeticError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         logger.warning("attention: torch's own for rows of texts is not used on %s (%s), but a slower one", device, why)
         return why
     return None

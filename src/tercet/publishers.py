@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tercet.champion import Champion, Document, as_bytes, model_prefix, read_champion
 from tercet.config import Config
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, first_line
 from tercet.registry import Version, download, resolve
 from tercet.storage import Storage
 
@@ -79,7 +79,7 @@ def tell(storage: Storage, config: Config, say: Callable[[str], None]) -> dict[s
             try:
                 where = PUBLISHERS[name](target, news)
             except Exception as error:  # noqa: BLE001 - of whatever library: the night is over, and stands
-                problems[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                problems[name] = f"{type(error).__name__}: {first_line(error)}"
                 say(f"not told: {name} {target}: {problems[name]}; the next night tries again")
                 continue
             told = Told(publisher=name, generation=champion.generation, where=where, unix_seconds=time.time())

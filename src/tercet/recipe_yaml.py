@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, first_line
 
 Loc = tuple[int | str, ...]
 
@@ -27,6 +27,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$"),
     list("-+.0123456789"),
 )
+
+
+# A date that does not exist, a number of 5,000 digits, `!!bool maybe`, `!!int ""`, `!!timestamp x`, a loop.
+_BAD_VALUE = (ValueError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass
@@ -77,8 +81,8 @@ def load(path: Path) -> tuple[dict[str, Any], Marks]:
         raise ConfigError(
             f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax"
         ) from None
-    except (ValueError, RecursionError) as error:  # a date that does not exist, a number of 5,000 digits, a loop
-        raise ConfigError(f"{path}: a value is not YAML: {error}", hint="mend it, or quote it") from None
+    except _BAD_VALUE as error:
+        raise ConfigError(f"{path}: a value is not YAML: {first_line(error)}", hint="mend it, or quote it") from None
     return document, marks
 
 
@@ -108,7 +112,7 @@ def override(document: dict[str, Any], marks: Marks, assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: not of the form section.key=value", hint="such as training.seed=7")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, *_BAD_VALUE):
         raise ConfigError(f"--set {assignment}: the value is not YAML", hint="quote it") from None
     section, flag = document, f"--set {assignment}"
     for depth, key in enumerate(keys[:-1], start=1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tercet.best import best_commit
-from tercet.checkpoint import COMMIT, checkpoints_prefix, read_commits, step_prefix
+from tercet.checkpoint import COMMIT, checkpoints_prefix, read_commits, step_of, step_prefix
 from tercet.crash_point import crash_point
 from tercet.storage import Storage
 
@@ -26,7 +26,8 @@ def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
         step_prefix(run_id, commit.step) for commit in commits
     }
     depth = checkpoints_prefix(run_id).count("/") + 3
-    for folder in {"/".join(key.split("/")[:depth]) for key in keys if not key.endswith(f"/{COMMIT}")} - kept:
-        step = folder.rpartition("/")[0]
-        if step not in left and int(step.rpartition("/")[2]) <= commits[0].step:
-            storage.delete(folder if step in kept_steps else step)
+    old = [key for key in keys if (step := step_of(key)) is not None and step <= commits[0].step]
+    for folder in {"/".join(key.split("/")[:depth]) for key in old if not key.endswith(f"/{COMMIT}")} - kept:
+        of_step = folder.rpartition("/")[0]
+        if of_step not in left:
+            storage.delete(folder if of_step in kept_steps else of_step)

@@ -142,7 +142,7 @@ def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str
     if all(values(entry) == values(evaluations[0]) for entry in evaluations[1:]):
         raise LearnedNothing(
             f"all {len(evaluations)} evaluations are equal in every digit: nothing was learned",
-            hint="is the model frozen, or the learning rate 0?",
+            hint="is the model frozen, or the learning rate 0? This run is over: another --run-id trains anew",
         )
     return RunMetrics(
         baseline_eval=values(evaluations[0]),

@@ -125,10 +125,12 @@ class Storage(ABC):
                 return got.token
             retries["sha256"] += 1
             log.warning("%s: sha256 is %s, not %s; reading again", self.uri_of(key), got.sha256, wrong[0])
-        raise CorruptObject(
+        damage = CorruptObject(
             f"{self.uri_of(key)} is damaged: its sha256 is {got.sha256}, not {wrong[0]} ({READ_ATTEMPTS} reads)",
             "The stored bytes are not those that were committed. Restore the object, or use the version before it.",
         )
+        damage.token = got.token
+        raise damage
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.config import Config
-from tercet.errors import JobError
+from tercet.errors import JobError, first_line
 from tercet.launch import environment
 from tercet.plan import TrainPlan
 from tercet.run import recipe
@@ -52,7 +52,7 @@ def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], N
                 )
             except (RuntimeError, OSError) as error:
                 raise JobError(
-                    f"the cluster did not take job {job_id}: {_first_line(error)}",
+                    f"the cluster did not take job {job_id}: {first_line(error)}",
                     hint="submit again: if somebody else started it in this moment, it is followed",
                 ) from None
         say(f"submitted {job_id} to {address}")
@@ -74,7 +74,7 @@ def _client(address: str) -> Any:
         return JobSubmissionClient(address)
     except (RuntimeError, OSError, ValueError, RayError) as error:
         raise JobError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            f"no Ray cluster answers at {address}: {first_line(error)}",
             hint="is the head up (`ray status`), and the dashboard's port (8265) forwarded "
             "(`ray dashboard cluster.yaml`)?",
         ) from None
@@ -87,13 +87,9 @@ def _status(client: Any, job_id: str) -> Any:
         if "404" in str(error) or "does not exist" in str(error):
             return None
         raise JobError(
-            f"cannot read the status of job {job_id}: {_first_line(error)}",
+            f"cannot read the status of job {job_id}: {first_line(error)}",
             hint="is the head up (`ray status`)? Submitting again follows the job",
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> None:
@@ -109,7 +105,7 @@ def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> None:
         except (RuntimeError, OSError) as error:
             if time.monotonic() - answered_at > UNREACHABLE_SECONDS:
                 raise JobError(
-                    f"the cluster stopped answering: {_first_line(error)}",
+                    f"the cluster stopped answering: {first_line(error)}",
                     hint=f"submit again when it is back: {job_id} resumes from its last checkpoint",
                 ) from None
             time.sleep(POLL_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tercet.champion import read_champion
 from tercet.config import Config
-from tercet.errors import ConfigError, CorruptObject, ObjectNotFound
+from tercet.errors import ConfigError, CorruptObject, ObjectNotFound, first_line
 from tercet.manifest import Manifest, read_manifest
 from tercet.model_source import locate, read_facts
 from tercet.packing_facts import read_packing_facts
@@ -19,6 +20,8 @@ from tercet.registry import resolve
 from tercet.report import RunReport
 from tercet.sealed import unseal
 from tercet.storage import Storage, open_storage
+
+logger = logging.getLogger("tercet")
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 RESUMED_FOR_DAYS = 7  # from its start; an older one is gone on with by its --run-id
@@ -55,10 +58,14 @@ def unfinished_run(
 ) -> str | None:
     """The newest run of this recipe on this data that was started in the last week, if it has no result: a crash before
     midnight UTC is resumed after it. None where the newest has one, or a damaged plan, or there is none."""
-    for num_days in range(RESUMED_FOR_DAYS):
+    for num_days in range(RESUMED_FOR_DAYS + 1):
         run_id = make_run_id(config, dataset_versions, today - datetime.timedelta(days=num_days))
         if storage.exists(plan_key(run_id)):
-            return run_id if _can_go_on(storage, run_id) else None
+            if not _can_go_on(storage, run_id):
+                return None
+            if num_days > 0:
+                logger.warning("going on with run %s, which has no result yet; --run-id starts another", run_id)
+            return run_id
     return None
 
 
@@ -125,7 +132,7 @@ def plan_of_file(path: Path) -> TrainPlan:
     try:
         return TrainPlan.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what = f"{path} is not a plan: {str(error).splitlines()[0]}"
+        what = f"{path} is not a plan: {first_line(error)}"
         raise ConfigError(what, hint="make one: tercet plan RECIPE --json > plan.json") from None
 
 

@@ -402,11 +402,14 @@ class TestFaults:
     def test_bytes_that_stay_damaged(self, behind: Storage, proxy: FaultyProxy, tmp_path: Path) -> None:
         behind.put("a", b"0123456789")
         proxy.fail("GET", "flip", times=100)
-        with pytest.raises(CorruptObject):
+        with pytest.raises(CorruptObject) as caught:
             behind.read("a")
         with pytest.raises(CorruptObject):
             behind.download("a", tmp_path / "out/copy")
         assert list((tmp_path / "out").iterdir()) == []
+        behind.compare_and_swap("a", b"mended", caught.value.token)
+        with pytest.raises(Conflict):
+            behind.compare_and_swap("a", b"too late", caught.value.token)
 
     @pytest.mark.parametrize("fault", ["refuse", "stall", "lose_reply"])
     def test_no_answer_for_long_is_given_up(

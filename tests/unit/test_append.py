@@ -13,7 +13,7 @@ import pytest
 from tercet import append as append_module
 from tercet.append import AppendResult, append
 from tercet.dataset import load_split
-from tercet.errors import ConfigError, Conflict, DataError, DatasetNotFound, ObjectNotFound, TooManyBadRows
+from tercet.errors import ConfigError, Conflict, DataError, DatasetNotFound, TooManyBadRows
 from tercet.incoming import find_sources
 from tercet.manifest import list_versions, publish, read_head, read_manifest
 from tercet.near_copies import NearCopies, jaccard
@@ -297,7 +297,7 @@ def test_files_are_found_by_pattern(tmp_path: Path) -> None:
     assert find_sources([f"{tmp_path}/*.jsonl", a]) == [a, b]
     assert find_sources([f"{tmp_path}/none-*"]) == []
     assert find_sources([f"{tmp_path}/none.jsonl"]) == [f"{tmp_path}/none.jsonl"]
-    with pytest.raises(ObjectNotFound, match=r"no file .*/missing"):
+    with pytest.raises(ConfigError, match=r"missing/\*\.jsonl: .*/missing: No such file"):
         find_sources([f"{tmp_path}/missing/*.jsonl"])
     with pytest.raises(ConfigError, match="only the last part"):
         find_sources([f"{tmp_path}/un*/d.jsonl"])

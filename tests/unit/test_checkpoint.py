@@ -105,8 +105,18 @@ def test_commit_is_written_last(storage: Recording, tmp_path: Path) -> None:
     assert set(commit.files) == set(FILES)
     assert commit.files["optimizer-00000-of-00001.safetensors"].num_bytes == len(b"moments")
     assert read_commits(storage, RUN) == [commit]
-    storage.put("runs/r1/checkpoints/.DS_Store", b"of a file manager")
+
+
+def test_what_a_person_left_beside_checkpoints_is_let_be(storage: Recording, tmp_path: Path) -> None:
+    strays = [f"runs/r1/checkpoints/{name}" for name in (".DS_Store", "7", "backup/x", "00000010 copy/a/x")]
+    for key in strays:
+        storage.put(key, b"stray")
+    committed(storage, tmp_path, 10, 0.5)
+    commit = committed(storage, tmp_path, 20, 0.6)
     assert fetch_newest(storage, RUN, tmp_path / "here") == commit
+    retain(storage, RUN, "ndcg@10", 1)
+    assert read_commits(storage, RUN) == [commit]
+    assert all(storage.exists(key) for key in strays)
 
 
 def test_without_a_commit_there_is_nothing(storage: Recording, tmp_path: Path) -> None:
@@ -166,15 +176,15 @@ def test_of_two_that_replace_a_damaged_commit_the_first_stands(
     committed(storage, tmp_path, 10, 0.5, "a")
     key = f"runs/r1/checkpoints/00000010/{COMMIT}"
     storage.put(key, storage.read(key)[:-3])
-    looks = checkpoint._whole_commit
+    looks = checkpoint._standing
 
-    def is_slow(*args: object) -> Commit | None:
+    def is_slow(*args: object) -> tuple[str | None, Commit | None]:
         found = looks(*args)  # type: ignore[arg-type]
-        monkeypatch.setattr(checkpoint, "_whole_commit", looks)
+        monkeypatch.setattr(checkpoint, "_standing", looks)
         committed(storage, tmp_path, 10, 0.5, "b", b"meanwhile")
         return found
 
-    monkeypatch.setattr(checkpoint, "_whole_commit", is_slow)
+    monkeypatch.setattr(checkpoint, "_standing", is_slow)
     assert committed(storage, tmp_path, 10, 0.5, "c", b"late").attempt.name == "b"
     assert [commit.attempt.name for commit in read_commits(storage, RUN)] == ["b"]
 

@@ -91,7 +91,7 @@ def test_override_of_another_form(assignment: str) -> None:
     assert caught.value.message.startswith(f"--set {assignment}: ")
 
 
-@pytest.mark.parametrize("value", ["2020-02-30", "!!int abc", "9" * 5000])
+@pytest.mark.parametrize("value", ["2020-02-30", "!!int abc", "9" * 5000, "!!bool maybe", "!!timestamp x", '!!int ""'])
 def test_values_that_yaml_cannot_make(tmp_path: Path, value: str) -> None:
     assert refused(tmp_path, f"a: {value}\n").startswith("r.yaml")
     with pytest.raises(ConfigError, match="not YAML"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,14 @@ def ended(storage: Storage, run_id: str, status: str) -> None:
     storage.put(f"runs/{run_id}/report.json", report.model_dump_json().encode())
 
 
-@pytest.mark.parametrize("num_days", [0, 1, 6])
-def test_a_run_without_a_result_is_gone_on_with(storage: Storage, config: Config, num_days: int) -> None:
+@pytest.mark.parametrize("num_days", [0, 1, 7])
+def test_a_run_without_a_result_is_gone_on_with(
+    storage: Storage, config: Config, num_days: int, caplog: pytest.LogCaptureFixture
+) -> None:
     run_id = started(storage, config, num_days)
-    assert unfinished_run(storage, config, VERSIONS, made.TODAY) == run_id
+    with caplog.at_level(logging.WARNING, "tercet"):
+        assert unfinished_run(storage, config, VERSIONS, made.TODAY) == run_id
+    assert (f"going on with run {run_id}" in caplog.text) == (num_days > 0)  # today's is what a person expects
     ended(storage, run_id, "failed")
     assert unfinished_run(storage, config, VERSIONS, made.TODAY) == run_id
     ended(storage, run_id, "finished")
@@ -70,7 +75,7 @@ def test_the_newest_decides(storage: Storage, config: Config) -> None:
 
 
 def test_another_recipe_other_data_or_long_ago_is_another_run(storage: Storage, config: Config) -> None:
-    started(storage, config, 7)
+    started(storage, config, 8)
     started(storage, made.config(training={"seed": 7}), 1)
     storage.put(plan_key(make_run_id(config, ["other"], days_ago(1))), b"a plan")
     assert unfinished_run(storage, config, VERSIONS, made.TODAY) is None
