@@ -43,6 +43,7 @@ def test_an_attempt_has_one_end(storage: LocalStorage) -> None:
 
 def test_one_that_cannot_be_read_counts_too(storage: LocalStorage) -> None:
     storage.put("runs/r/incidents/0001-end.json", b"{")
+    storage.put("runs/r/incidents/.DS_Store", b"of a file manager")
     assert incidents.counts(storage, "r") == {"unreadable": 1}
 
 
