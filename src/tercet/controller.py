@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import ScalingConfig, UserCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -22,7 +27,8 @@ _MOST_TELLING = ("out_of_memory", "node_lost", "worker_killed", "error")
 
 
 class WholeBatches(ElasticScalingPolicy):  # type: ignore[misc]
-    """Takes only numbers of workers that share the global batch evenly."""
+    """Takes only numbers of workers that share the global batch evenly, and no node that is gone: Ray 2.60 looks every
+    20 s, and for a worker on a lost node it would wait until the start times out."""
 
     def __init__(self, scaling_config: ScalingConfig, world_sizes: tuple[int, ...]) -> None:
         super().__init__(scaling_config)
@@ -30,18 +36,27 @@ class WholeBatches(ElasticScalingPolicy):  # type: ignore[misc]
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Of Ray 2.60: for how many workers there is room, which may be any number."""
-        room = super()._count_possible_workers(reserved_resources)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        there = {node: resources for node, resources in reserved_resources.items() if node in alive}
+        room = super()._count_possible_workers(there)
         return max((size for size in self._world_sizes if size <= room), default=0)
 
 
 class StartsAreAttempts(DefaultFailurePolicy):  # type: ignore[misc]
-    """Counts a worker that dies while it starts like one that dies later. Ray counts it like a cluster without room,
-    which has only one more chance: a long run would end at the second unlucky moment."""
+    """Counts a worker that dies while it starts like one that dies later, and so the error of another that waited for
+    it. Ray counts the one like a cluster without room, which has only one more chance, and ends at the other: a long
+    run would end at an unlucky moment."""
+
+    def __init__(self, failure_config: FailureConfig, elastic: bool) -> None:
+        """elastic: starts only as many workers as there is room for. That one finds none is the loss of a node."""
+        super().__init__(failure_config)
+        lost = (WorkerGroupStartupFailedError, RayTaskError)
+        self._lost = (*lost, WorkerGroupStartupTimeoutError) if elastic else lost
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         """Of Ray 2.60."""
         failure = getattr(training_failed_error, "controller_failure", None)
-        if isinstance(failure, WorkerGroupStartupFailedError):
+        if isinstance(failure, self._lost):
             return super().make_decision(WorkerGroupError(str(failure), {0: failure}))
         return super().make_decision(training_failed_error)
 
@@ -55,8 +70,9 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         """Of Ray 2.60: gets the two policies, for which there is no public way."""
-        arguments["failure_policy"] = StartsAreAttempts(self.run_config.failure_config)
-        if self.scaling_config.elasticity_enabled:
+        elastic = self.scaling_config.elasticity_enabled
+        arguments["failure_policy"] = StartsAreAttempts(self.run_config.failure_config, elastic)
+        if elastic:
             arguments["scaling_policy"] = WholeBatches(self.scaling_config, self._world_sizes)
         return super()._initialize_and_run_controller(**arguments)
 

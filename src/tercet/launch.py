@@ -162,9 +162,10 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
             ) from error
         except ControllerError as error:
             count = sizes[0] if len(sizes) == 1 else f"at least {sizes[0]}"
+            failure = error.controller_failure
             raise PlanError(
                 f"Ray Train could not start {count} workers with {_resources(workers)} each:"
-                f" {first_line(error.controller_failure)}",
+                f" {first_line(getattr(failure, 'cause', failure))}",
                 hint="does the cluster have the room (`ray status`)? raise workers.start_timeout_seconds if it is slow",
             ) from error
         except RayActorError as error:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -24,9 +25,11 @@ from tercet.local_storage import LocalStorage
 
 
 @pytest.mark.parametrize(("room", "taken"), [(0, 0), (1, 0), (2, 2), (3, 2), (7, 4), (8, 8), (50, 8)])
-def test_numbers_of_workers_that_share_the_batch(room: int, taken: int) -> None:
+def test_numbers_of_workers_that_share_the_batch(room: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}])
     policy = WholeBatches(ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2}), (2, 4, 8))
-    assert policy._count_possible_workers({"a": {"CPU": 2.0 * room + 1}}) == taken
+    gone = {"CPU": 8.0}
+    assert policy._count_possible_workers({"a": {"CPU": 2.0 * room + 1}, "b": gone, "c": gone}) == taken
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray warns of its own settings
@@ -50,10 +53,18 @@ def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("failure", "chances"), [(WorkerGroupStartupFailedError("it died"), 3), (WorkerGroupStartupTimeoutError(2), 1)]
+    ("failure", "elastic", "chances"),
+    [
+        (WorkerGroupStartupFailedError("it died"), False, 3),
+        (RayTaskError("_join", "Connection reset by peer", RuntimeError()), False, 3),
+        (WorkerGroupStartupTimeoutError(2), False, 1),
+        (WorkerGroupStartupTimeoutError(2), True, 3),
+    ],
 )
-def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(failure: Exception, chances: int) -> None:
-    policy = StartsAreAttempts(FailureConfig(max_failures=3, controller_failure_limit=1))
+def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(
+    failure: Exception, elastic: bool, chances: int
+) -> None:
+    policy = StartsAreAttempts(FailureConfig(max_failures=3, controller_failure_limit=1), elastic)
     decisions = [policy.make_decision(ControllerError(failure)) for _ in range(chances + 1)]
     assert decisions == [FailureDecision.RETRY] * chances + [FailureDecision.RAISE]
 
