@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -64,9 +65,18 @@ class StartsAreAttempts(DefaultFailurePolicy):  # type: ignore[misc]
 class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
     """On one of several numbers of workers."""
 
-    def __init__(self, *args: Any, world_sizes: tuple[int, ...], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, world_sizes: tuple[int, ...], own_cluster: bool = False, **kwargs: Any) -> None:
+        """own_cluster: that ends with this process."""
         super().__init__(*args, **kwargs)
-        self._world_sizes = world_sizes
+        self._world_sizes, self._own_cluster = world_sizes, own_cluster
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Of Ray 2.60. Without a process that looks every second whether resources of a dead controller are to be given
+        back: they are the cluster's, and end with it."""
+        callbacks = super()._create_default_callbacks()
+        return [
+            each for each in callbacks if not (self._own_cluster and isinstance(each, PlacementGroupCleanerCallback))
+        ]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         """Of Ray 2.60: gets the two policies, for which there is no public way."""

@@ -130,6 +130,7 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
         trainer = ElasticTrainer(
             _train_loop,
             world_sizes=sizes,
+            own_cluster=not os.environ.get("RAY_ADDRESS"),
             train_loop_config={"plan": plan.model_dump_json(), "owner": owner},
             backend_config=TorchGroup(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(

@@ -24,7 +24,7 @@ SHORT_PATIENCE = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
 }
 
 

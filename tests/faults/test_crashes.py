@@ -81,13 +81,14 @@ def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     """Where one rank hangs in the middle of a step, the others hang in a collective."""
     run_id = f"hung-{num_workers}"
     sections = settings(num_workers)
-    sections["workers"] = {**sections["workers"], "step_timeout_seconds": 20}
-    plan = write_plan(tmp_path, run_id, model, store, **sections)
+    limited = {**sections, "workers": {**sections["workers"], "step_timeout_seconds": 40}}
+    plan = write_plan(tmp_path, run_id, model, store, **limited)
     armed = f"at=before_step rank={num_workers - 1} step=15 do=hang once={tmp_path / 'fired'}"
     hung = run_command(worker_command(plan), {**environment, VARIABLE: armed}, tmp_path)
     assert hung.returncode != 0
-    told = hung.stdout.split("no step within 20 s on rank ")[1:]
+    told = hung.stdout.split("no step within 40 s on rank ")[1:]
     assert any(text.startswith(str(num_workers - 1)) and "in crash_point" in text for text in told)  # where it hung
+    plan = write_plan(tmp_path, run_id, model, store, **sections)
     check(run_command(worker_command(plan), environment, tmp_path))
     assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
     assert incidents.counts(open_storage(str(store)), run_id) == {"hung": 1}

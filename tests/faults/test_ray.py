@@ -56,7 +56,7 @@ def test_a_driver_that_is_interrupted_says_so(
     try:
         wait_until(fired.exists, driver)
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=120) == 130
+        assert driver.wait(timeout=400) == 130
     finally:
         driver.kill()
     assert "tercet: interrupted; the same command resumes" in log.read_text()

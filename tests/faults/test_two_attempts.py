@@ -39,7 +39,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
         assert what_counts(store, "cut-off") == expected
         go.touch()
         cut_off.send_signal(signal.SIGCONT)
-        assert cut_off.wait(timeout=120) != 0
+        assert cut_off.wait(timeout=400) != 0
     assert "LeaseLost: run cut-off was taken over by process" in plan.with_suffix(".log").read_text()
     assert what_counts(store, "cut-off") == expected
     assert len(proof(store, tmp_path / "cut-off.yaml", "cut-off").attempts) == 2
@@ -48,7 +48,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
 def test_the_second_of_two_is_told_who_runs(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=10))
+    plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=30))
     go = tmp_path / "go"
     with held_worker(plan, environment, step=6, until=go) as first:
         wait_until(lambda: bool(commits(store, "two")), first)
@@ -56,5 +56,5 @@ def test_the_second_of_two_is_told_who_runs(
         assert second.returncode != 0
         assert f"RunIsTaken: run two is being trained: process {first.pid} on" in second.stdout
         go.touch()
-        assert first.wait(timeout=120) == 0
+        assert first.wait(timeout=400) == 0
     assert what_counts(store, "two") == what_counts(store, whole[1])

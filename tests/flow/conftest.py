@@ -71,7 +71,7 @@ def environment(cache_dir: Path) -> dict[str, str]:
 
 
 def run_command(
-    command: list[str], environment: Mapping[str, str], cwd: Path, timeout: float = 300
+    command: list[str], environment: Mapping[str, str], cwd: Path, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end. A test that expects success calls `check`."""
     return subprocess.run(

@@ -180,7 +180,7 @@ def test_a_stopped_job_is_no_success(cluster: Cluster, bucket: Bucket, tiny_mode
             time.sleep(0.5)
         stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "--address", cluster.address, "stopped"]
         check(run_command(stop, cluster.environment, bucket.tmp))
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
         process.communicate(timeout=10)

@@ -52,7 +52,7 @@ class Nights:
     def start(self, code: int = 0) -> str:
         """`tercet nightly`, to its end; what it printed."""
         command = tercet("nightly", self.recipe)
-        return check(run_command(command, self.environment, self.folder, timeout=300), code).stdout
+        return check(run_command(command, self.environment, self.folder), code).stdout
 
     def last(self) -> Night:
         """What came of the newest night."""

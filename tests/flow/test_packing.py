@@ -41,7 +41,7 @@ def trained(
         plans.setdefault(mode.startswith("zero"), []).append(path)
     # DeepSpeed leaves traces in a process.
     commands = [worker_command(*some) for some in plans.values()]
-    output = [check(run_command(command, environment, folder, timeout=900)).stdout for command in commands]
+    output = [check(run_command(command, environment, folder)).stdout for command in commands]
     return {"store": store, "output": "".join(output)}
 
 

@@ -85,7 +85,7 @@ class Runs:
         output = ""
         for plans in self._plans.values():
             command = worker_command(*plans)
-            output += check(run_command(command, self.environment, self.folder, timeout=900)).stdout
+            output += check(run_command(command, self.environment, self.folder)).stdout
         self._plans.clear()
         return output
 
@@ -283,7 +283,7 @@ def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path,
 def test_ray_runs_to_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
     plans = [runs.add(f"{mode}-ray", mode, tiny_model_dir, loss=LOSSES["ranking"]) for mode in KINDS]
     script = [sys.executable, str(Path(__file__).with_name("train_on_ray.py")), *map(str, plans)]
-    check(run_command(script, runs.environment, runs.folder, timeout=900))
+    check(run_command(script, runs.environment, runs.folder))
     for mode in KINDS:
         assert (
             largest_difference(final_weights(trained, f"{mode}-ranking"), final_weights(trained, f"{mode}-ray")) == 0.0

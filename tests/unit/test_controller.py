@@ -52,6 +52,15 @@ def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytes
     assert isinstance(got["failure_policy"], StartsAreAttempts)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("own_cluster", [True, False])
+def test_nobody_cleans_up_a_cluster_that_ends_anyway(own_cluster: bool) -> None:
+    trainer = ElasticTrainer(lambda: None, world_sizes=(2,), own_cluster=own_cluster)
+    names = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
+    assert ("PlacementGroupCleanerCallback" in names) != own_cluster
+    assert "BackendSetupCallback" in names
+
+
 @pytest.mark.parametrize(
     ("failure", "elastic", "chances"),
     [
