@@ -28,7 +28,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ def _fetched() -> Path:
 def free_port() -> int:
     """Not one that the system, or Ray to its workers, may give to somebody else before it is used."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
-        with socket.socket() as probe, suppress(OSError):
+        with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
     raise CannotStart("no port between 20000 and 32000 is free")
