@@ -132,9 +132,10 @@ class TrainPlan(BaseModel):
         """Of the checkpoints that stay (the newest, the best), of the one being written, and of the published model."""
         if self.checkpoint_bytes is None:
             return None
-        every_steps = self.config.checkpoint.every_steps
-        num_checkpoints = len(self.evaluation_steps) - 1 + (self.num_steps // every_steps if every_steps else 0)
-        num_kept = min(num_checkpoints, self.config.checkpoint.keep_last + 2)
+        steps = set(self.evaluation_steps[1:])
+        if (every_steps := self.config.checkpoint.every_steps) is not None:
+            steps.update(range(every_steps, self.num_steps + 1, every_steps))
+        num_kept = min(len(steps), self.config.checkpoint.keep_last + 2)
         return num_kept * self.checkpoint_bytes + self.checkpoint_bytes // 3
 
     @property

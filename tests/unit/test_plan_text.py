@@ -28,6 +28,9 @@ def test_what_stays_in_storage() -> None:
     assert lines()["storage"].startswith("11.7 KiB a checkpoint; the last 2 and the best stay: 27.3 KiB at most")
     often = lines(checkpoint={"every_steps": 3, "keep_last": 3})["storage"]
     assert often.startswith("11.7 KiB a checkpoint, and one every 3 steps; the last 3 and the best stay: 62.5 KiB")
+    assert (
+        "27.3 KiB at most" in lines(checkpoint={"every_steps": 10})["storage"]
+    )  # those at the end of an epoch are one
 
 
 def test_many_evaluations_are_not_all_named() -> None:
