@@ -64,6 +64,8 @@ def start_ray(workers: WorkersConfig) -> None:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # by default a worker gives way to everything else
+        # Nobody drains a node of this cluster; and the watcher begins with an error of Ray's core on the screen.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         num_cpus = max(os.cpu_count() or 1, (workers.min or workers.num_workers) * workers.cpus_per_worker)
         arguments = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1", "num_cpus": num_cpus}
     import ray

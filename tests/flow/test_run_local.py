@@ -61,6 +61,7 @@ def test_the_screen_tells_the_story_in_order(finished: Finished) -> None:
     ours = without_rays_own(finished.screen)
     assert "Traceback" not in ours, ours
     assert "Warning" not in ours, ours
+    assert "core_worker.cc" not in finished.screen, finished.screen
 
 
 def test_the_tuned_model_is_better_on_the_test_split(finished: Finished) -> None:
