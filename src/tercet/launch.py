@@ -56,7 +56,7 @@ def start_ray(workers: WorkersConfig) -> None:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # a submitted job has an environment already: add to it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     arguments: dict[str, Any] = {}
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = _address()
     if not address:
         # A token of this process alone: by default Ray would write one to the home folder, for all clusters to come.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -88,6 +88,11 @@ def start_ray(workers: WorkersConfig) -> None:
         what = f"cannot join the Ray cluster of RAY_ADDRESS={address}: {first_line(error)}"
         hint = "it is the head's own address, such as 10.0.0.1:6379; without it, this machine alone is used"
         raise (ConfigError if isinstance(error, ValueError) else TrainingError)(what, hint=hint) from None
+
+
+def _address() -> str:
+    """Of the cluster to join; empty for one that ends with this process."""
+    return os.environ.get("RAY_ADDRESS", "")
 
 
 def with_devices(config: Config) -> Config:
@@ -132,7 +137,7 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
         trainer = ElasticTrainer(
             _train_loop,
             world_sizes=sizes,
-            own_cluster=not os.environ.get("RAY_ADDRESS"),
+            own_cluster=not _address(),
             train_loop_config={"plan": plan.model_dump_json(), "owner": owner},
             backend_config=TorchGroup(backend="nccl" if workers.use_gpu else "gloo"),
             scaling_config=ScalingConfig(

@@ -32,6 +32,8 @@ MAX_TRIAL_ERROR = 0.05
 # up to twice the length; with dropout on a CPU they always are, and the smaller ones (docs/log.md).
 LONG_TEXT = 512
 
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
 logger = logging.getLogger("tercet")
 
 
@@ -53,7 +55,7 @@ def attend(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
     if _knows_bounds(value, dropout, bias) and bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None:
         return _with_bounds(query, key, value, layout, scaling, window)
-    slow_kernel = not value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
+    slow_kernel = not value.is_cuda and value.dtype in _SIXTEEN_BITS
     short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
     if long is None or bias is not None or (dropout and not value.is_cuda):
         return _in_matrices(query, key, value, layout, scaling, window, dropout, bias)
@@ -66,7 +68,7 @@ def attend(
 
 
 def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
-    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not dropout and bias is None
+    return value.is_cuda and value.dtype in _SIXTEEN_BITS and not dropout and bias is None
 
 
 def _with_bounds(

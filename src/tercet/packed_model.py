@@ -90,13 +90,9 @@ def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.include_prompt,
         pads_left=getattr(model.tokenizer, "padding_side", "right") == "left",
-        other_modules=tuple(name for name in map(_type_name, model) if name not in packing.TEXT_BY_TEXT),
+        other_modules=packing.other_modules(type(module).__name__ for module in model),
         is_decoder=bool(getattr(config, "is_decoder", False)),
     )
-
-
-def _type_name(module: object) -> str:
-    return type(module).__name__
 
 
 def take_rows(model: SentenceTransformer) -> None:

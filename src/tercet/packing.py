@@ -8,7 +8,7 @@ the cut that costs least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,6 +80,11 @@ def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, st
     if facts.pads_left:
         return "plain", f"{why}; the tokenizer pads on the left"
     return "chunked", f"{why}; {NUM_CHUNKS} chunks of like lengths"
+
+
+def other_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Of the classes of a model's modules, those that may look beyond a text."""
+    return tuple(name for name in names if name not in TEXT_BY_TEXT)
 
 
 def obstacle(facts: Facts) -> str | None:

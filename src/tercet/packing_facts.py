@@ -9,7 +9,7 @@ from typing import Any
 from tercet.config import Config
 from tercet.loss_config import GuidedLossConfig
 from tercet.model_source import locate, reading
-from tercet.packing import TEXT_BY_TEXT, Facts, obstacle
+from tercet.packing import Facts, obstacle, other_modules
 from tercet.sections import ModelConfig
 
 # As sentence-transformers wrote a Pooling module before version 5.
@@ -51,7 +51,7 @@ def _read_facts(model: ModelConfig, folder: Path, is_cached: bool) -> Facts:
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.get("include_prompt", True),
         pads_left=_read(transformer / "tokenizer_config.json").get("padding_side") == "left",
-        other_modules=tuple(name for name in _type_names(folder) if name not in TEXT_BY_TEXT),
+        other_modules=other_modules(_type_names(folder)),
         is_decoder=bool(config.get("is_decoder")),
     )
 
