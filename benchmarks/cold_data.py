@@ -24,9 +24,9 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from s3_server import Gateway  # noqa: E402
-from tercet.manifest import read_manifest  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support.s3_server import Gateway  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
+from tercet.data.versions import read_manifest  # noqa: E402
 from tercet.storage import Storage, open_storage  # noqa: E402
 
 BATCH_SIZE = 512
@@ -77,9 +77,9 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     import datasets  # noqa: F401  # what a worker has anyway
     import pyarrow.parquet  # noqa: F401
 
-    from tercet.dataset import load_split
-    from tercet.row_texts import row_tokens, text_ids
-    from tercet.sampling import DatasetRows, RankBatches, num_steps_per_epoch
+    from tercet.data.cache import load_split
+    from tercet.data.order import DatasetRows, RankBatches, num_steps_per_epoch
+    from tercet.data.text_stats import estimated_tokens, text_ids
 
     manifest = read_manifest(storage, "bench")
     before, started = anonymous_bytes(), time.monotonic()
@@ -87,7 +87,7 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
     loaded = time.monotonic()
     num_steps = num_steps_per_epoch(len(rows), BATCH_SIZE)
     batches = RankBatches(
-        [DatasetRows(len(rows), num_steps, text_ids(rows))], BATCH_SIZE, 1, 0, 1, 0, row_tokens(rows, 256)
+        [DatasetRows(len(rows), num_steps, text_ids(rows))], BATCH_SIZE, 1, 0, 1, 0, estimated_tokens(rows, 256)
     )
     first = rows[next(iter(batches))]
     assert len(first["anchor"]) == BATCH_SIZE

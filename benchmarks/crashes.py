@@ -21,12 +21,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
-from faults.runs import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts  # noqa: E402
-from flow.conftest import check, run_command  # noqa: E402
-from flow.workers import training_log, worker_command, write_plan  # noqa: E402
-from tercet.crash_point import VARIABLE  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.commands import check, run_command  # noqa: E402
+from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts  # noqa: E402
+from support.workers import training_log, worker_command, write_plan  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
+from tercet.failpoints import VARIABLE  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 AT_EVERY_STEP = ("before_step", "after_backward", "after_step")

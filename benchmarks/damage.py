@@ -18,12 +18,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
-from faults.damage import DAMAGES, GOOD, OUTCOMES, Run, Trial, trial  # noqa: E402
-from faults.runs import settings  # noqa: E402
-from flow.conftest import check, run_command  # noqa: E402
-from flow.workers import worker_command, write_plan  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.commands import check, run_command  # noqa: E402
+from support.damage import DAMAGES, GOOD, OUTCOMES, Run, Trial, trial  # noqa: E402
+from support.interrupted_run import settings  # noqa: E402
+from support.workers import worker_command, write_plan  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 

@@ -11,7 +11,7 @@ equal   the same distribution as the champion's
 worse   one point less of the metric
 trade   equal on average: a little better on most groups, and broken on one in twenty
 
-The gate is `tercet.gate.decide` with its defaults, but for 999 resamples, and three slices of nDCG@10; also with alpha
+The gate is `decide` with its defaults, but for 999 resamples, and three slices of nDCG@10; also with alpha
 0.005, and its test of the metric without what else it asks for. Beside it, rules that are often used instead: any gain,
 a gain of half a point, and a paired test at the same alpha that takes rows for independent (Student's t; for triplets
 exact McNemar).
@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tercet.gate import decide
-from tercet.night_sections import GateConfig
-from tercet.paired import TRIPLET_ACCURACY, Paired, slices_of
+from tercet.config.sections import GateConfig
+from tercet.evaluation.gate import decide
+from tercet.evaluation.paired import TRIPLET_ACCURACY, Paired, slices_of
 
 NDCG = "ndcg@10"
 SIZES = (200, 1_000, 5_000)

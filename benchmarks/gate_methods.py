@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from gate import NDCG, Floats, Split, calibrate, night, table
-from tercet.paired import Comparison, Paired
+from tercet.evaluation.paired import Comparison, Paired
 
 ALPHA = 0.01
 SIZES = (60, 120, 200, 1_000)

@@ -33,10 +33,10 @@ import psutil
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
-from faults.runs import what_counts  # noqa: E402
-from flow.workers import make_plan  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.interrupted_run import what_counts  # noqa: E402
+from support.workers import make_plan  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 NUM_WORKERS = 2
@@ -46,9 +46,10 @@ WORKER = "ray::RayTrainWorker"
 
 def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, str]) -> Any:
     """What Ray runs instead of the worker's loop: the same, with a rest, and a line in `steps` for each step."""
-    from tercet import launch, record
+    from tercet.cluster import train
+    from tercet.training import callbacks
 
-    class Resting(record.Record):
+    class Resting(callbacks.RunRecorder):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             super().on_step_end(args, state, control, **kwargs)
             time.sleep(rest_seconds)
@@ -56,16 +57,17 @@ def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, st
                 with Path(steps).open("a") as file:
                     file.write(f"{os.getpid()} {state.global_step} {time.time()}\n")
 
-    record.Record = Resting
-    return launch._train_loop(loop_config)
+    callbacks.RunRecorder = Resting
+    return train._train_loop(loop_config)
 
 
 def drive(recipe: str, run_id: str, steps: str, rest_seconds: float) -> int:
     """`tercet train` with that loop."""
-    from tercet import cli, launch
+    from tercet.cli import main
+    from tercet.cluster import train
 
-    launch._train_loop = functools.partial(rest_at_each_step, steps, rest_seconds)
-    return cli.main(["train", recipe, "--run-id", run_id])
+    train._train_loop = functools.partial(rest_at_each_step, steps, rest_seconds)
+    return main.main(["train", recipe, "--run-id", run_id])
 
 
 @dataclasses.dataclass(frozen=True)

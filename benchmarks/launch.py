@@ -24,10 +24,10 @@ import uuid
 from pathlib import Path
 
 from cpu import machine_cpu_seconds
-from tercet.cli import main as tercet_main
-from tercet.config import load_config
-from tercet.survey import survey
-from tercet.worker import training_key
+from tercet.artifacts.layout import training_key
+from tercet.cli.main import main as tercet_main
+from tercet.config.recipe import load_config
+from tercet.planning.survey import survey
 
 BIN = Path(sys.executable).parent
 
@@ -81,7 +81,14 @@ def measure(recipe: Path, overrides: list[str], mode: str, port: int) -> dict[st
             file.write(plan.model_dump_json())
             file.flush()
             num_workers = config.workers.num_workers
-            command = [str(BIN / "torchrun"), f"--nproc-per-node={num_workers}", "-m", "tercet.worker", file.name]
+            command = [
+                str(BIN / "torchrun"),
+                f"--nproc-per-node={num_workers}",
+                "-m",
+                "tercet.cli",
+                "worker",
+                file.name,
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() - started
     else:

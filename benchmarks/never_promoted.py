@@ -24,20 +24,20 @@ from safetensors.torch import load_file, save_file
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
-from published import as_best_model  # noqa: E402
-from tercet.champion import Champion, read_champion  # noqa: E402
-from tercet.checkpoint import Commit  # noqa: E402
-from tercet.checks import RepeatCounter  # noqa: E402
-from tercet.comparison import compare  # noqa: E402
-from tercet.config import Config  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.published import as_best_model  # noqa: E402
+from tercet.artifacts.champion import Champion, read_champion  # noqa: E402
+from tercet.artifacts.checkpoint import Commit  # noqa: E402
+from tercet.artifacts.decision import GateDecision  # noqa: E402
+from tercet.artifacts.registry import Lineage, promote, register, serve  # noqa: E402
+from tercet.config.recipe import Config  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
+from tercet.data.row_checks import RepeatCounter  # noqa: E402
 from tercet.errors import NonFiniteError  # noqa: E402
-from tercet.gate_decision import GateDecision  # noqa: E402
-from tercet.measured import Measured, Request, measure, read_measured  # noqa: E402
-from tercet.registry import Lineage, promote, register, serve  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from tercet.evaluation.comparison import compare  # noqa: E402
+from tercet.evaluation.measurement import Measurement, Request, measure, read_measured  # noqa: E402
+from tercet.planning.survey import survey  # noqa: E402
 from tercet.storage import Storage, open_storage  # noqa: E402
-from tercet.survey import survey  # noqa: E402
 
 KINDS = ("copy", "not finite", "leaked", "control")
 NUM_ROWS = 400
@@ -98,7 +98,7 @@ class Trial:
         save_file(weights, local / "model.safetensors", metadata={"format": "pt"})
         return as_best_model(self.storage, run_id, local)
 
-    def measured(self, who: str, commit: Commit) -> Measured:
+    def measured(self, who: str, commit: Commit) -> Measurement:
         request = Request(who=who, commit=commit, out_of_domain={})
         measure(self.plan, request)
         found = read_measured(self.storage, self.plan.run_id, request)

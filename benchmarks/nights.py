@@ -22,13 +22,13 @@ from pathlib import Path
 
 import yaml
 
-from tercet.config import load_config
-from tercet.demo import stdlib_triplets
-from tercet.manifest import publish, read_manifest
-from tercet.nightly import Night, nightly
-from tercet.shards import build_version
+from tercet.cli.demo_data import stdlib_triplets
+from tercet.config.recipe import load_config
+from tercet.data.build import build_version
+from tercet.data.versions import publish, read_manifest
+from tercet.pipeline.nightly import Night, nightly
+from tercet.planning.survey import read_report
 from tercet.storage import Storage, open_storage
-from tercet.survey import read_report
 
 REPOSITORY = Path(__file__).parents[1]
 WHAT = ("first rows", "new rows", "new rows", "poisoned", "new rows", "killed", "nothing new", *["new rows"] * 3)

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
-from tercet.sampling import Rows, global_batches, rank_micro_batches
+from tercet.data.order import Rows, global_batches, rank_micro_batches
 
 BATCH_SIZE = 512
 NUM_ROWS = 1_000_000

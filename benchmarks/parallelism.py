@@ -18,11 +18,11 @@ from pathlib import Path
 
 import yaml
 
-from tercet.config import load_config
-from tercet.demo import write_triplets
-from tercet.shards import build_version
+from tercet.cli.demo_data import write_triplets
+from tercet.config.recipe import load_config
+from tercet.data.build import build_version
+from tercet.planning.survey import survey
 from tercet.storage import open_storage
-from tercet.survey import survey
 
 MODES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 
@@ -32,7 +32,14 @@ def measure(folder: Path, recipe: Path, mode: str, run_id: str) -> tuple[float, 
     plan = survey(load_config(recipe, [f"workers.parallelism={mode}"]), run_id)[1]
     path = folder / f"{run_id}.json"
     path.write_text(plan.model_dump_json(), encoding="utf-8")
-    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node=2", "-m", "tercet.worker", str(path)]
+    command = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nproc-per-node=2",
+        "-m",
+        "tercet.cli",
+        "worker",
+        str(path),
+    ]
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)

@@ -29,14 +29,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
 from crashes import draw  # noqa: E402
-from faults.ray_cluster import CONTROLLER, WORKER, RayCluster, ray_cluster  # noqa: E402
-from faults.runs import proof, settings, what_counts  # noqa: E402
-from flow.conftest import check, run_command, tercet  # noqa: E402
-from flow.workers import training_log, wait_until, worker_command, write_plan  # noqa: E402
-from tercet.crash_point import VARIABLE  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.commands import check, run_command, tercet  # noqa: E402
+from support.interrupted_run import proof, settings, what_counts  # noqa: E402
+from support.ray_cluster import CONTROLLER, WORKER, RayCluster, ray_cluster  # noqa: E402
+from support.workers import training_log, wait_until, worker_command, write_plan  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
+from tercet.failpoints import VARIABLE  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 TARGETS = ("rank", "raylet", "driver", "controller", "head")

@@ -30,12 +30,20 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from published import decision, finished_run  # noqa: E402
-from s3_server import FaultyProxy, Gateway  # noqa: E402
-from tercet.champion import Champion, history  # noqa: E402
+from support.published import decision, finished_run  # noqa: E402
+from support.s3_server import FaultyProxy, Gateway  # noqa: E402
+from tercet.artifacts.champion import Champion, history  # noqa: E402
+from tercet.artifacts.decision import GateDecision  # noqa: E402
+from tercet.artifacts.registry import (  # noqa: E402
+    download,
+    list_models,
+    list_versions,
+    promote,
+    read_decision,
+    read_version,
+    resolve,
+)
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound  # noqa: E402
-from tercet.gate_decision import GateDecision  # noqa: E402
-from tercet.registry import download, list_models, list_versions, promote, read_decision, read_version, resolve  # noqa: E402
 from tercet.storage import Storage, open_storage  # noqa: E402
 
 ROUNDS_PER_MODEL = 20
@@ -151,7 +159,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng, network = random.Random(arguments.seed), random.Random(arguments.seed + 1)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tercet.registry", "tercet.s3", "s3fs", "published"])
+    processes.set_forkserver_preload(["tercet.artifacts.registry", "tercet.storage.s3", "s3fs", "published"])
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         gateway = Gateway(folder / "rgw")

@@ -30,17 +30,17 @@ def train(arguments: argparse.Namespace) -> None:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, TrainerCallback
 
-    from tercet.encoder import freeze_unused, load_model
-    from tercet.loss import make_loss
-    from tercet.loss_config import MultipleNegativesRankingLossConfig
-    from tercet.packed_model import prepare
-    from tercet.quiet import quiet_libraries
-    from tercet.row_texts import row_tokens
-    from tercet.sampling import DatasetRows, RankBatches
-    from tercet.sections import ModelConfig
-    from tercet.trainer import TercetTrainer
+    from tercet.config.losses import MultipleNegativesRankingLossConfig
+    from tercet.config.sections import ModelConfig
+    from tercet.data.order import DatasetRows, RankBatches
+    from tercet.data.text_stats import estimated_tokens
+    from tercet.model.encoder import freeze_unused, load_model
+    from tercet.model.libraries import import_quietly
+    from tercet.model.loss import make_loss
+    from tercet.model.packed_model import prepare
+    from tercet.training.trainer import TercetTrainer
 
-    quiet_libraries()
+    import_quietly()
     torch.set_num_threads(1)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model = load_model(ModelConfig(name_or_path=arguments.model, max_seq_length=256), "cpu")
@@ -79,7 +79,7 @@ def train(arguments: argparse.Namespace) -> None:
             args.process_index,
             world_size,
             0,
-            row_tokens(rows, model.max_seq_length),
+            estimated_tokens(rows, model.max_seq_length),
         )
         shared: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "loss": loss}
         trainer = TercetTrainer(batches, "ddp", None, False, False, prepare(model, "packed"), **shared)

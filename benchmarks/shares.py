@@ -21,21 +21,21 @@ def sizes(rows: list[dict[str, str]], model: Any) -> tuple[np.ndarray, dict[str,
     """The real tokens of each row, and by what rows may be dealt."""
     from datasets import Dataset
 
-    from tercet.row_texts import row_tokens
+    from tercet.data.text_stats import estimated_tokens
 
     texts = [row[column] for row in rows for column in COLUMNS]
     tokens = model.tokenizer(texts, truncation=True, max_length=model.max_seq_length)["input_ids"]
     real = np.array([len(own) for own in tokens]).reshape(-1, len(COLUMNS)).sum(axis=1)
-    estimated = row_tokens(Dataset.from_list(rows), model.max_seq_length)(np.arange(len(rows)))
+    estimated = estimated_tokens(Dataset.from_list(rows), model.max_seq_length)(np.arange(len(rows)))
     num_bytes = np.array([len(text.encode()) for text in texts]).reshape(-1, len(COLUMNS)).sum(axis=1)
     return real, {"bytes": num_bytes, "estimated": estimated, "real tokens": real}
 
 
 def main() -> None:
     """A line for each number of ranks and rows."""
-    from tercet.encoder import load_model
-    from tercet.sampling import dealt
-    from tercet.sections import ModelConfig
+    from tercet.config.sections import ModelConfig
+    from tercet.data.order import balance_by_tokens
+    from tercet.model.encoder import load_model
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--triplets", type=Path, required=True)
@@ -50,7 +50,7 @@ def main() -> None:
         draw = np.random.default_rng(0)
         batches = [draw.choice(len(rows), num_ranks * num_rows, replace=False) for _ in range(arguments.batches)]
         shares = [[batch.reshape(num_ranks, -1) for batch in batches]]
-        shares += [[batch[dealt(own[batch], num_ranks)] for batch in batches] for own in ways.values()]
+        shares += [[batch[balance_by_tokens(own[batch], num_ranks)] for batch in batches] for own in ways.values()]
         sums = real[np.array(shares)].sum(axis=-1)  # shape (ways, batches, ranks)
         ratios = (sums.max(axis=-1) / sums.mean(axis=-1)).mean(axis=1)
         print(f"{f'{num_ranks} x {num_rows}':<14}" + "".join(f"{ratio:>14.3f}" for ratio in ratios))

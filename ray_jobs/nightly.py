@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python ray_jobs/nightly.py my.yaml
 
 import sys
 
-from tercet.cli import main
+from tercet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["nightly", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/recipes/demo
 
 import sys
 
-from tercet.cli import main
+from tercet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from s3_server import CannotStart, Gateway, S3Server, moto
+from support.s3_server import CannotStart, Gateway, S3Server, moto
 from tercet.storage import Storage, open_storage
+
+pytest_plugins = ["support.fixtures"]
 
 AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import made
-from tercet.manifest import publish
+from support import builders
+from tercet.data.versions import publish
 from tercet.storage import open_storage
 
 HEAVY = ["torch", "ray", "sentence_transformers", "transformers", "datasets", "pyarrow", "s3fs", "fsspec"]
@@ -51,7 +51,10 @@ def test_files_that_import_numpy_at_most(name: str) -> None:
 
 def test_torch_is_for_workers_alone() -> None:
     """Driver and controller would import it one after the other, before the first worker starts."""
-    ray = "import os; os.environ['RAY_TRAIN_V2_ENABLED'] = '1'\nimport tercet.controller, tercet.torch_group"
+    ray = (
+        "import os; os.environ['RAY_TRAIN_V2_ENABLED'] = '1'\n"
+        "import tercet.cluster.policies, tercet.cluster.process_group"
+    )
     found = imported_by(ray)
     assert "ray" in found
     assert "torch" not in found
@@ -60,7 +63,7 @@ def test_torch_is_for_workers_alone() -> None:
 
 def call(*arguments: str) -> str:
     return (
-        "import contextlib, io\nfrom tercet.cli import main\n"
+        "import contextlib, io\nfrom tercet.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         f"    assert main({list(arguments)!r}) == 0"
     )
@@ -73,7 +76,7 @@ def test_help_imports_nothing() -> None:
 
 def test_plan_imports_numpy_alone(tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    publish(open_storage(store), made.manifest())
+    publish(open_storage(store), builders.manifest())
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: x\nstorage: {{uri: {store}}}\ndataset: {{name: poems}}\nmodel: {{name_or_path: someone/model}}\n"

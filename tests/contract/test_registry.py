@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from published import decision, finished_run
-from s3_server import FaultyProxy, S3Server
-from tercet.champion import Champion, history, read_champion
+from support.published import decision, finished_run
+from support.s3_server import FaultyProxy, S3Server
+from tercet.artifacts.champion import Champion, history, read_champion
+from tercet.artifacts.registry import Lineage, download, list_versions, promote, read_version, register, resolve, serve
 from tercet.errors import ChampionMoved
-from tercet.registry import Lineage, download, list_versions, promote, read_version, register, resolve, serve
 from tercet.storage import Storage, open_storage
 
 

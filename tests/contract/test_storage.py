@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
 import tercet.s3
-from s3_server import FaultyProxy, S3Server, silent_address
+
+from support.s3_server import FaultyProxy, S3Server, silent_address
 from tercet.errors import (
     AccessDenied,
     AlreadyExists,
@@ -30,8 +30,9 @@ from tercet.errors import (
     StorageError,
     StorageUnavailable,
 )
-from tercet.local_storage import LocalStorage
-from tercet.storage import Storage, open_storage, sha256_of
+from tercet.storage import Storage, open_storage
+from tercet.storage.base import sha256_of
+from tercet.storage.local import LocalStorage
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
@@ -246,7 +247,9 @@ class TestFiles:
 
 class TestLocalOnly:
     def writers(self, root: Path, body: str, count: int) -> list[str]:
-        script = f"import sys\nfrom tercet.storage import *\nfrom tercet.errors import *\nn = int(sys.argv[1])\n{body}"
+        script = (
+            f"import sys\nfrom tercet.storage.base import *\nfrom tercet.errors import *\nn = int(sys.argv[1])\n{body}"
+        )
         head = [sys.executable, "-c", script.replace("ROOT", repr(str(root)))]
         processes = [subprocess.Popen([*head, str(n)], stdout=subprocess.PIPE, text=True) for n in range(count)]
         return [process.communicate(timeout=400)[0].strip() for process in processes]
@@ -284,7 +287,7 @@ for _ in range(25):
         storage = LocalStorage(tmp_path / "storage")
         script = f"""
 from pathlib import Path
-from tercet.local_storage import LocalStorage
+from tercet.storage.local import LocalStorage
 s = LocalStorage(Path({str(tmp_path / "storage")!r}))
 print(flush=True)
 while True:
@@ -314,7 +317,7 @@ while True:
             storage.put(".tercet/lock", b"")
 
     def test_a_held_lock_is_not_waited_for_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tercet.local_storage.LOCK_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("tercet.storage.local.LOCK_TIMEOUT_S", 0.2)
         storage = LocalStorage(tmp_path)
         storage.put("a", b"1")
         with storage._lock():
@@ -389,7 +392,7 @@ class TestFaults:
         self, behind: Storage, proxy: FaultyProxy, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if fault == "stall":
-            monkeypatch.setattr(tercet.s3, "READ_TIMEOUT_S", 2)
+            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_S", 2)
         data = os.urandom(100_000)
         behind.put("a", data)
         proxy.fail("GET", fault)
@@ -416,9 +419,9 @@ class TestFaults:
         self, behind: Storage, proxy: FaultyProxy, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         behind.put("a", b"1")
-        monkeypatch.setattr(tercet.s3, "PATIENCE_S", 6.0)
+        monkeypatch.setattr(tercet.storage.s3, "PATIENCE_S", 6.0)
         if fault == "stall":
-            monkeypatch.setattr(tercet.s3, "READ_TIMEOUT_S", 2)
+            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_S", 2)
         proxy.fail("GET", fault, times=100)
         start = time.monotonic()
         with pytest.raises(StorageUnavailable, match=proxy.endpoint_url) as caught:
@@ -435,7 +438,7 @@ class TestMistakes:
 
     @pytest.mark.usefixtures("s3")
     def test_nobody_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tercet.s3, "FIRST_CONTACT_S", 2.0)
+        monkeypatch.setattr(tercet.storage.s3, "FIRST_CONTACT_S", 2.0)
         start = time.monotonic()
         with silent_address() as address:
             endpoint = f"http://{address}"

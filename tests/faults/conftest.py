@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import tiny_model
-from faults.runs import settings
-from flow.conftest import cache_dir, check, environment, run_command, store, tiny_model_dir, triplets_file
-from flow.workers import worker_command, write_plan
-
-__all__ = ["cache_dir", "environment", "store", "tiny_model_dir", "triplets_file"]
+from support import tiny_model
+from support.commands import check, run_command
+from support.interrupted_run import settings
+from support.workers import worker_command, write_plan
 
 
 @pytest.fixture(scope="session")

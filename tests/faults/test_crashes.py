@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from faults.runs import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
-from flow.conftest import check, run_command
-from flow.workers import commits, training_log, worker_command, write_plan
-from tercet import incidents
-from tercet.crash_point import VARIABLE
+from support.commands import check, run_command
+from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
+from support.workers import commits, training_log, worker_command, write_plan
+from tercet.artifacts import journal
+from tercet.failpoints import VARIABLE
 from tercet.storage import open_storage
 
 
@@ -69,7 +69,7 @@ def test_a_kill_changes_nothing(
         assert resumed_from_step == crash.goes_on_from
     assert resumed_from_step in [step for step in (0, *CHECKPOINTS) if step <= crash.goes_on_from]
     assert what_counts(store, run_id) == what_counts(store, whole[crash.num_workers])
-    assert incidents.counts(open_storage(str(store)), run_id) == {"lost": 1}
+    assert journal.counts(open_storage(str(store)), run_id) == {"lost": 1}
     attempts = proof(store, tmp_path / f"{run_id}.yaml", run_id).attempts
     assert len(attempts) == (1 if resumed_from_step in (0, NUM_STEPS) else 2)  # of those that made the last checkpoint
 
@@ -91,7 +91,7 @@ def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     plan = write_plan(tmp_path, run_id, model, store, **sections)
     check(run_command(worker_command(plan), environment, tmp_path))
     assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
-    assert incidents.counts(open_storage(str(store)), run_id) == {"hung": 1}
+    assert journal.counts(open_storage(str(store)), run_id) == {"hung": 1}
 
 
 def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str], store: Path) -> None:
@@ -119,11 +119,11 @@ def test_a_disk_that_fills_up(
     plan = write_plan(tmp_path, "full", model, store, **settings())
     died = run_command(worker_command(plan), {**environment, "TMPDIR": str(small_disk)}, tmp_path)
     assert died.returncode == 5
-    assert "DiskFull: a disk of this machine is full, or fails" in died.stdout
+    assert "tercet: a disk of this machine is full, or fails" in died.stdout
     assert commits(store, "full") == []
     check(run_command(worker_command(plan), environment, tmp_path))
     assert what_counts(store, "full") == what_counts(store, whole[1])
-    assert incidents.counts(open_storage(str(store)), "full") == {"disk_full": 1}
+    assert journal.counts(open_storage(str(store)), "full") == {"disk_full": 1}
 
 
 def test_a_run_that_was_killed_twice_and_moved_to_more_workers(

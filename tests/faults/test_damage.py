@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import tiny_model
-from faults.damage import DAMAGES, GOOD, OUTCOMES, Run, trial
-from faults.runs import settings
+from support import tiny_model
+from support.damage import DAMAGES, GOOD, OUTCOMES, Run, trial
+from support.interrupted_run import settings
 
 NUM_TRIALS = 60
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny_model
-from faults.ray_cluster import RayCluster
-from faults.runs import NUM_STEPS, proof, settings, what_counts
 from faults.test_ray_cluster import PATIENCE_SECONDS, Run, cluster, new_cluster, new_run, shared
-from flow.workers import commits, training_log, wait_until
-from tercet.ledger import read as read_ledger
+from support import tiny_model
+from support.interrupted_run import NUM_STEPS, proof, settings, what_counts
+from support.ray_cluster import RayCluster
+from support.workers import commits, training_log, wait_until
+from tercet.training.ledger import read as read_ledger
 
 __all__ = ["cluster", "new_cluster", "new_run", "shared"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from faults.runs import proof, settings, what_counts
-from flow.conftest import check, run_command
-from flow.workers import armed_worker, commits, held_worker, training_log, wait_until, worker_command, write_plan
-from tercet import incidents
+from support.commands import check, run_command
+from support.interrupted_run import proof, settings, what_counts
+from support.workers import armed_worker, commits, held_worker, training_log, wait_until, worker_command, write_plan
+from tercet.artifacts import journal
 from tercet.storage import open_storage
 
 
@@ -34,7 +34,7 @@ def test_a_lone_worker(
     check(run_command(worker_command(plan), environment, tmp_path))
     assert training_log(store, "notice")["resumed_from_step"] == 14
     assert what_counts(store, "notice") == what_counts(store, whole[1])
-    assert incidents.counts(open_storage(str(store)), "notice") == {"preempted": 1}
+    assert journal.counts(open_storage(str(store)), "notice") == {"preempted": 1}
     attempts = proof(store, tmp_path / "notice.yaml", "notice").attempts
     assert [text.split(": ")[1] for text in attempts] == ["steps 1 to 14 on 1 workers", "steps 15 to 22 on 1 workers"]
 

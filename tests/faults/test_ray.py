@@ -10,13 +10,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-import tiny_model
-from faults.runs import proof, settings, what_counts
-from flow.conftest import check, run_command, tercet
-from flow.workers import training_log, wait_until, worker_command, write_plan
-from tercet.best import read_best
-from tercet.checkpoint import read_commits
-from tercet.crash_point import VARIABLE
+from support import tiny_model
+from support.commands import check, run_command, tercet
+from support.interrupted_run import proof, settings, what_counts
+from support.workers import training_log, wait_until, worker_command, write_plan
+from tercet.artifacts.best import read_best
+from tercet.artifacts.checkpoint import read_commits
+from tercet.failpoints import VARIABLE
 from tercet.storage import open_storage
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tiny_model
-from faults.machines import CannotIsolate
-from faults.ray_cluster import CONTROLLER, RayCluster, ray_cluster
-from faults.runs import proof, settings, what_counts
-from flow.conftest import tercet
-from flow.workers import training_log, wait_until
-from tercet.crash_point import VARIABLE
-from tercet.lease import Attempt, read_attempts
+from support import tiny_model
+from support.commands import tercet
+from support.interrupted_run import proof, settings, what_counts
+from support.machines import CannotIsolate
+from support.ray_cluster import CONTROLLER, RayCluster, ray_cluster
+from support.workers import training_log, wait_until
+from tercet.artifacts.lease import Attempt, read_attempts
+from tercet.failpoints import VARIABLE
 from tercet.storage import open_storage
 
 # How long anything is waited for. With a lease of ten minutes, a command that waits for one does not end in time.
@@ -235,7 +235,10 @@ def of_the_command(output: str) -> str:
 
 def submit(run: Run, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
     """`tercet submit` from the laptop, which gives a silent head up sooner than it would."""
-    impatient = "import sys; from tercet import cli, submit; submit.UNREACHABLE_SECONDS = 20; sys.exit(cli.main())"
+    impatient = (
+        "import sys; from tercet.cli.main import main; from tercet.cluster import jobs; "
+        "jobs.UNREACHABLE_SECONDS = 20; sys.exit(main())"
+    )
     command = [sys.executable, "-c", impatient, "submit", str(run.recipe), "--run-id", run.run_id]
     variables = {VARIABLE: armed} if armed else {}
     return cluster.start(

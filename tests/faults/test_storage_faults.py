@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import tiny_model
 from conftest import use
-from faults.runs import proof, settings, what_counts
-from flow.conftest import check, run_command
-from flow.workers import make_plan, worker_command
-from s3_server import FaultyProxy, S3Server
-from tercet.crash_point import VARIABLE
-from tercet.shards import build_version
+from support import tiny_model
+from support.commands import check, run_command
+from support.interrupted_run import proof, settings, what_counts
+from support.s3_server import FaultyProxy, S3Server
+from support.workers import make_plan, worker_command
+from tercet.data.build import build_version
+from tercet.failpoints import VARIABLE
 from tercet.storage import Storage, open_storage
 
 SHARE = 0.1  # of all requests

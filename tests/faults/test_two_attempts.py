@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from faults.runs import proof, settings, what_counts
-from flow.conftest import check, run_command
-from flow.workers import commits, held_worker, wait_until, worker_command, write_plan
+from support.commands import check, run_command
+from support.interrupted_run import proof, settings, what_counts
+from support.workers import commits, held_worker, wait_until, worker_command, write_plan
 
 
 def stop(process: subprocess.Popen[bytes], store: Path) -> None:

@@ -13,12 +13,12 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-import tiny_model
-from flow.conftest import check, run_command
-from flow.workers import torchrun
-from tercet.evaluation import make_evaluator
+from support import tiny_model
+from support.commands import PROGRAMS, check, run_command
+from support.workers import torchrun
+from tercet.evaluation.evaluate import make_evaluator
 
-SCRIPT = Path(__file__).with_name("evaluate_on_ranks.py")
+SCRIPT = PROGRAMS / "evaluate_on_ranks.py"
 BATCH_SIZE = 4  # as in the script
 Case = dict[str, dict[str, list[str]]]
 

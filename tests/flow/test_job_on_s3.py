@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-import tiny_model
 from conftest import use
-from flow.conftest import REPOSITORY, check, run_command, tercet
-from s3_server import S3Server, free_port
-from tercet.checkpoint import read_commits
+from support import tiny_model
+from support.commands import REPOSITORY, check, run_command, tercet
+from support.s3_server import S3Server, free_port
+from tercet.artifacts.checkpoint import read_commits
 from tercet.storage import Storage, open_storage
 
 

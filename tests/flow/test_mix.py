@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-import tiny_model
-from flow.conftest import check, run_command, tercet
-from flow.workers import (
+from support import tiny_model
+from support.commands import check, run_command, tercet
+from support.workers import (
     commits,
     final_weights,
     largest_difference,
@@ -20,9 +20,9 @@ from flow.workers import (
     training_log,
     worker_command,
 )
-from tercet.plan import TrainPlan
-from tercet.report import RunReport
-from tercet.shards import build_version
+from tercet.artifacts.report import RunReport
+from tercet.data.build import build_version
+from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
 # `pairs` fills 5 global batches of 16, and gives 8 to an epoch.
@@ -118,7 +118,7 @@ def test_a_leak_is_refused_before_training(
     num_held_out = made.num_rows["eval"] + made.num_rows["test"]
     assert done.returncode != 0
     said = f"{num_held_out} train rows of leaky hold an anchor or a positive of tiny's eval or test split, such as "
-    assert done.stdout.count(f"ConfigError: {said}") == 2  # on each rank
+    assert done.stdout.count(f"tercet: {said}") == 2  # on each rank
     assert "rows of pairs" not in done.stdout
     assert not (mixed_store / "runs/leaky").exists()
 

@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import tiny_model
-from flow.conftest import check, run_command, tercet
-from flow.workers import largest_difference, weights
-from tercet.champion import history, read_champion
-from tercet.config import load_config
-from tercet.crash_point import VARIABLE
-from tercet.manifest import read_manifest
-from tercet.nightly import Night, list_nights, nightly, read_night
-from tercet.registry import list_versions, resolve
-from tercet.sealed import unseal
+from support import tiny_model
+from support.commands import check, run_command, tercet
+from support.workers import largest_difference, weights
+from tercet.artifacts.champion import history, read_champion
+from tercet.artifacts.registry import list_versions, resolve
+from tercet.config.recipe import load_config
+from tercet.data.versions import read_manifest
+from tercet.failpoints import VARIABLE
+from tercet.pipeline.nightly import Night, list_nights, nightly, read_night
+from tercet.planning.survey import read_plan
 from tercet.storage import open_storage
-from tercet.survey import read_plan
+from tercet.storage.documents import unseal
 
 NUM_ROWS = 640
 FIRST, SECOND = 400, 640

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flow.conftest import check, run_command
-from flow.workers import commits, torchrun, write_plan
-from tercet.crash_point import VARIABLE
+from support.commands import PROGRAMS, check, run_command
+from support.workers import commits, torchrun, write_plan
+from tercet.failpoints import VARIABLE
 
 STEP = 6
 NAME = r"0.model.encoder.layer.1.output.dense.weight"
@@ -38,7 +38,7 @@ def test_it_is_named_and_not_committed(
     }
     plan = write_plan(tmp_path, run_id, tiny_model_dir, store, **sections)
     step = 11 if kind == "embedding" else STEP
-    script = str(Path(__file__).with_name("planted.py"))
+    script = str(PROGRAMS / "planted.py")
     first = store / "runs" / run_id / "checkpoints/00000002/COMMIT"
     armed = {VARIABLE: f"at=before_step step=5 do=hang once={tmp_path / 'held'} until={first}"}
     done = check(run_command(torchrun(2, [script, str(plan), kind, str(step)]), {**environment, **armed}, tmp_path))

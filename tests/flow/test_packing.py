@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from flow.conftest import check, run_command
-from flow.workers import commits, final_weights, largest_difference, weights, worker_command, write_plan
+from support.commands import check, run_command
+from support.workers import commits, final_weights, largest_difference, weights, worker_command, write_plan
 
 MODES = ("ddp", "fsdp2", "zero2", "zero3")
 LOSSES: dict[str, dict[str, Any]] = {

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 
-import tiny_model
-from flow.conftest import check, run_command
-from flow.workers import (
+from support import tiny_model
+from support.commands import PROGRAMS, check, run_command
+from support.workers import (
     commits,
     final_weights,
     largest_difference,
@@ -26,11 +26,11 @@ from flow.workers import (
     worker_command,
     write_plan,
 )
-from tercet.best import best_commit, publish_best
-from tercet.checkpoint import Commit
-from tercet.lease import Holder
-from tercet.sealed import seal, unseal
+from tercet.artifacts.best import best_commit, publish_best
+from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.lease import Holder
 from tercet.storage import open_storage
+from tercet.storage.documents import seal, unseal
 
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
 OTHERS = ("ddp", "fsdp2")
@@ -282,7 +282,7 @@ def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path,
 
 def test_ray_runs_to_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
     plans = [runs.add(f"{mode}-ray", mode, tiny_model_dir, loss=LOSSES["ranking"]) for mode in KINDS]
-    script = [sys.executable, str(Path(__file__).with_name("train_on_ray.py")), *map(str, plans)]
+    script = [sys.executable, str(PROGRAMS / "train_on_ray.py"), *map(str, plans)]
     check(run_command(script, runs.environment, runs.folder))
     for mode in KINDS:
         assert (

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import tiny_model
-from flow.conftest import check, run_command, tercet
+from support import tiny_model
+from support.commands import PROGRAMS, check, run_command, tercet
 
 RUN_ID = "whole-run"
 
@@ -168,9 +168,9 @@ def test_events_tell_each_stage_in_order(finished: Finished) -> None:
 
 
 def test_plan_report_and_page_are_valid(finished: Finished) -> None:
-    from tercet.report import RunReport
+    from tercet.artifacts.report import RunReport
+    from tercet.planning.survey import read_plan
     from tercet.storage import open_storage
-    from tercet.survey import read_plan
 
     plan = read_plan(open_storage(str(finished.store)), RUN_ID)
     report = RunReport.model_validate(finished.document("report.json"))
@@ -260,7 +260,7 @@ def failures(
         recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", tiny_model_dir, store, training=training)
         command = tercet("train", recipe, "--run-id", run_id)
         if run_id != "frozen":
-            command = [sys.executable, str(Path(__file__).with_name("train_without_ray.py")), *command[3:]]
+            command = [sys.executable, str(PROGRAMS / "train_without_ray.py"), *command[3:]]
         done[run_id] = run_command(command, environment, folder)
     return done
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from flow.conftest import REPOSITORY, check, run_command
-from flow.workers import commits, make_plan, model_folder, training_log, weights, worker_command
-from tercet.best import best_commit, publish_best
+from support.commands import REPOSITORY, check, run_command
+from support.workers import commits, make_plan, model_folder, training_log, weights, worker_command
+from tercet.artifacts.best import best_commit, publish_best
+from tercet.config.losses import TripletLossConfig
+from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError
-from tercet.loss_config import TripletLossConfig
-from tercet.plan import TrainPlan
-from tercet.sections import ModelConfig
+from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
 RECIPE = REPOSITORY / "ray_jobs/recipes/stella_triplet.yaml"
@@ -88,7 +88,7 @@ print(type(model[0].auto_model).__name__, model[1].pooling_mode, model.encode(["
 
 
 def test_its_code_is_not_run_without_trust(tiny_stella_dir: Path) -> None:
-    from tercet.encoder import load_model
+    from tercet.model.encoder import load_model
 
     with pytest.raises(ConfigError, match="contains custom code") as caught:
         load_model(ModelConfig(name_or_path=str(tiny_stella_dir), config_kwargs=SWITCHED_OFF))
@@ -98,7 +98,7 @@ def test_its_code_is_not_run_without_trust(tiny_stella_dir: Path) -> None:
 def test_a_fast_path_that_cannot_work_here_is_named(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tercet.encoder import load_model
+    from tercet.model.encoder import load_model
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="needs xformers") as caught:
@@ -112,7 +112,7 @@ def test_a_fast_path_that_cannot_work_here_is_named(
 def test_another_architecture_than_the_recipes_is_refused(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, object], message: str
 ) -> None:
-    from tercet.encoder import load_model
+    from tercet.model.encoder import load_model
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     known = {"name_or_path": str(tiny_stella_dir), "trust_remote_code": True, "config_kwargs": SWITCHED_OFF}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import tiny_model
-from flow.conftest import check, run_command
-from flow.workers import (
+from support import tiny_model
+from support.commands import PROGRAMS, check, run_command
+from support.workers import (
     commits,
     final_weights,
     held_worker,
@@ -104,7 +104,7 @@ def test_the_plain_trainer_ends_with_the_same_weights(
     trained: Path, tmp_path: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:
     """SentenceTransformerTrainer by itself, told the same settings in its own words."""
-    script = [sys.executable, Path(__file__).with_name("plain_trainer.py"), tiny_model_dir, trained, tmp_path]
+    script = [sys.executable, PROGRAMS / "plain_trainer.py", tiny_model_dir, trained, tmp_path]
     check(run_command([str(part) for part in script], environment, tmp_path))
     assert largest_difference(weights(tmp_path / "ranking"), final_weights(trained, "1-plain")) < 1e-6
     # Packed, sums are taken in another order. The gradient of a key's bias is zero but for that, and Adam makes a step
@@ -174,14 +174,14 @@ def test_a_plan_for_more_workers_than_started_is_refused(
     tmp_path: Path, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> None:
     plan = write_plan(tmp_path, "refused", tiny_model_dir, store, workers={"num_workers": 2})
-    done = run_command([sys.executable, "-m", "tercet.worker", str(plan)], environment, tmp_path)
+    done = run_command([sys.executable, "-m", "tercet.cli", "worker", str(plan)], environment, tmp_path)
     assert done.returncode != 0
     assert "the plan is for 2 workers, but 1 were started" in done.stdout
     assert not (store / "runs/refused").exists()
 
 
 def test_ranks_that_train_models_of_their_own_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
-    command = torchrun(2, [str(Path(__file__).with_name("ranks_differ.py"))])
+    command = torchrun(2, [str(PROGRAMS / "ranks_differ.py")])
     done = check(run_command(command, environment, tmp_path))
     for rank in (0, 1):
         assert f"rank {rank}: after 5 steps the ranks hold different weights" in done.stdout

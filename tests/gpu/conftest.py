@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flow.conftest import cache_dir, environment, store, tiny_model_dir, triplets_file
+from support.commands import cache_dir, environment, store, tiny_model_dir, triplets_file
 
 __all__ = ["cache_dir", "environment", "store", "tiny_model_dir", "triplets_file"]

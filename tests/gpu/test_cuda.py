@@ -10,8 +10,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from flow.conftest import check, run_command
-from flow.workers import (
+from support.commands import check, run_command
+from support.workers import (
     commits,
     final_weights,
     largest_difference,

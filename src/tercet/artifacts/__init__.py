@@ -1,0 +1,13 @@
+"""What runs leave in storage.
+
+- `layout`: every key of a run, a dataset and a model
+- `lease`: one attempt at a time may commit
+- `checkpoint`: what a checkpoint is, and when it counts
+- `best`: the best checkpoint of a run, and how long the others are kept
+- `uploader`: uploads checkpoints off the training path
+- `journal`: the events and incidents of a run
+- `report`: the result of a run, as a document and as a page
+- `decision`: what a gate decided, with every number it rests on
+- `champion`: the pointer to the version that serves, and its history
+- `registry`: published versions of a model, and promotion
+"""

@@ -1,0 +1,89 @@
+"""The best checkpoint of a run, and its model where others load it.
+
+    runs/<run_id>/best/…        its servable files: SentenceTransformer(".../best") loads them
+    runs/<run_id>/best/COMMIT   written last: now it exists
+
+A copy, so that the checkpoint may be deleted and the model not.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tercet.artifacts.checkpoint import Commit, damage_of, fetch, read_commit, read_commits, upload_files
+from tercet.artifacts.layout import COMMIT, best_prefix, checkpoints_prefix, step_of, step_prefix
+from tercet.errors import CorruptObject, ObjectNotFound
+from tercet.failpoints import crash_point
+from tercet.storage import Storage
+from tercet.storage.documents import seal
+
+logger = logging.getLogger(__name__)
+
+
+def best_commit(commits: Iterable[Commit], metric: str) -> Commit | None:
+    """The commit with the highest metric; the earlier one of equals."""
+    return max((c for c in commits if metric in c.metrics), key=lambda c: (c.metrics[metric], -c.step), default=None)
+
+
+def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Commit | None:
+    """The best commit whose model is whole; a damaged one is skipped, loudly, for the next best. Reads the model."""
+    left = list(commits)
+    while (best := best_commit(left, metric)) is not None:
+        if (damage := damage_of(storage, best, best.model_files())) is None:
+            return best
+        logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, damage)
+        left.remove(best)
+    return None
+
+
+def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Commit:
+    """Copy the model of a committed checkpoint to `best/`, verified on the way, with `card` as its README.md.
+
+    Returns the commit of `best/`. Already there: nothing is done."""
+    folder = best_prefix(run_id)
+    if (done := read_best(storage, run_id)) is not None and (done.step, done.attempt) == (commit.step, commit.attempt):
+        return done
+    storage.delete(folder)
+    with tempfile.TemporaryDirectory(prefix="tercet-best-") as local:
+        fetch(storage, commit, Path(local), commit.model_files())
+        (Path(local) / "README.md").write_text(card, encoding="utf-8")
+        best = commit.model_copy(update={"folder": folder, "files": upload_files(storage, Path(local), folder)})
+    crash_point("before_publish")
+    storage.put(f"{folder}/{COMMIT}", seal(best))
+    return best
+
+
+def read_best(storage: Storage, run_id: str) -> Commit | None:
+    """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
+    try:
+        return read_commit(storage, f"{best_prefix(run_id)}/{COMMIT}")
+    except (ObjectNotFound, CorruptObject):
+        return None
+
+
+def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
+    """Delete what no one needs any more: every committed checkpoint but the newest `keep_last` and the best, and what
+    dead attempts left up to the newest step. COMMIT goes first, so that no checkpoint is ever there in part."""
+    commits = read_commits(storage, run_id)
+    if not commits:
+        return
+    kept = {commit.folder for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None}
+    for commit in commits:
+        if commit.folder not in kept:
+            storage.delete(f"{step_prefix(run_id, commit.step)}/{COMMIT}")
+            crash_point("mid_retention", commit.step)
+    keys = storage.list(checkpoints_prefix(run_id))
+    kept_steps = {folder.rpartition("/")[0] for folder in kept}
+    # A COMMIT that could not be read is left to a person, with its files; one that does not count is to be replaced.
+    left = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
+        step_prefix(run_id, commit.step) for commit in commits
+    }
+    depth = checkpoints_prefix(run_id).count("/") + 3
+    old = [key for key in keys if (step := step_of(key)) is not None and step <= commits[0].step]
+    for folder in {"/".join(key.split("/")[:depth]) for key in old if not key.endswith(f"/{COMMIT}")} - kept:
+        of_step = folder.rpartition("/")[0]
+        if of_step not in left:
+            storage.delete(folder if of_step in kept_steps else of_step)

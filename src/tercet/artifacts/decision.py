@@ -1,0 +1,187 @@
+"""What a gate decided, with every number that it rests on, and one sentence for a person."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tercet.config.sections import GateConfig
+
+Verdict = Literal["promote", "keep", "undecided", "refused"]
+State = Literal["not_worse", "worse", "undecided"]
+Reason = Literal[
+    "better",
+    "not_better",
+    "below_minimum_effect",
+    "worse_on_metric",
+    "worse_out_of_domain",
+    "worse_in_slice",
+    "too_few_groups",
+    "too_few_differences",
+    "loss_not_ruled_out",
+    "leaked",
+    "learned_nothing",
+    "no_op",
+    "non_finite",
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Estimate(_Frozen):
+    """One metric of both models on the same rows."""
+
+    metric: str
+    num_rows: int
+    num_groups: int
+    num_different_groups: int
+    num_better: int
+    """Rows on which the candidate is better; of triplets, those that only it has right."""
+    num_worse: int
+    champion: float
+    candidate: float
+    effect: float
+    """Candidate less champion."""
+    lower: float | None
+    """The effect is above this, with `confidence`. None where the rows say nothing of it."""
+    upper: float | None
+    """The effect is below this, with `confidence`."""
+    confidence: float
+
+
+class Guard(_Frozen):
+    """Something that must not get worse."""
+
+    name: str
+    estimate: Estimate | None
+    """None where there are no rows."""
+    max_loss: float
+    p_not_worse: float
+    """Small where it is shown that no more than `max_loss` is lost."""
+    p_worse: float
+    """Small where it is shown that more is lost."""
+    alpha: float
+    """What `p_worse` is held against: of slices, after Holm's correction."""
+    state: State
+
+
+class Origin(_Frozen):
+    """What is known of a candidate before its results are looked at."""
+
+    weights_sha256: str | None = None
+    other_weights_sha256: str | None = None
+    """Of the model that it is compared with."""
+    num_leaked_rows: int = 0
+    """Rows of its training data that give away answers of the test split."""
+    learned_nothing: bool = False
+    num_non_finite_weights: int = 0
+    """NaN or Inf. They may be where no row of the test split comes by."""
+
+
+class GateDecision(_Frozen):
+    """What was decided, and everything that it rests on."""
+
+    verdict: Verdict
+    reasons: tuple[Reason, ...]
+    sentence: str
+    against: Literal["champion", "base model"]
+    metric: str
+    estimate: Estimate | None
+    p_better: float
+    """By groups; of triplets, the larger one of that and `mcnemar_p`."""
+    mcnemar_p: float | None
+    """One-sided exact, rows taken for independent; of triplets only."""
+    minimum_detectable_effect: float | None
+    """The true gain that is promoted with a probability of 80 %, as far as the metric alone decides."""
+    others: tuple[Guard, ...]
+    out_of_domain: tuple[Guard, ...]
+    slices: tuple[Guard, ...]
+    origin: Origin
+    results_sha256: dict[str, str]
+    config: GateConfig
+
+
+def sentence(decision: GateDecision) -> str:
+    """The verdict and why, for a person."""
+    name = {"champion": "the champion", "base model": "the base model"}[decision.against]
+    head = {
+        "promote": "Promote",
+        "keep": f"Keep {name}" if decision.against == "champion" else "Publish nothing",
+        "undecided": "Undecided, so nothing changes",
+        "refused": "Refused",
+    }[decision.verdict]
+    return f"{head}: {'; '.join(_why(decision, reason, name) for reason in decision.reasons)}."
+
+
+def _why(decision: GateDecision, reason: Reason, name: str) -> str:
+    config, estimate, found = decision.config, decision.estimate, decision.minimum_detectable_effect
+    can_find = "" if found is None else f"; a true gain of {_limit(found)} is found with a probability of 80 %"
+    match reason:
+        case "better":
+            return f"{_change(decision)}, and nothing else is in the way"
+        case "not_better":
+            return f"{_change(decision)}, which is not shown to be better than {name}{can_find}"
+        case "below_minimum_effect":
+            return f"{_change(decision)}, and less than {_limit(config.minimum_effect)} is not worth a new model"
+        case "worse_on_metric":
+            return _worse("loses on", decision.others)
+        case "worse_out_of_domain":
+            return _worse("forgets", decision.out_of_domain)
+        case "worse_in_slice":
+            return _worse("loses in", decision.slices)
+        case "loss_not_ruled_out":
+            guards = [g for g in (*decision.others, *decision.out_of_domain) if g.state == "undecided"]
+            return f"{_change(decision)}, but " + ", ".join(
+                f"a loss of more than {_limit(guard.max_loss)} in {guard.name} cannot be ruled out{_interval(guard)}"
+                for guard in guards
+            )
+        case "too_few_groups":
+            rows, groups = (0, 0) if estimate is None else (estimate.num_rows, estimate.num_groups)
+            return (
+                f"{rows:,} rows in {groups:,} groups are too few to decide on, {config.min_groups:,} groups the least"
+            )
+        case "too_few_differences":
+            num = 0 if estimate is None else estimate.num_different_groups
+            return f"the two models differ in {num} groups, too few for any result to count at alpha {config.alpha:g}"
+        case "leaked":
+            return f"{decision.origin.num_leaked_rows:,} rows of the training data hold answers of the test split"
+        case "learned_nothing":
+            return "the training changed no weight"
+        case "no_op":
+            return f"its weights are those of {name}"
+        case "non_finite":
+            num = decision.origin.num_non_finite_weights
+            return f"{num:,} of its weights are NaN or infinite" if num else "a result is NaN or infinite"
+
+
+def _change(decision: GateDecision) -> str:
+    estimate = decision.estimate
+    assert estimate is not None
+    lower = "" if estimate.lower is None else f", at least {_points(estimate.lower)} at {estimate.confidence:.0%}"
+    values = f"{decision.metric} {estimate.champion:.4f} → {estimate.candidate:.4f}"
+    return f"{values} ({_points(estimate.effect)}{lower}, p = {decision.p_better:.2g})"
+
+
+def _worse(verb: str, guards: tuple[Guard, ...]) -> str:
+    worse = [guard for guard in guards if guard.state == "worse"]
+    return f"the candidate {verb} " + ", ".join(
+        f"{guard.name}, more than {_limit(guard.max_loss)}{_interval(guard)}" for guard in worse
+    )
+
+
+def _interval(guard: Guard) -> str:
+    estimate = guard.estimate
+    if estimate is None or estimate.lower is None or estimate.upper is None:
+        return ""
+    return f" ({_points(estimate.effect)}, between {_points(estimate.lower)} and {_points(estimate.upper)})"
+
+
+def _limit(share: float) -> str:
+    return f"{100 * share:.3g} points"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f} points"

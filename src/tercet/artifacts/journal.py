@@ -1,0 +1,169 @@
+"""What went wrong on the way, a small document each, counted by kind in the report.
+
+    runs/<run_id>/incidents/<generation>-end.json         how an attempt ended that did not finish
+    runs/<run_id>/incidents/<generation>-skipped-<step>.json, driver-<n>.json
+
+Each is written once. Who dies by SIGKILL cannot say so: the driver does, or else the attempt that takes over. So an
+attempt has one end, told by whoever was nearest to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tercet.errors import (
+    AccessDenied,
+    AlreadyExists,
+    CorruptObject,
+    DiskFull,
+    LearnedNothing,
+    LeaseLost,
+    NonFiniteError,
+    ObjectNotFound,
+    OutOfMemory,
+    Preempted,
+    StorageError,
+    StorageUnavailable,
+    TercetError,
+    first_line,
+)
+from tercet.storage import Storage
+
+logger = logging.getLogger("tercet")
+
+# The first that fits.
+_KINDS: tuple[tuple[type[TercetError], str], ...] = (
+    (OutOfMemory, "out_of_memory"),
+    (DiskFull, "disk_full"),
+    (NonFiniteError, "non_finite"),
+    (LearnedNothing, "learned_nothing"),
+    (Preempted, "preempted"),
+    (LeaseLost, "taken_over"),
+    (AccessDenied, "access_denied"),
+    (StorageUnavailable, "storage_unavailable"),
+    (CorruptObject, "corrupt_object"),
+    (StorageError, "storage_error"),
+)
+
+
+# What safetensors 0.8 and torch 2.13 say when they cannot write on.
+_WRITE_FAILED = ("No space left on device", "iostream error", "unexpected pos")
+
+
+class Incident(BaseModel):
+    """One document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: str
+    message: str
+    unix_seconds: float
+
+
+def kind_of(error: BaseException) -> str | None:
+    """The kind of an error that says what it is; None for any other."""
+    return next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
+
+
+def as_tercet_error(error: BaseException) -> BaseException:
+    """An error of the memory or of the disk as tercet's own, any other as it is. torch and safetensors have errors of
+    their own for both, which only their texts tell apart."""
+    if isinstance(error, TercetError):
+        return error
+    text = str(error)
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "can't allocate memory" in text:
+        return OutOfMemory(
+            f"out of memory: {first_line(error)}",
+            hint="raise training.gradient_accumulation_steps (smaller micro-batches), set "
+            "training.gradient_checkpointing=true, or let workers.parallelism shard the model",
+        )
+    is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_disk or any(words in text for words in _WRITE_FAILED):
+        return DiskFull(
+            f"a disk of this machine is full, or fails: {first_line(error)}",
+            hint="a checkpoint lies in TMPDIR until it is uploaded: give it room for two, or choose a larger disk",
+        )
+    return error
+
+
+def end_name(generation: int) -> str:
+    """The name of how an attempt ended."""
+    return f"{generation:04d}-end"
+
+
+def report_incident(storage: Storage, run_id: str, name: str, kind: str, message: str) -> None:
+    """Write an incident down, unless one of that name is known. Where storage fails too, a warning must do."""
+    incident = Incident(kind=kind, message=message, unix_seconds=round(time.time(), 3))
+    try:
+        storage.put_if_absent(_key(run_id, name), incident.model_dump_json(indent=1).encode())
+    except AlreadyExists:
+        pass
+    except StorageError as error:
+        logger.warning("could not write down an incident, %s (%s): %s", kind, message, error)
+
+
+def counts(storage: Storage, run_id: str) -> dict[str, int]:
+    """The incidents of a run by kind, in the order of the alphabet."""
+    kinds = Counter(
+        _read_kind(storage, key) for key in storage.list(f"runs/{run_id}/incidents") if key.endswith(".json")
+    )
+    return dict(sorted(kinds.items()))
+
+
+def _read_kind(storage: Storage, key: str) -> str:
+    try:
+        return Incident.model_validate_json(storage.read(key)).kind
+    except (ValidationError, CorruptObject):
+        return "unreadable"
+
+
+def _key(run_id: str, name: str) -> str:
+    return f"runs/{run_id}/incidents/{name}.json"
+
+
+_LAST_EVENTS = ("run finished", "run failed")
+
+
+class Events:
+    """The run's events.jsonl: what happened, when, and how long each stage took. Written whole at every event, because
+    object storage has no append."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage, self._key = storage, f"runs/{run_id}/events.jsonl"
+        self.seconds: dict[str, float] = {}
+        self.stage = "plan"
+        try:
+            self._lines = storage.read(self._key).decode().splitlines()
+            last = json.loads(self._lines[-1])["event"] if self._lines else None
+        except ObjectNotFound:
+            self._lines, last = [], None
+        except (CorruptObject, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is damaged and begun anew: %s", storage.uri_of(self._key), error)
+            self._lines, last = [], None
+        if last is not None and last not in _LAST_EVENTS:
+            message = "an earlier start of this run ended without a word"
+            report_incident(storage, run_id, f"driver-{len(self._lines)}", "driver_lost", message)
+
+    def add(self, event: str, **details: Any) -> None:
+        """Record that something happened now."""
+        self._lines.append(json.dumps({"unix_seconds": round(time.time(), 3), "event": event, **details}))
+        self._storage.put(self._key, ("\n".join(self._lines) + "\n").encode())
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the start and the end of a stage."""
+        self.stage = stage
+        self.add(f"{stage} started")
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - started
+        self.add(f"{stage} finished", seconds=round(self.seconds[stage], 3))

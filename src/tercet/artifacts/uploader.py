@@ -1,0 +1,75 @@
+"""Checkpoints go to storage off the training path."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from tercet.artifacts.checkpoint import Commit, commit_step, upload_part
+from tercet.artifacts.layout import attempt_folder
+from tercet.artifacts.lease import Attempt
+from tercet.failpoints import crash_point
+from tercet.storage import Storage
+
+
+class Uploader:
+    """Uploads and commits off the training path: one background thread on each rank, one checkpoint at a time.
+
+    A failed upload is raised at the next `submit` or at `close`, so a run cannot end well without its checkpoints."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        lineage: tuple[Attempt, ...],
+        rank: int,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:
+        """confirm: raises when another attempt has taken the run over; called before each upload."""
+        self._storage, self._run_id, self._lineage, self._rank = storage, run_id, lineage, rank
+        self._confirm = confirm
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="checkpoint-uploader", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, local_dir: Path, step: int, epoch: float, metrics: dict[str, float], on_commit: Callable[[Commit], None]
+    ) -> None:
+        """Queue a folder; it is deleted once uploaded. Blocks only while an earlier upload is still waiting."""
+        self._raise_error()
+
+        def job() -> None:
+            folder = attempt_folder(self._run_id, step, self._lineage[-1].name)
+            crash_point("before_upload", step)
+            self._confirm()
+            upload_part(self._storage, local_dir, folder, self._rank)
+            shutil.rmtree(local_dir)
+            crash_point("before_commit", step)
+            if self._rank == 0:
+                commit = commit_step(self._storage, self._run_id, step, epoch, metrics, self._lineage)
+                crash_point("after_commit", step)
+                on_commit(commit)
+
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Wait until everything is committed. Raises what went wrong in the background."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._raise_error()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._error is None:
+                try:
+                    job()
+                except BaseException as error:  # noqa: BLE001 - carried to the training thread
+                    self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error

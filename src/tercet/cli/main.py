@@ -1,0 +1,245 @@
+"""The command line: the only place that prints or exits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tercet import __version__
+from tercet.cli.datasets import add_datasets, print_manifest
+from tercet.cli.models import add_models
+from tercet.cli.nightly import add_nightly
+from tercet.errors import TercetError, first_line
+
+if TYPE_CHECKING:
+    from tercet.artifacts.report import RunReport
+    from tercet.config.recipe import Config
+
+DEFAULT_STORAGE = "./tercet-store"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of the error (see errors.py); 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.call(arguments) or 0
+    except TercetError as error:
+        if arguments.debug:
+            raise
+        print(f"tercet: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  → {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # of a file: what storage does has errors of its own
+        if arguments.debug or error.filename is None:
+            raise
+        print(f"tercet: {error.filename}: {error.strerror}", file=sys.stderr)
+        print("  → check the path, who may use it, and the disk", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tercet: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tercet", description="Fine-tune sentence-embedding models on triplets.")
+    parser.add_argument("--version", action="version", version=f"tercet {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    changes = argparse.ArgumentParser(add_help=False, parents=[common])
+    changes.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
+    )
+    recipe = argparse.ArgumentParser(add_help=False, parents=[changes])
+    recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--run-id", help="instead of the one made from date, recipe and data")
+    store = argparse.ArgumentParser(add_help=False, parents=[common])
+    store.add_argument("--storage", default=DEFAULT_STORAGE, help="local folder or s3://bucket/prefix (%(default)s)")
+    store.add_argument("--endpoint-url", help="of an S3 server other than AWS")
+
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add_datasets(verbs, common, recipe, store, DEFAULT_STORAGE)
+    plan = verbs.add_parser("plan", parents=[recipe, named], help="everything derived from a recipe; starts nothing")
+    plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
+    plan.set_defaults(call=_plan)
+    train = verbs.add_parser(
+        "train", parents=[recipe, named], help="run a recipe, here or on the cluster of RAY_ADDRESS"
+    )
+    train.set_defaults(call=_train)
+    submit = verbs.add_parser("submit", parents=[recipe, named], help="run a recipe on a cluster, as a Ray job")
+    submit.add_argument(
+        "--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)"
+    )
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    submit.set_defaults(call=_submit)
+
+    worker = verbs.add_parser(
+        "worker", parents=[common], help="train one rank of a plan without Ray, as torchrun starts it"
+    )
+    worker.add_argument("plan", type=Path, help="what `tercet plan --json` printed")
+    worker.set_defaults(call=_worker)
+
+    runs = verbs.add_parser("runs", help="what runs there are").add_subparsers(required=True, metavar="VERB")
+    listing = runs.add_parser("list", parents=[store], help="every run and its result")
+    listing.set_defaults(call=_runs_list)
+    show = runs.add_parser("show", parents=[store], help="one run")
+    show.add_argument("run_id")
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(call=_runs_show)
+
+    verify = runs.add_parser("verify", parents=[store], help="prove that each pass consumed each row once")
+    verify.add_argument("run_id")
+    verify.set_defaults(call=_runs_verify)
+
+    add_nightly(verbs, recipe, store)
+    add_models(verbs, store)
+    demo = verbs.add_parser("demo", parents=[changes], help="the whole way on data that every machine has")
+    demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
+    demo.set_defaults(call=_demo)
+    schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
+    schema.set_defaults(call=_schema)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    from tercet.config.recipe import load_config
+
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from tercet.planning.survey import survey
+
+    _, plan = survey(_config(arguments), arguments.run_id)
+    if arguments.json:
+        print(plan.model_dump_json(indent=1))
+        return
+    from tercet.cli.screens import plan_text
+
+    print(plan_text(plan))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from tercet.pipeline.run import run
+
+    config = _config(arguments)
+    report = run(config, arguments.run_id)
+    _print_report(report, arguments.recipe)
+
+
+def _worker(arguments: argparse.Namespace) -> None:
+    from tercet.planning.survey import plan_of_file
+    from tercet.training.callbacks import notice_of_sigterm
+    from tercet.training.worker import run_worker
+
+    run_worker(plan_of_file(arguments.plan), notice=notice_of_sigterm())
+
+
+def _print_report(report: RunReport, recipe: Path) -> None:
+    from tercet.cli.screens import next_commands, screen
+
+    print(screen(report, next_commands(report, str(recipe))))
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from tercet.cluster.jobs import submit
+    from tercet.planning.survey import read_report, survey
+
+    config = _config(arguments)
+    storage, plan = survey(config, arguments.run_id)
+    report = read_report(storage, plan.run_id)
+    if report is None or report.status != "finished":
+        submit(plan, config, arguments.address, lambda text: print(text, flush=True), follow=not arguments.no_wait)
+    else:
+        print(f"{plan.run_id} finished before; this is its result")
+        _print_report(report, arguments.recipe)
+
+
+def _runs_list(arguments: argparse.Namespace) -> None:
+    from tercet.planning.survey import list_runs, read_report
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    run_ids = list_runs(storage)
+    for run_id in run_ids:
+        report = read_report(storage, run_id)
+        if report is None:
+            print(f"{run_id}  not ended")
+        elif report.metrics is None:
+            print(f"{run_id}  failed in {report.failed_stage}: {first_line(report.error)}")
+        else:
+            value = report.metrics.best_test[report.metric]
+            print(f"{run_id}  finished  test {report.metric} {value:.4f} ({report.gain:+.4f})")
+    if not run_ids:
+        print(f"no run in {storage.uri}")
+
+
+def _runs_show(arguments: argparse.Namespace) -> None:
+    from tercet.cli.screens import screen
+    from tercet.errors import ConfigError
+    from tercet.planning.survey import list_runs, read_report, unknown_run
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    report = read_report(storage, arguments.run_id)
+    if report is None:
+        if arguments.run_id not in list_runs(storage):
+            raise unknown_run(storage, arguments.run_id)
+        raise ConfigError(f"run {arguments.run_id} has not ended in {storage.uri}", hint="the same command resumes it")
+    print(report.model_dump_json(indent=1) if arguments.json else screen(report, []))
+
+
+def _runs_verify(arguments: argparse.Namespace) -> int:
+    from tercet.errors import TrainingError
+    from tercet.planning.survey import read_plan
+    from tercet.storage import open_storage
+    from tercet.training.ledger import verify_rows
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    proof = verify_rows(storage, read_plan(storage, arguments.run_id))
+    print(proof.text())
+    return 0 if proof.holds else TrainingError.exit_code
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    import tempfile
+    import time
+
+    from tercet.cli.demo_data import write_triplets
+    from tercet.config.recipe import load_config
+    from tercet.data.build import build_version
+    from tercet.pipeline.run import run
+    from tercet.storage import open_storage
+
+    config = load_config(arguments.recipe, arguments.overrides)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "stdlib.jsonl"
+        num_rows = write_triplets(source)
+        print(
+            f"{num_rows:,} triplets from the docstrings of Python {sys.version.split()[0]}'s standard library",
+            flush=True,
+        )
+        storage = open_storage(config.storage.uri, config.storage.endpoint_url)
+        result = build_version([str(source)], storage, config.dataset.name, group="group")
+    print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
+    print_manifest(result.manifest)
+    print("starting Ray and its workers; the first line of training comes in about half a minute", flush=True)
+    _print_report(run(config), arguments.recipe)
+    print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
+
+
+def _schema(arguments: argparse.Namespace) -> None:  # noqa: ARG001 - every command has this form
+    from tercet.config.recipe import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=1))

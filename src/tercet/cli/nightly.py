@@ -1,0 +1,85 @@
+"""`tercet nightly`: what cron, Kubernetes or a person starts, once a night or more often."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tercet.pipeline.nightly import Night
+
+REFUSED_EXIT_CODE = 8  # beside those of errors.py: the night is over, and something is wrong with its model
+
+
+def add_nightly(verbs: Any, recipe: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
+    """Add the verbs; `recipe` has the flags of a run, `store` those that say where storage is."""
+    nightly = verbs.add_parser(
+        "nightly", parents=[recipe], help="new rows in, a run, and the champion kept or replaced"
+    )
+    nightly.add_argument("--json", action="store_true", help="what came of it, as it is stored")
+    nightly.set_defaults(call=_nightly)
+    nights = verbs.add_parser("nights", parents=[store], help="what came of the nights of a model")
+    nights.add_argument("name")
+    nights.set_defaults(call=_nights)
+
+
+def _nightly(arguments: argparse.Namespace) -> int:
+    from tercet.cli.models import who
+    from tercet.config.recipe import load_config
+    from tercet.pipeline.nightly import nightly
+
+    config = load_config(arguments.recipe, arguments.overrides)
+    night = nightly(config, who(), lambda text: print(text, file=sys.stderr, flush=True))
+    print(night.model_dump_json(indent=1) if arguments.json else night_text(night))
+    return REFUSED_EXIT_CODE if night.outcome == "refused" else 0
+
+
+def _nights(arguments: argparse.Namespace) -> None:
+    from tercet.pipeline.nightly import list_nights, read_night
+    from tercet.storage import open_storage
+
+    storage = open_storage(arguments.storage, arguments.endpoint_url)
+    run_ids = list_nights(storage, arguments.name)
+    for run_id in run_ids:
+        night = read_night(storage, arguments.name, run_id)
+        if night is not None:
+            print(f"{night.date}  {night.outcome:<12}  {run_id}\n    {night.sentence}")
+            if night.warning is not None:
+                print(f"    Warning: {night.warning}")
+    if not run_ids:
+        print(f"no night of {arguments.name} in {storage.uri}")
+
+
+def night_text(night: Night) -> str:
+    """What a person reads in the morning."""
+    lines = [f"Night of {night.date}: {night.outcome.replace('_', ' ')}", f"  {night.sentence}"]
+    if night.warning is not None:
+        lines.append(f"  Warning: {night.warning}")
+    data = ", ".join(f"{name} {version}" for name, version in night.dataset_versions.items())
+    lines += ["", f"  run       {night.run_id}, {night.seconds:.0f} s", f"  data      {data}"]
+    names = sorted({name for found in night.metrics.values() for name in found})
+    for who, found in night.metrics.items():
+        values = "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
+        lines.append(f"  test      {who:<12} {values}")
+    if night.index_impact is not None:
+        index = night.index_impact
+        lines.append(
+            f"  index     {index.overlap_at_10:.0%} of ten neighbours stay, scores move by "
+            f"{index.mean_score_shift:+.3f}; embedding {index.num_rows:,} rows again takes "
+            f"{_duration(index.embedding_seconds)}"
+        )
+    if night.champion is not None:
+        before = "" if night.champion_before in (None, night.champion) else f", before it {night.champion_before}"
+        lines.append(f"  champion  generation {night.champion}{before}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,8 @@
+"""Ray around the worker: the only wing that imports ray.
+
+- `session`: joins or starts a Ray cluster, and waits no longer than its head lives
+- `process_group`: the process group of the workers, without torch in the driver
+- `policies`: scaling and failure policies inside the controller of Ray Train
+- `train`: runs the workers to the end, or says why not
+- `jobs`: from a laptop to a cluster, through Ray Jobs
+"""

@@ -1,0 +1,198 @@
+"""What a person wrote: a recipe, read and checked.
+
+A recipe is YAML. All of its errors are reported at once, each with file:line:column and, for an unknown key, the
+nearest known one. `--set section.key=value` changes a value from the command line and is checked the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from tercet.config import recipe_yaml
+from tercet.config.losses import LEFT_OUT, GuidedLossConfig, LossConfig
+from tercet.config.sections import (
+    CheckpointConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    GateConfig,
+    ModelConfig,
+    NightlyConfig,
+    Section,
+    StorageConfig,
+    TrainingConfig,
+    WorkersConfig,
+)
+from tercet.errors import ConfigError
+from tercet.storage.base import expand_home
+
+NON_EXPERIMENT_SECTIONS = ("storage", "workers", "checkpoint", "gate", "nightly")
+"""Sections that say where and how a run happens, and what becomes of its model."""
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Names the model that comes out; letters, digits, dot, dash and underscore."""
+    storage: StorageConfig = StorageConfig()
+    dataset: DatasetConfig
+    """Trained on, and measured on: its eval and test splits say whether the model is better."""
+    mix: tuple[DatasetConfig, ...] = ()
+    """More datasets to train on, of which the train split alone is used. Each batch comes from one dataset."""
+    model: ModelConfig
+    loss: LossConfig
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    nightly: NightlyConfig = NightlyConfig()
+    workers: WorkersConfig = WorkersConfig()
+
+    @field_validator("mix")
+    @classmethod
+    def _each_dataset_once(cls, mix: tuple[DatasetConfig, ...], info: ValidationInfo) -> tuple[DatasetConfig, ...]:
+        names = [part.name for part in (*filter(None, [info.data.get("dataset")]), *mix)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} is given twice; to use its rows more often, raise its weight")
+        return mix
+
+    @model_validator(mode="after")
+    def _replay_needs_versions_that_grow(self) -> Config:
+        if self.dataset.replay is not None and self.nightly.mine is not None:
+            raise ValueError("dataset.replay does not go with nightly.mine: all rows of a mined version are new")
+        return self
+
+    def experiment_hash(self) -> str:
+        """Eight hex digits over what decides the result. Storage, workers, checkpoints, the gate and the night are left
+        out: a run that moves to more workers is the same run, and resumes. So are, at their defaults, the mix, the
+        weight of the dataset, replay and the start, which earlier versions did not have: their runs keep their hash."""
+        content = self.model_dump(mode="json", exclude=set(NON_EXPERIMENT_SECTIONS))
+        for part in (content["dataset"], *content["mix"]):
+            part.pop("version")
+            if part["replay"] is None:
+                del part["replay"]
+        if content["model"]["start_from"] == "base":
+            del content["model"]["start_from"]
+        if not content["mix"]:
+            del content["mix"]
+        if content["dataset"]["weight"] == 1:
+            del content["dataset"]["weight"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe. `overrides` are `a.b=value`, the value in YAML.
+
+    Raises ConfigError with every error of the file, each as file:line:column."""
+    document, marks = recipe_yaml.load(path)
+    for override in overrides:
+        recipe_yaml.override(document, marks, override)
+    try:
+        config = Config.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(error, marks, str(path))), hint="mend the recipe and try again") from None
+    return _absolute(config)
+
+
+def _absolute(config: Config) -> Config:
+    """Ray's workers run in a folder of their own, so no relative path may leave this process."""
+    storage, model, loss = config.storage, config.model, config.loss
+    if "://" not in storage.uri:
+        storage = storage.model_copy(update={"uri": str(expand_home(storage.uri).absolute())})
+    if (folder := expand_home(model.name_or_path)).is_dir():
+        model = model.model_copy(update={"name_or_path": str(folder.absolute())})
+    if isinstance(loss, GuidedLossConfig) and (folder := expand_home(loss.guide)).is_dir():
+        loss = loss.model_copy(update={"guide": str(folder.absolute())})
+    return config.model_copy(update={"storage": storage, "model": model, "loss": loss})
+
+
+def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> list[str]:
+    lines = []
+    # The discriminator adds the loss's own name to the location: it is not a key of the file.
+    found = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in error.errors()]
+    for loc, item in sorted(found, key=lambda pair: marks.position(pair[0])):
+        where, dotted = marks.where(loc, file), ".".join(str(part) for part in loc)
+        match item["type"]:
+            case "extra_forbidden":
+                keys = _keys_at(item["loc"][:-1])
+                known = difflib.get_close_matches(str(loc[-1]), keys, n=1, cutoff=0.5)
+                guess = f"; did you mean `{known[0]}`?" if known else f"; known here: {', '.join(keys)}"
+                lines.append(f"{where}: unknown key `{dotted}`{guess}")
+            case "missing":
+                lines.append(f"{where}: `{dotted}` is missing")
+            case "string_type" if isinstance(item["input"], int | float):
+                lines.append(f"{where}: `{dotted}` is a text: write it in quotes, not as the number {item['input']!r}")
+            case "model_type" | "model_attributes_type":
+                kind = type(item["input"]).__name__
+                lines.append(f"{where}: `{dotted}` is a section of keys and values, not of type {kind}")
+            case "tuple_type":
+                lines.append(f"{where}: `{dotted}` is a list: write it in brackets, [...], not {item['input']!r}")
+            case "value_error":
+                lines.append(f"{where}: " + (f"`{dotted}`: " if dotted else "") + str(item["ctx"]["error"]))
+            case "union_tag_not_found":
+                lines.append(f"{where}: `{dotted}.name` is missing (known: {', '.join(_LOSS_NAMES)})")
+            case "union_tag_invalid":
+                tag = str(item["ctx"]["tag"])
+                known = difflib.get_close_matches(tag, _LOSS_NAMES, n=1, cutoff=0.3)
+                guess = f"; did you mean `{known[0]}`?" if known else ""
+                problem = (
+                    f"`{tag}` cannot be used: {LEFT_OUT[tag]}" if tag in LEFT_OUT else f"unknown loss `{tag}`{guess}"
+                )
+                lines.append(f"{marks.where((*loc, 'name'), file)}: {problem} (known: {', '.join(_LOSS_NAMES)})")
+            case _:
+                value = "" if isinstance(item["input"], dict | list) else f", not {item['input']!r}"
+                lines.append(f"{where}: `{dotted}`: {item['msg'][0].lower()}{item['msg'][1:]}{value}")
+    return lines
+
+
+_LOSSES: tuple[type[Section], ...] = get_args(get_args(LossConfig)[0])
+_LOSS_NAMES: tuple[str, ...] = tuple(get_args(loss.model_fields["name"].annotation)[0] for loss in _LOSSES)
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at `loc`, where a loss is named by its own name."""
+    section: type[BaseModel] = Config
+    for part in loc:
+        if part == "loss":
+            continue
+        if part in _LOSS_NAMES:
+            section = _LOSSES[_LOSS_NAMES.index(str(part))]
+        elif part in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+            for kind in get_args(annotation) or (annotation,):  # a section, or `Section | None`
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    section = kind
+    return list(section.model_fields)
+
+
+def world_sizes(config: Config) -> tuple[int, ...]:
+    """The numbers of workers, ascending; empty where none fits."""
+    workers, training = config.workers, config.training
+    allowed = range(workers.min or workers.num_workers, (workers.max or workers.num_workers) + 1)
+    num_rows_to_share, rest = divmod(training.global_batch_size, training.gradient_accumulation_steps)
+    return () if rest else tuple(size for size in allowed if num_rows_to_share % size == 0)
+
+
+def on_world(config: Config, world_size: int) -> Config:
+    """The recipe with so many workers."""
+    return config.model_copy(update={"workers": config.workers.model_copy(update={"num_workers": world_size})})
+
+
+def rows_per_rank_and_micro_batch(config: Config) -> int:
+    """What meets in one forward pass of one worker."""
+    training = config.training
+    return training.global_batch_size // (config.workers.num_workers * training.gradient_accumulation_steps)
+
+
+def as_yaml(config: Config, exclude: set[str] | None = None) -> str:
+    """The whole recipe as YAML, defaults included, without the sections named in `exclude`."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True)

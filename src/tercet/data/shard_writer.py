@@ -1,0 +1,147 @@
+"""Writing the Parquet files of one split: bounded memory, and the same bytes for the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tercet.data.ingest import GoodRow, Progress
+from tercet.data.manifest import SPLITS, Manifest, Shard, SplitRule, version_prefix
+from tercet.data.row_checks import is_text
+from tercet.storage import Storage
+from tercet.storage.base import sha256_of
+
+ROW_GROUP_ROWS = 8_192
+ROW_GROUP_CHARS = 32 << 20
+"""A row group ends at either, so memory is bounded for long texts too."""
+
+
+class ShardWriter:
+    """Takes the rows of one split in order, and cuts them into files of `rows_per_shard` rows (the last has fewer).
+
+    The files are zstd Parquet with page checksums, all columns text. Equal rows give equal bytes under one version
+    of pyarrow. Holds one row group in memory.
+    """
+
+    def __init__(self, folder: Path, split: str, columns: tuple[str, ...], rows_per_shard: int) -> None:
+        self._folder, self._split, self._columns, self._rows_per_shard = folder, split, columns, rows_per_shard
+        self._rows: list[Sequence[str]] = []
+        self._num_chars = 0
+        self._num_in_shard = 0
+        self._writer: Any = None
+        self._written: list[tuple[Path, int]] = []
+        self.paths: dict[str, Path] = {}
+        """Once finished: the shard's path in the version → the local file."""
+
+    def add(self, row: Sequence[str]) -> None:
+        """Append one row, its values in the order of the columns."""
+        self._rows.append(row)
+        self._num_chars += sum(map(len, row))
+        self._num_in_shard += 1
+        full = self._num_in_shard == self._rows_per_shard
+        if full or len(self._rows) == ROW_GROUP_ROWS or self._num_chars >= ROW_GROUP_CHARS:
+            self._write_row_group()
+        if full:
+            self._end_shard()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Write what is left; the shards in row order, none where there were no rows."""
+        if self._rows:
+            self._write_row_group()
+        if self._num_in_shard:
+            self._end_shard()
+        shards = []
+        for index, (path, num_rows) in enumerate(self._written):
+            key = f"shards/{self._split}-{index:05d}-of-{len(self._written):05d}.parquet"
+            self.paths[key] = path
+            shards.append(Shard(path=key, num_rows=num_rows, num_bytes=path.stat().st_size, sha256=sha256_of(path)))
+        return tuple(shards)
+
+    def close(self) -> None:
+        """Let go of a file that is still open; for a build that failed."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_row_group(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema([pa.field(column, pa.string(), nullable=False) for column in self._columns])
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._folder / f"{self._split}-{len(self._written):05d}.parquet",
+                schema,
+                compression="zstd",
+                write_page_checksum=True,
+            )
+        arrays = [pa.array(values, pa.string()) for values in zip(*self._rows, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=ROW_GROUP_ROWS)
+        self._rows, self._num_chars = [], 0
+
+    def _end_shard(self) -> None:
+        self.close()
+        path = self._folder / f"{self._split}-{len(self._written):05d}.parquet"
+        self._written.append((path, self._num_in_shard))
+        self._num_in_shard = 0
+
+
+_UPLOADS_AT_ONCE = 8
+
+
+class SplitWriters:
+    """Deals rows to the shards of their splits, in a temporary folder."""
+
+    def __init__(
+        self, folder: Path, columns: tuple[str, ...], rule: SplitRule, rows_per_shard: int, stack: ExitStack
+    ) -> None:
+        """stack: lets go of open files in the end."""
+        self._rule, self._key = rule, columns.index(rule.by)
+        self.num_texts = sum(map(is_text, columns))
+        """Texts come first among the columns, then labels."""
+        self._writers = {split: ShardWriter(folder, split, columns, rows_per_shard) for split in SPLITS}
+        for writer in self._writers.values():
+            stack.callback(writer.close)
+
+    def split_of(self, row: GoodRow) -> str:
+        """Where a row belongs."""
+        return self._rule.split_of(row.values[self._key])
+
+    def add(self, row: GoodRow) -> None:
+        """Write a row to where it belongs."""
+        self._writers[self.split_of(row)].add(row.values)
+
+    def finish(self) -> dict[str, tuple[Shard, ...]]:
+        """The shards of each split."""
+        return {split: self._writers[split].finish() for split in SPLITS}
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Once finished: each shard's path in the version → the local file."""
+        return {key: path for writer in self._writers.values() for key, path in writer.paths.items()}
+
+
+def upload(
+    storage: Storage,
+    manifest: Manifest,
+    paths: Mapping[str, Path],
+    folder: Path,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    """Bring a version's shards to storage, and the quarantine in `folder` where there is something in it."""
+    prefix, quarantine = version_prefix(manifest.dataset, manifest.version), folder / "quarantine.jsonl"
+    with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
+        uploads = [pool.submit(storage.upload, path, f"{prefix}/{key}") for key, path in paths.items()]
+        try:
+            for done, finished in enumerate(uploads, start=1):
+                finished.result()
+                if on_progress is not None:
+                    on_progress(Progress("upload", done, len(uploads), manifest.num_bad_rows))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if quarantine.stat().st_size:
+        storage.upload(quarantine, f"{prefix}/quarantine.jsonl")

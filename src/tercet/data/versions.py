@@ -1,0 +1,142 @@
+"""Published versions of a dataset, and HEAD, which names the newest."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import time
+from datetime import UTC, datetime
+from typing import NoReturn
+
+from tercet.data.manifest import Manifest, dataset_prefix, version_prefix
+from tercet.errors import AlreadyExists, Conflict, CorruptObject, DataError, DatasetNotFound, ObjectNotFound
+from tercet.storage import Storage
+from tercet.storage.documents import seal, unseal
+
+_HEAD_ATTEMPTS = 20
+
+
+def list_datasets(storage: Storage) -> list[str]:
+    """The names of the datasets that have a published version, sorted."""
+    return _names(storage, "datasets/", "/HEAD.json")
+
+
+def list_versions(storage: Storage, name: str) -> list[str]:
+    """The versions that have a manifest, sorted by id (which says nothing about their age)."""
+    return _names(storage, f"{dataset_prefix(name)}/versions/", "/manifest.json")
+
+
+def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manifest:
+    """Read one version; "latest" is the one HEAD.json names.
+
+    Raises DatasetNotFound with what does exist, CorruptObject where a manifest is damaged, or of another version.
+    """
+    if version == "latest":
+        version = read_head(storage, name) or _not_found(storage, name, None)
+    try:
+        data = storage.read(f"{version_prefix(name, version)}/manifest.json")
+    except ObjectNotFound:
+        _not_found(storage, name, version)
+    uri = storage.uri_of(f"{version_prefix(name, version)}/manifest.json")
+    hint = "Build the version again, or use another one."
+    manifest = unseal(Manifest, data, uri, hint)
+    if (manifest.dataset, manifest.content) != (name, version):
+        raise CorruptObject(f"{uri} describes {manifest.dataset} with other content ({manifest.content})", hint)
+    return manifest
+
+
+def read_head(storage: Storage, name: str) -> str | None:
+    """The newest version's id, or None where nothing was published yet."""
+    head, _ = _read_head(storage, name)
+    return None if head is None else str(head["version"])
+
+
+def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> Manifest:
+    """Make a version visible, then the newest. Its shards must be in storage already. With `after`, only where that is
+    the newest.
+
+    Returns what storage holds: `manifest`, or the one of an earlier build of the same content, unless that is damaged:
+    then it is replaced. Publishing twice is safe; of two publishers at once both versions exist, and the later one is
+    HEAD. Raises DataError where `manifest.version` is not the id of its content, Conflict where HEAD kept changing, or
+    is not `after`.
+    """
+    if manifest.version != manifest.content:
+        raise DataError(f"version {manifest.version} describes content {manifest.content}", "Use content_id().")
+    if after is not None:
+        _check_newest(read_head(storage, manifest.dataset), manifest, after)
+    key = f"{version_prefix(manifest.dataset, manifest.version)}/manifest.json"
+    try:
+        storage.put_if_absent(key, seal(manifest))
+    except AlreadyExists:
+        try:
+            manifest = read_manifest(storage, manifest.dataset, manifest.version)
+        except CorruptObject:
+            storage.put(key, seal(manifest))
+    _move_head(storage, manifest, after)
+    return manifest
+
+
+def _check_newest(newest: str | None, manifest: Manifest, after: str) -> None:
+    if newest not in (after, manifest.version):
+        what = f"the newest version of {manifest.dataset} is {newest}, not {after}"
+        raise Conflict(what, "Another writer published meanwhile: the same command again starts from that version.")
+
+
+def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
+    key, version = f"{dataset_prefix(manifest.dataset)}/HEAD.json", manifest.version
+    for attempt in range(_HEAD_ATTEMPTS):
+        head, token = _read_head(storage, manifest.dataset)
+        if head is not None and head["version"] == version:
+            return
+        if after is not None:
+            _check_newest(None if head is None else str(head["version"]), manifest, after)
+        generation = 1 if head is None else int(head["generation"]) + 1
+        updated_at = datetime.now(UTC).isoformat(timespec="seconds")
+        new = {"version": version, "generation": generation, "updated_at": updated_at}
+        try:
+            storage.compare_and_swap(key, (json.dumps(new) + "\n").encode(), token)
+        except Conflict:
+            time.sleep(random.SystemRandom().uniform(0, 0.01 * 2 ** min(attempt, 6)))
+        else:
+            return
+    raise Conflict(
+        f"{storage.uri_of(key)} changed {_HEAD_ATTEMPTS} times while moving it to {version}",
+        "Several publishers are writing this dataset; publish again, nothing is lost.",
+    )
+
+
+def _read_head(storage: Storage, name: str) -> tuple[dict[str, str | int] | None, str | None]:
+    key = f"{dataset_prefix(name)}/HEAD.json"
+    try:
+        data, token = storage.read_versioned(key)
+    except ObjectNotFound:
+        return None, None
+    try:
+        head = json.loads(data)
+        return {"version": str(head["version"]), "generation": int(head["generation"])}, token
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptObject(
+            f"{storage.uri_of(key)} is not a HEAD: {error}", "Delete it and publish a version again."
+        ) from error
+
+
+def _names(storage: Storage, prefix: str, suffix: str) -> list[str]:
+    keys = (key[len(prefix) : -len(suffix)] for key in storage.list(prefix) if key.endswith(suffix))
+    return sorted(name for name in keys if name and "/" not in name)
+
+
+def _not_found(storage: Storage, name: str, version: str | None) -> NoReturn:
+    versions = list_versions(storage, name)
+    if versions and version is not None:
+        message = f"dataset {name!r} has no version {version!r} in {storage.uri}"
+        what, wanted, existing = "versions", version, versions
+    else:
+        message = f"no dataset {name!r} in {storage.uri}"
+        what, wanted, existing = "datasets", name, list_datasets(storage)
+    if not existing:
+        raise DatasetNotFound(message, "No dataset was published there yet.")
+    close = difflib.get_close_matches(wanted, existing, 1)
+    meant = f"Did you mean {close[0]!r}? " if close else ""
+    more = ", ..." if len(existing) > 20 else ""
+    raise DatasetNotFound(message, f"{meant}The {what} there: {', '.join(existing[:20])}{more}.")

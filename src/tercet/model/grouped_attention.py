@@ -1,0 +1,300 @@
+"""Attention over one row of many texts, each of which sees only itself: in matrices, on any device.
+
+Texts of like length share a batch of matrices, as wide as the longest of them. Matrices of short texts are made here;
+those of long texts are torch's business, which does not keep them for the backward pass.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tercet.model.dropout import draw_kept
+from tercet.planning.packing import NUM_CHUNKS
+
+# Added to the scores of keys where no token lies: exp of it is 0, and 16 bits hold it. Not -inf: in a window, a padded
+# query may see no token at all, and its softmax would be NaN.
+MASKED_SCORE = -3e4
+
+
+class Block(NamedTuple):
+    """A group of texts as one batch of attention matrices."""
+
+    num_texts: int
+    width: int
+    start: int
+    """Padded positions of the blocks before."""
+    bias: torch.Tensor | None
+    """Shape (num_texts, 1, 1, width): MASKED_SCORE where none lies. None where all texts are of one length."""
+
+    @property
+    def stop(self) -> int:
+        """Padded positions up to here."""
+        return self.start + self.num_texts * self.width
+
+
+class Matrices(NamedTuple):
+    """How the tokens of a row, head by head, become the matrices of its blocks, and back. A token's head is one row of
+    numbers: token `t` has the rows `t * num_heads` and up to the next token's."""
+
+    blocks: list[Block]
+    source: torch.Tensor
+    """For each row of the matrices (block, text, head, place) the one that comes there."""
+    padding: torch.Tensor
+    """The rows of the matrices where no token lies; some other token's comes there."""
+    back: torch.Tensor
+    """For each head of a token its row in the matrices."""
+
+
+class Layout:
+    """Where the texts lie in a row, shortest first."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """lengths: tokens of each text, ascending, 1 or more."""
+        self.max_length = lengths[-1]
+        self._lengths, self._device = lengths, device
+        self._matrices: Matrices | None = None
+        self._cu_seq_lens: torch.Tensor | None = None
+        self._splits: dict[int, tuple[Layout | None, Layout | None]] = {}
+        self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = {}
+
+    def matrices(self, num_heads: int) -> Matrices:
+        """For attention that knows matrices only. Made once: all layers have as many heads."""
+        if self._matrices is None:
+            self._matrices = _matrices(self._lengths, num_heads, self._device)
+        return self._matrices
+
+    def split(self, width: int) -> tuple[Layout | None, Layout | None]:
+        """The texts of fewer tokens, and the others. Made once."""
+        if width not in self._splits:
+            num_short = bisect.bisect_left(self._lengths, width)
+            parts = (self._lengths[:num_short], self._lengths[num_short:])
+            short, long = (Layout(lengths, self._device) if lengths else None for lengths in parts)
+            self._splits[width] = (short, long)
+        return self._splits[width]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all texts."""
+        return sum(self._lengths)
+
+    def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores of a block, None for nothing. Made once: layers keep it for the backward pass."""
+        key = (block.start, window, dtype)
+        if key not in self._masks:
+            added = _biases(block, None, window, self._device)
+            self._masks[key] = sum(added[1:], added[0]).to(dtype) if added else None
+        return self._masks[key]
+
+    @property
+    def cu_seq_lens(self) -> torch.Tensor:
+        """Shape (number of texts + 1,), int32: the bounds of the texts, for attention that knows them."""
+        if self._cu_seq_lens is None:
+            ends = torch.tensor([0, *self._lengths]).cumsum(0)
+            self._cu_seq_lens = ends.to(self._device, torch.int32)
+        return self._cu_seq_lens
+
+
+def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> Matrices:
+    heads = torch.arange(num_heads)[:, None]
+    blocks, sources, paddings, first_token, start = [], [], [], 0, 0
+    for group in attention_groups(lengths):
+        own = torch.tensor(lengths[group.start : group.stop])
+        places = torch.arange(group.width)
+        is_real = places < own[:, None]
+        tokens = first_token + (own.cumsum(0) - own)[:, None] + places.clamp(max=own[:, None] - 1)
+        sources.append((tokens[:, None] * num_heads + heads).flatten())
+        paddings.append((~is_real)[:, None].expand(-1, num_heads, -1).flatten())
+        bias = torch.zeros(is_real.shape).masked_fill_(~is_real, MASKED_SCORE)[:, None, None].to(device)
+        blocks.append(Block(len(own), group.width, start, None if bool(is_real.all()) else bias))
+        first_token, start = first_token + int(own.sum()), blocks[-1].stop
+    source, is_padding = torch.cat(sources), torch.cat(paddings)
+    back = torch.empty(first_token * num_heads, dtype=torch.int64)
+    back[source[~is_padding]] = (~is_padding).nonzero().flatten()
+    return Matrices(blocks, source.to(device), is_padding.nonzero().flatten().to(device), back.to(device))
+
+
+class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
+    """Softmax attention, one batch of matrices for each block.
+
+    Written out, so that all blocks are gathered at once, and because torch 2.13's scaled_dot_product_attention on a CPU
+    has no dropout in its fast kernel, and looks for rows without any key in its plain one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        layout: Layout,
+        scaling: float,
+        dropout: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """As `attend`."""
+        num_heads = query.shape[1]
+        matrices = layout.matrices(num_heads)
+        rows = [_gather(x, matrices) for x in (query, key, value)]
+        output = torch.empty_like(rows[2])
+        saved: list[torch.Tensor] = []
+        for block in matrices.blocks:
+            q, k, v, out = (_of_block(x, block, num_heads) for x in (*rows, output))
+            scores = torch.bmm(q, k.mT).mul_(scaling)
+            scores_of_texts = scores.view(block.num_texts, num_heads, block.width, block.width)
+            for added in _biases(block, bias, window, scores.device):
+                scores_of_texts += added
+            weights = torch.ops.aten._softmax(scores, -1, False)
+            saved.append(weights)
+            if dropout:
+                saved.append(draw_kept(weights, dropout))
+                weights = weights * saved[-1]
+            torch.bmm(weights, v, out=out)
+        ctx.save_for_backward(*rows, *saved)
+        ctx.layout, ctx.scaling, ctx.has_dropout, ctx.has_bias = layout, scaling, bool(dropout), bias is not None
+        return output.index_select(0, matrices.back).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        """Of query, key, value and bias."""
+        num_heads, longest = gradient.shape[1], ctx.layout.max_length
+        matrices = ctx.layout.matrices(num_heads)
+        query, key, value, *others = ctx.saved_tensors
+        saved = iter(others)
+        of_output = _gather(gradient, matrices).index_fill_(0, matrices.padding, 0.0)
+        of_bias = gradient.new_zeros(num_heads, longest, longest) if ctx.has_bias else None
+        of_rows = [torch.empty_like(query) for _ in range(3)]
+        for block in matrices.blocks:
+            rows = (query, key, value, of_output, *of_rows)
+            q, k, v, g, of_q, of_k, of_v = (_of_block(x, block, num_heads) for x in rows)
+            weights = next(saved)
+            kept = next(saved) if ctx.has_dropout else None
+            of_weights = torch.bmm(g, v.mT)
+            torch.bmm((weights if kept is None else weights * kept).mT, g, out=of_v)
+            if kept is not None:
+                of_weights.mul_(kept)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            if of_bias is not None:
+                of_texts = of_scores.view(block.num_texts, num_heads, block.width, block.width)
+                of_bias[:, : block.width, : block.width] += of_texts.sum(dim=0)
+            of_scores.mul_(ctx.scaling)
+            torch.bmm(of_scores, k, out=of_q)
+            torch.bmm(of_scores.mT, q, out=of_k)
+        return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in of_rows), of_bias, *(None,) * 4)
+
+
+def attend_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """As `GroupedAttention` without a bias, each block by torch's scaled_dot_product_attention."""
+    num_heads = query.shape[1]
+    matrices = layout.matrices(num_heads)
+    rows = [_gather(x, matrices) for x in (query, key, value)]
+    outputs = []
+    for block in matrices.blocks:
+        q, k, v = (_of_block(x, block, num_heads).unflatten(0, (-1, num_heads)) for x in rows)
+        mask = layout.mask(block, window, query.dtype)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        outputs.append(output.reshape(-1, value.shape[-1]))
+    return torch.cat(outputs).index_select(0, matrices.back).view(value.shape)
+
+
+def _gather(tokens: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+    """(num_tokens, num_heads, head_width) as the rows of all matrices."""
+    return tokens.reshape(-1, tokens.shape[-1]).index_select(0, matrices.source)
+
+
+def _of_block(rows: torch.Tensor, block: Block, num_heads: int) -> torch.Tensor:
+    """The matrices of a block: (num_texts * num_heads, width, head_width)."""
+    own = rows[block.start * num_heads : block.stop * num_heads]
+    return own.view(-1, block.width, rows.shape[-1])
+
+
+def _biases(block: Block, bias: torch.Tensor | None, window: int | None, device: torch.device) -> list[torch.Tensor]:
+    """What is added to the scores of a block, each broadcast to (num_texts, num_heads, width, width)."""
+    added = [] if block.bias is None else [block.bias]
+    if bias is not None:
+        added.append(bias[:, : block.width, : block.width])
+    if window is not None and block.width > window:
+        place = torch.arange(block.width, device=device)
+        too_far = (place[:, None] - place).abs() >= window
+        added.append(torch.zeros(too_far.shape, device=device).masked_fill_(too_far, -torch.inf))
+    return added
+
+
+# What a group costs in any case, in scores (pairs of positions) that could be computed instead. Measured
+# on one busy CPU, for 12 heads of 32 (docs/log.md); a factor of two hardly mattered.
+PAIRS_PER_GROUP = 4_000
+
+Costs = npt.NDArray[np.float64]
+
+
+class Group(NamedTuple):
+    """Neighbours in the order of length: texts `start` to `stop` (exclusive), the longest of `width` tokens."""
+
+    start: int
+    stop: int
+    width: int
+
+
+def attention_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
+    """The cheapest cut of ascending lengths into groups that share an attention matrix."""
+    widths, first = np.unique(np.asarray(lengths), return_index=True)
+    ends = np.append(first, len(lengths))
+
+    def costs(stop: int) -> Costs:
+        num_texts = ends[stop] - ends[:stop]
+        result: Costs = PAIRS_PER_GROUP + num_texts * float(widths[stop - 1]) ** 2
+        return result
+
+    cuts = _cheapest_cuts(len(widths), costs)
+    return tuple(Group(int(ends[start]), int(ends[stop]), int(widths[stop - 1])) for start, stop in cuts)
+
+
+def chunks(lengths: Sequence[int]) -> tuple[Group, ...]:
+    """The cut of ascending lengths into padded chunks with the fewest tokens, real or not. Always the same number of
+    chunks for the same number of texts: where weights are sharded, every rank must make as many forward passes."""
+    num = len(lengths)
+    widths = np.asarray(lengths, dtype=np.float64)
+    # best[n]: the fewest tokens of the first n texts in so many chunks
+    best = np.concatenate(([0.0], np.arange(1, num + 1) * widths))
+    starts: list[npt.NDArray[np.int64]] = [np.zeros(num + 1, dtype=np.int64)]
+    for _ in range(1, min(NUM_CHUNKS, num)):
+        previous, best = best, np.full(num + 1, np.inf)
+        starts.append(np.zeros(num + 1, dtype=np.int64))
+        for stop in range(len(starts), num + 1):
+            start = np.arange(len(starts) - 1, stop)
+            totals = previous[start] + (stop - start) * widths[stop - 1]
+            starts[-1][stop] = start[int(totals.argmin())]
+            best[stop] = totals.min()
+    found, end = [], num
+    for start_of in reversed(starts):
+        found.append(Group(int(start_of[end]), end, int(lengths[end - 1])))
+        end = found[-1].start
+    return tuple(reversed(found))
+
+
+def _cheapest_cuts(num: int, costs: Callable[[int], Costs]) -> list[tuple[int, int]]:
+    """Cuts 0 to `num` into pieces; `costs(stop)` are those of the pieces that begin at 0, 1, ... and end at `stop`."""
+    best, start_of = np.zeros(num + 1), np.zeros(num + 1, dtype=np.int64)
+    for stop in range(1, num + 1):
+        totals = best[:stop] + costs(stop)
+        start_of[stop] = totals.argmin()
+        best[stop] = totals.min()
+    pieces, stop = [], num
+    while stop:
+        pieces.append((int(start_of[stop]), stop))
+        stop = int(start_of[stop])
+    return pieces[::-1]

@@ -1,0 +1,167 @@
+"""Attention over one row of many texts, each of which sees only itself.
+
+Registered with transformers 5.23 under a name, so that the models' own code calls it. It gets the queries, keys and
+values of the whole row and, through the keyword arguments of the forward pass, the row's layout. Without a layout it is
+transformers' own `sdpa`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from tercet.errors import first_line
+from tercet.model.grouped_attention import GroupedAttention, Layout, attend_by_kernel
+
+PACKED_ATTENTION = "tercet_packed"
+
+# Two kernels differ by rounding, to the scale of their largest value: bfloat16 has 8 bits. A text that sees another
+# is off by about all of it.
+MAX_TRIAL_ERROR = 0.05
+
+# Tokens of a text from which torch's kernel is used without dropout: on a CPU 1.3 times as fast there, 3.4 times at
+# 2,048, and its memory grows with the length, not with its square. Below, matrices are faster, and on a CPU in 16 bits
+# up to twice the length; with dropout on a CPU they always are, and the smaller ones (docs/log.md).
+LONG_TEXT = 512
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+logger = logging.getLogger("tercet")
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Shape (num_tokens, num_heads, head_width), as query, key and value.
+
+    window: tokens see those less than so many places away. bias: shape (num_heads, max_length, max_length), added to
+    the scores. On a GPU, in 16 bits, it is torch's attention for rows of texts, where that is found to be right; it
+    knows neither bias nor dropout. Long texts go to torch's attention for matrices, where that is better."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
+    if _knows_bounds(value, dropout, bias) and bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None:
+        return _with_bounds(query, key, value, layout, scaling, window)
+    slow_kernel = not value.is_cuda and value.dtype in _SIXTEEN_BITS
+    short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
+    if long is None or bias is not None or (dropout and not value.is_cuda):
+        return _in_matrices(query, key, value, layout, scaling, window, dropout, bias)
+    if short is None:
+        return attend_by_kernel(query, key, value, long, scaling, window, dropout)
+    num_tokens = [short.num_tokens, long.num_tokens]
+    (q, q_long), (k, k_long), (v, v_long) = (rows.split(num_tokens) for rows in (query, key, value))
+    of_short = _in_matrices(q, k, v, short, scaling, window, dropout)
+    return torch.cat([of_short, attend_by_kernel(q_long, k_long, v_long, long, scaling, window, dropout)])
+
+
+def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
+    return value.is_cuda and value.dtype in _SIXTEEN_BITS and not dropout and bias is None
+
+
+def _with_bounds(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float, window: int | None
+) -> torch.Tensor:
+    reach = -1 if window is None else window - 1
+    bounds, longest = layout.cu_seq_lens, layout.max_length
+    output: torch.Tensor = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(reach, reach)
+    )
+    return output
+
+
+@functools.cache
+def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why torch's attention for rows of texts is not used on this device; None where it is.
+
+    Tried on a few texts: torch's kernels ask for certain GPUs and widths, and one that overlooked the bounds would
+    train on nonsense without an error. Values and gradients must be those of `GroupedAttention`."""
+    try:
+        for window in (None, 4):
+            found, expected = (
+                _trial(attention, device, dtype, head_width, window) for attention in (_with_bounds, _in_matrices)
+            )
+            for name, left, right in zip(("output", "query", "key", "value"), found, expected, strict=True):
+                error = float((left - right).abs().max() / right.abs().max())
+                if not error <= MAX_TRIAL_ERROR:
+                    raise ArithmeticError(f"its {name} is off by {error:.0%}")
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        why = first_line(error)
+        logger.warning("attention: torch's own for rows of texts is not used on %s (%s), but a slower one", device, why)
+        return why
+    return None
+
+
+def _trial(
+    way: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, head_width: int, window: int | None
+) -> list[torch.Tensor]:
+    """What an attention gives for some texts, then the gradients of query, key and value; in fp32."""
+    lengths = (1, 2, 7, 7, 30)
+    draw = torch.Generator().manual_seed(0)
+    shape = (sum(lengths), 2, head_width)
+    # The first evaluation, where this may be called first, is in inference mode. The first step of a resumed run may be
+    # within a layer that is computed again later: what is saved here must not be counted there.
+    own = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    with own, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        drawn = [torch.randn(shape, generator=draw).to(device, dtype) for _ in range(4)]
+        rows = [row.requires_grad_() for row in drawn[:3]]
+        output = way(*rows, Layout(lengths, device), head_width**-0.5, window)
+        return [x.detach().float() for x in (output, *torch.autograd.grad(output, rows, drawn[3]))]
+
+
+def _in_matrices(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    window: int | None,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    found: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
+    return found
+
+
+def _attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it: query, key and value of shape (1, num_heads, num_tokens, head_width)."""
+    if layout is None:
+        arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
+        padded: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
+        return padded, None
+    # squeeze, not [0]: its backward pass is a view, that of an index is a copy among zeros.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, layout, scale, dropout, sliding_window)[None], None
+
+
+def _mask_function(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """None for a row of texts, which comes without a mask: a matrix over all of its tokens would be huge."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, _attention_function)
+AttentionMaskInterface.register(PACKED_ATTENTION, _mask_function)

@@ -1,0 +1,215 @@
+"""A model that takes rows of many texts, and all columns of a batch in one forward pass.
+
+sentence-transformers 6.2 has a format for texts without padding, made for flash attention: `cu_seq_lens_q` among the
+features bounds the texts of one row. Its tokenization, pooling, mini-batches and losses know it. Packing is that
+format, with an attention that needs no flash attention, and with all columns in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from types import MethodType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import pad
+from transformers import DataCollatorWithFlattening
+
+from tercet.model import grouped_attention
+from tercet.model.dropout import use_fast_cpu_dropout
+from tercet.model.grouped_attention import Layout
+from tercet.model.loss import Features, loss_of
+from tercet.model.packed_attention import PACKED_ATTENTION, attend
+from tercet.planning import packing
+from tercet.planning.packing import Facts, Packing
+
+# What a model's own forward pass gets beside the names in its signature.
+ROW_KEYS = {"position_ids", "layout"}
+
+
+class Forward(NamedTuple):
+    """How a model's texts share a forward pass, and why."""
+
+    packing: Packing
+    reason: str
+    is_cached: bool = False
+    drops_prompts: bool = False
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all columns are embedded by tercet before the loss is called, which otherwise calls the model."""
+        return self.packing != "plain" and not self.is_cached
+
+    def loss(self, loss: Any, model: Any, columns: list[Features], labels: torch.Tensor | None = None) -> Any:
+        """What `loss` says of the columns of a batch, embedded by `model`, which may be wrapped."""
+        assert self.is_together
+        return loss_of(loss, columns, self.embed(model, columns), labels)
+
+    def embed(self, model: Any, columns: list[Features]) -> list[torch.Tensor]:
+        """The embeddings of each column's texts, in as few passes of the model as there can be."""
+        if self.packing == "packed":
+            embeddings = model(one_row(columns, self.drops_prompts))["sentence_embedding"]
+            return list(embeddings.split([len(features["cu_seq_lens_q"]) - 1 for features in columns]))
+        parts, order = _padded_chunks(columns)
+        embeddings = torch.cat([model(part)["sentence_embedding"] for part in parts])
+        return list(embeddings[order.argsort()].split([len(features["input_ids"]) for features in columns]))
+
+
+def prepare(
+    model: SentenceTransformer,
+    wanted: Literal["auto"] | Packing,
+    is_cached: bool = False,
+    guide: SentenceTransformer | None = None,
+) -> Forward:
+    """Decide how `model` runs, and make it take rows where it is to.
+
+    is_cached: the loss calls the model for each of its own mini-batches, which are packed each for itself. guide:
+    another model that the loss gives the same features to."""
+    facts = _facts(model, is_cached)
+    if guide is not None:
+        facts = facts._replace(guide_obstacle=packing.obstacle(_facts(guide, is_cached)))
+    chosen, reason = packing.choose(wanted, facts)
+    if chosen == "packed":
+        take_rows(model)
+        if guide is not None:
+            take_rows(guide)
+    return Forward(chosen, reason, is_cached, facts.drops_prompts)
+
+
+def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
+    transformer = model[0]
+    encoder = getattr(transformer, "model", None)
+    pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
+    modes: str | Sequence[str] = () if pooling is None else pooling.pooling_mode
+    config = getattr(encoder, "config", None)
+    return Facts(
+        model_type=getattr(config, "model_type", None),
+        own_code=encoder is not None and not type(encoder).__module__.startswith("transformers.models."),
+        pooling=(modes,) if isinstance(modes, str) else tuple(modes),
+        is_cached=is_cached,
+        drops_prompts=pooling is not None and not pooling.include_prompt,
+        pads_left=getattr(model.tokenizer, "padding_side", "right") == "left",
+        other_modules=packing.other_modules(type(module).__name__ for module in model),
+        is_decoder=bool(getattr(config, "is_decoder", False)),
+    )
+
+
+def take_rows(model: SentenceTransformer) -> None:
+    """From now on the model tokenizes into rows and runs on them, in `encode` too. Padded features still work.
+
+    Does what `Transformer._can_flatten_inputs` of sentence-transformers 6.2 does where flash attention is installed.
+    Nothing of it is saved with the model."""
+    transformer = model[0]
+    encoder = transformer.model
+    if encoder.config.model_type == "mpnet":  # has attention code of its own
+        for layer in encoder.encoder.layer:
+            layer.attention.attn.forward = MethodType(_mpnet_attention, layer.attention.attn)
+        encoder.forward = MethodType(_mpnet_forward, encoder)
+    else:
+        encoder.set_attn_implementation(PACKED_ATTENTION)
+    use_fast_cpu_dropout(encoder)
+    transformer.data_collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    transformer._flatten_position_offset = transformer._infer_flatten_position_offset()
+    if transformer.model_forward_params is not None:
+        transformer.model_forward_params |= ROW_KEYS
+    transformer.can_flatten_inputs = True
+    # A method, not a function with the module in it: a copy of the model gets one of its own.
+    transformer.forward = MethodType(_forward_row, transformer)
+
+
+def one_row(columns: list[Features], drops_prompts: bool) -> Features:
+    """The texts of all columns one after the other, as the features of one."""
+    counts = [len(features["cu_seq_lens_q"]) - 1 for features in columns]
+    bounds = torch.cat([features["cu_seq_lens_q"].diff() for features in columns]).cumsum(0)
+    bounds = pad(bounds, (1, 0)).to(torch.int32)
+    row: Features = {
+        "input_ids": torch.cat([features["input_ids"] for features in columns], dim=1),
+        "cu_seq_lens_q": bounds,
+        "modality": columns[0]["modality"],
+    }
+    prompts = [int(features.get("prompt_length", 0)) for features in columns]
+    if drops_prompts and any(prompts):  # Pooling knows one length for all
+        row["prompt_lengths"] = [length for length, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    return row
+
+
+def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
+    """Around `Transformer.forward`: sorts the texts of a row by length, and puts the results back in their places."""
+    forward = type(self).forward
+    if "cu_seq_lens_q" not in features:
+        padded: Features = forward(self, features, **kwargs)
+        return padded
+    bounds: list[int] = features["cu_seq_lens_q"].tolist()
+    device = features["input_ids"].device
+    order = sorted(range(len(bounds) - 1), key=lambda text: bounds[text + 1] - bounds[text])
+    lengths = [bounds[text + 1] - bounds[text] for text in order]
+    place = torch.cat([torch.arange(bounds[text], bounds[text + 1]) for text in order]).to(device)
+    layout, offset = Layout([length for length in lengths if length], device), self._flatten_position_offset
+    row = {
+        "input_ids": features["input_ids"][:, place],
+        # Not those of the features: a guide may count from another number than the model that they were made for.
+        "position_ids": (torch.cat([torch.arange(length) for length in lengths]) + offset)[None].to(device),
+        "layout": layout,
+        "modality": features["modality"],
+    }
+    back = torch.empty_like(place)
+    back[place] = torch.arange(len(place), device=device)
+    result = {key: value for key, value in features.items() if key != "prompt_lengths"}
+    if "prompt_lengths" in features:
+        back, result["cu_seq_lens_q"] = _without_prompts(back, bounds, features["prompt_lengths"])
+    result["token_embeddings"] = forward(self, row, **kwargs)["token_embeddings"].index_select(1, back)
+    return result
+
+
+def _without_prompts(place: torch.Tensor, bounds: list[int], prompts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of the tokens to pool, and the bounds of what is left of each text. A text that is all prompt, because
+    it was cut, is left whole."""
+    texts = zip(pairwise(bounds), prompts, strict=True)
+    starts = [start + (prompt if stop - start > prompt else 0) for (start, stop), prompt in texts]
+    kept = torch.cat([place[start:stop] for start, stop in zip(starts, bounds[1:], strict=True)])
+    lengths = torch.tensor([0, *(stop - start for start, stop in zip(starts, bounds[1:], strict=True))])
+    return kept, lengths.cumsum(0).to(place.device, torch.int32)
+
+
+def _padded_chunks(columns: list[Features]) -> tuple[list[Features], torch.Tensor]:
+    """The rows of all columns, shortest first, in chunks cut to their longest; and which row comes where."""
+    widest = max(features["input_ids"].shape[1] for features in columns)
+    names = [name for name, value in columns[0].items() if isinstance(value, torch.Tensor) and value.ndim == 2]
+    merged = {
+        name: torch.cat([pad(features[name], (0, widest - features[name].shape[1])) for features in columns])
+        for name in names
+    }
+    lengths, order = merged["attention_mask"].sum(dim=1).sort(stable=True)
+    parts = []
+    for start, stop, width in grouped_attention.chunks(lengths.tolist()):
+        rows = order[start:stop]
+        part: Features = {name: value[rows, :width] for name, value in merged.items()}
+        parts.append({**part, "modality": columns[0].get("modality", "text")})
+    return parts, order
+
+
+def _mpnet_forward(self: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+    """Around `MPNetModel.forward` of transformers 5.23, which makes a matrix over all tokens of the row."""
+    if layout is None:
+        return type(self).forward(self, **kwargs)
+    hidden = self.embeddings(input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"])
+    bias = self.encoder.compute_position_bias(hidden.new_empty(1, layout.max_length))[0]
+    for layer in self.encoder.layer:
+        (hidden,) = layer(hidden, layout, bias)
+    return {"last_hidden_state": hidden}
+
+
+def _mpnet_attention(
+    self: Any, hidden_states: torch.Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any
+) -> Any:
+    """Around `MPNetSelfAttention.forward`: a layout comes in the place of the mask."""
+    if not isinstance(attention_mask, Layout):
+        return type(self).forward(self, hidden_states, attention_mask, position_bias, **kwargs)
+    width = self.attention_head_size
+    hidden = hidden_states.squeeze(0)
+    query, key, value = (linear(hidden).unflatten(-1, (-1, width)) for linear in (self.q, self.k, self.v))
+    dropout = self.dropout.p if self.training else 0.0
+    output = attend(query, key, value, attention_mask, width**-0.5, dropout, bias=position_bias)
+    return (self.o(output.flatten(1))[None],)

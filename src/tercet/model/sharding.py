@@ -1,0 +1,208 @@
+"""How the model lies on the ranks: set up before it is loaded, checked once it is wrapped, gathered to be saved.
+
+The libraries fail here without an error (sentence-transformers 6.2, accelerate 1.15): on CPU, FSDP falls back to DDP,
+and a sharded model is saved with empty tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule
+
+from tercet.config.sections import Parallelism
+from tercet.errors import ConfigError, CorruptObject, TrainingError
+from tercet.planning import parallelism as settings
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """A model made in here is whole, also where transformers would cut it up for ZeRO-3 as it is loaded."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of an encoder: the modules of each outermost ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    nested = {id(module) for outer in lists for module in outer.modules() if module is not outer}
+    return [
+        layer for outer in lists if id(outer) not in nested for layer in outer if any(True for _ in layer.parameters())
+    ]
+
+
+def unit_classes(model: torch.nn.Module) -> list[str]:
+    """Names of the classes that FSDP2 is to gather one at a time: layers, and what holds the embeddings.
+
+    accelerate 1.15 asks the model for `_no_split_modules`. That is empty in sentence-transformers 6.2: the whole model
+    would be gathered at once, without a word."""
+    units = layers(model)
+    encoder = getattr(model, "transformers_model", None)
+    if encoder is not None:
+        table = encoder.get_input_embeddings()
+        holder = next(module for module in encoder.modules() if any(child is table for child in module.children()))
+        num_uses = sum(p is table.weight for _, p in model.named_parameters(remove_duplicate=False))
+        if not layers(holder):
+            units.append(holder)
+        elif num_uses == 1:  # a tied table cannot be in two units
+            units.append(table)
+    return sorted({type(unit).__name__ for unit in units})
+
+
+def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: int) -> None:
+    """Raises TrainingError unless the wrapped model is what the plan says."""
+    found = _parallelism_of(model)
+    # One rank by itself is not wrapped; under torchrun or Ray it is.
+    lone = world_size == 1 and parallelism == "ddp" and found == "a lone model"
+    if found == "DataParallel":
+        raise TrainingError(
+            "one process would train on several GPUs, which no plan asks for",
+            hint="start a process for each of them with torchrun, or name one in CUDA_VISIBLE_DEVICES",
+        )
+    if found != parallelism and not lone:
+        raise TrainingError(
+            f"the plan says parallelism {parallelism} on {world_size} workers, but the model is trained as {found}",
+            hint="this is a fault of tercet or of the installed accelerate; another workers.parallelism is the way out",
+        )
+    if parallelism == "fsdp2" and any(not isinstance(layer, FSDPModule) for layer in layers(model)):
+        raise TrainingError(
+            "fsdp2 would gather the whole model at once: its layers are not wrapped one by one",
+            hint="this is a fault of tercet or of the installed accelerate; take zero3, which gathers layer by layer",
+        )
+    if settings.shards_weights(parallelism):
+        for name, parameter in model.named_parameters():
+            num_elements, num_local = _sizes(parameter)
+            # Whole rows of the first dimension are dealt out (FSDP2), or equal parts that are filled up (ZeRO-3).
+            limit = -(-num_elements // world_size)
+            if isinstance(parameter, dist.tensor.DTensor):
+                limit = -(-parameter.shape[0] // world_size) * parameter[0:1].numel()
+            if num_local > limit:
+                raise TrainingError(
+                    f"{name} is not sharded by {parallelism}: this rank holds {num_local} of {num_elements} elements",
+                    hint="this is a fault of tercet or of the installed libraries",
+                )
+
+
+def check_recomputes(model: torch.nn.Module) -> None:
+    """Raises ConfigError for a model that does no gradient checkpointing: sentence-transformers 6.2 skips modules that
+    do not support it, all of them if need be."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ConfigError(
+            "training.gradient_checkpointing: nothing in this model does it, so no memory would be saved",
+            hint="leave it away; training.gradient_accumulation_steps lowers the memory of activations too",
+        )
+
+
+def _parallelism_of(model: torch.nn.Module) -> str:
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return "ddp"
+    if isinstance(model, FSDPModule):
+        return "fsdp2"
+    if type(model).__name__ == "DeepSpeedEngine":
+        offloads = model.zero_offload_optimizer() is not None and model.zero_cpu_offload()
+        return f"zero{int(model.zero_optimization_stage())}" + ("_offload" if offloads else "")
+    return "DataParallel" if isinstance(model, torch.nn.DataParallel) else "a lone model"
+
+
+def _sizes(parameter: Any) -> tuple[int, int]:
+    """Elements of a parameter, and those that lie on this rank."""
+    if hasattr(parameter, "ds_id"):
+        return parameter.ds_numel, parameter.ds_tensor.ds_numel
+    if isinstance(parameter, dist.tensor.DTensor):
+        return parameter.numel(), parameter.to_local().numel()
+    return parameter.numel(), parameter.numel()
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """FSDP2 leaves the root's parameters gathered after an evaluation, and in 16 bits where it trains in them; put them
+    back to what each rank holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local_values(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter; no communication."""
+    if hasattr(parameter, "ds_id"):
+        tensor: torch.Tensor = parameter.ds_tensor.detach()
+        return tensor
+    if isinstance(parameter, dist.tensor.DTensor):
+        return parameter.detach().to_local()
+    return parameter.detach()
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The whole weights and buffers on rank 0's CPU, None on the others. A collective where weights are sharded: every
+    rank must call it. One parameter at a time is gathered, so no device needs room for the model. In fp32, whatever the
+    precision of the training: an optimizer's step is often too small for 16 bits."""
+    reshard(model)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    gathered: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value = _whole(parameter)
+        if rank == 0:
+            gathered[name] = value.detach().cpu().clone()
+    if rank != 0:
+        return None
+    gathered.update({name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()})
+    return gathered
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):
+        # Not by `GatheredParameters`: under autocast DeepSpeed 0.19 gathers in 16 bits, and saved weights were rounded.
+        own = parameter.ds_tensor.detach().to(parameter.device)
+        parts = own.new_empty(own.numel() * parameter.ds_zero_partition_world_size)
+        dist.all_gather_into_tensor(parts, own, group=parameter.ds_process_group)
+        return parts[: parameter.ds_numel].view(parameter.ds_shape)
+    if isinstance(parameter, dist.tensor.DTensor):
+        return parameter.detach().full_tensor()
+    return parameter.detach()
+
+
+def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put gathered weights into a whole model of the same architecture.
+
+    Raises CorruptObject when a parameter was not gathered, or not with its shape."""
+    for name, parameter in model.named_parameters():
+        found = weights.get(name)
+        if found is None or found.shape != parameter.shape:
+            shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise CorruptObject(
+                f"{name} is {shape} among the gathered weights, and should be of shape {tuple(parameter.shape)}",
+                hint="the model would be saved incomplete: this is a fault of tercet or of the installed libraries",
+            )
+        parameter.data.copy_(found)
+    buffers = dict(model.named_buffers())
+    for name, value in weights.items():
+        if name in buffers:
+            buffers[name].copy_(value)
+
+
+def check_saved(folder: Path, model: torch.nn.Module) -> None:
+    """Raises CorruptObject unless the safetensors files below `folder` hold every parameter of `model`, with its shape.
+    Reads their headers alone."""
+    saved: Counter[tuple[int, ...]] = Counter()
+    for path in folder.rglob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved.update(tuple(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a dict
+    missing = Counter(tuple(parameter.shape) for parameter in model.parameters()) - saved
+    if missing or any(0 in shape for shape in saved):
+        raise CorruptObject(
+            f"{folder}: the saved model is not complete: {sum(missing.values())} tensors are missing "
+            f"and {sum(count for shape, count in saved.items() if 0 in shape)} are empty",
+            hint="this is a fault of tercet or of the installed libraries; the checkpoint is not committed",
+        )

@@ -1,0 +1,155 @@
+"""A published version as one ONNX file, from tokens to embedding, which counts only once it was measured again.
+
+    models/<name>/onnx/<number>/model.onnx, tokenizer.json
+    models/<name>/onnx/<number>/EXPORTED        written last: sha256 of both, and the metrics of both models
+
+sentence-transformers exports through optimum, which needs transformers below 4.58; torch's own exporter does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tercet.artifacts.champion import model_prefix
+from tercet.artifacts.checkpoint import FileRecord, upload_files
+from tercet.artifacts.registry import Version
+from tercet.errors import ConfigError, CorruptObject
+from tercet.evaluation.evaluate import evaluate
+from tercet.planning.rows import load_splits
+from tercet.planning.survey import read_plan
+from tercet.storage import Storage
+from tercet.storage.documents import seal
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MAX_CHANGE = 1e-3  # of any metric: a tenth of a point, where fp32 in another order gives 1e-6
+OUTPUT = "sentence_embedding"
+EXAMPLES = ("a text", "another text, which is longer")
+
+
+class Exported(BaseModel):
+    """The document that makes an export count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: int
+    inputs: tuple[str, ...]
+    """Each of shape (batch, tokens), int64."""
+    files: dict[str, FileRecord]
+    metrics: dict[str, float]
+    """Of the exported model on the test split."""
+    metrics_before: dict[str, float]
+    """Of the model that was exported."""
+
+
+def export(storage: Storage, version: Version, model_dir: Path, work_dir: Path) -> str:
+    """Export, measure both on the test split of the version's run, and upload; the folder's URI.
+
+    Raises ConfigError where onnx, onnxscript or onnxruntime are not installed, CorruptObject where a metric differs."""
+    plan = read_plan(storage, version.lineage.run_id)
+    model, path = _load(model_dir), work_dir / "model.onnx"
+    work_dir.mkdir(parents=True)
+    inputs = _write(model, path)
+    splits, batch_size = load_splits(plan, storage), plan.config.evaluation.batch_size
+    before = evaluate(model, splits, "test", batch_size)
+    with _running(model, path, inputs):
+        after = evaluate(model, splits, "test", batch_size)
+    if wrong := [name for name, value in before.items() if abs(after[name] - value) > MAX_CHANGE]:
+        changes = ", ".join(f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in wrong)
+        raise CorruptObject(
+            f"version {version.number} as ONNX is another model: {changes}", hint="it was not published"
+        )
+    model.tokenizer.backend_tokenizer.save(str(work_dir / "tokenizer.json"))
+    folder = f"{model_prefix(version.name)}/onnx/{version.number:08d}"
+    files = upload_files(storage, work_dir, folder)
+    exported = Exported(version=version.number, inputs=inputs, files=files, metrics=after, metrics_before=before)
+    storage.put(f"{folder}/EXPORTED", seal(exported))
+    return storage.uri_of(folder)
+
+
+def _load(model_dir: Path) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    # With `eager` the exporter sees plain products of matrices.
+    options = {"attn_implementation": "eager", "dtype": "float32"}
+    return SentenceTransformer(str(model_dir), device="cpu", model_kwargs=options).eval()
+
+
+def _write(model: SentenceTransformer, path: Path) -> tuple[str, ...]:
+    """The names of the inputs."""
+    import torch
+
+    features = model.preprocess(list(EXAMPLES))
+    inputs = tuple(name for name, value in features.items() if isinstance(value, torch.Tensor))
+    rest = {name: value for name, value in features.items() if name not in inputs}
+
+    class Embeds(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.model({**rest, **dict(zip(inputs, tensors, strict=True))})[OUTPUT]
+            return found
+
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    shapes = ({0: batch, 1: tokens},) * len(inputs)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                Embeds().eval(),
+                tuple(features[name] for name in inputs),
+                dynamo=True,
+                dynamic_shapes=(shapes,),
+                input_names=list(inputs),
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except ImportError:  # torch's own error names the package that is missing
+        raise _not_installed() from None
+    program.save(str(path))
+    return inputs
+
+
+@contextlib.contextmanager
+def _running(model: SentenceTransformer, path: Path, inputs: tuple[str, ...]) -> Iterator[None]:
+    """Within, the model computes what the file says."""
+    import torch
+
+    try:
+        import onnxruntime
+    except ImportError:
+        raise _not_installed() from None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        [found] = session.run([OUTPUT], {name: features[name].numpy() for name in inputs})
+        return {**features, OUTPUT: torch.from_numpy(found)}
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _not_installed() -> ConfigError:
+    return ConfigError("nightly.publish.onnx needs ONNX", hint="pip install 'tercet[onnx]'")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress, and warns of what it does itself."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,153 @@
+"""The life of a run: config → survey storage → plan → workers → evaluation → publish → report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections import Counter
+from typing import Any
+
+from tercet.artifacts import journal
+from tercet.artifacts.best import best_whole, publish_best
+from tercet.artifacts.checkpoint import Commit, read_commits
+from tercet.artifacts.journal import Events
+from tercet.artifacts.layout import evaluation_key, plan_key, training_key
+from tercet.artifacts.lease import read_attempts
+from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
+from tercet.cluster import session, train
+from tercet.config.recipe import NON_EXPERIMENT_SECTIONS, Config, as_yaml
+from tercet.errors import LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.pipeline.model_card import model_card
+from tercet.planning.plan import TrainPlan
+from tercet.planning.survey import check_same_experiment, read_report, survey
+from tercet.storage import Storage
+from tercet.storage.base import retries as storage_retries
+from tercet.storage.documents import as_json, seal
+
+logger = logging.getLogger("tercet")
+
+
+def run(config: Config, run_id: str | None = None) -> RunReport:
+    """Train, evaluate and publish; or return the result, if this run finished before; or go on where it stopped.
+
+    Raises what ended it, after a report of the failure is written."""
+    storage, plan = survey(config, run_id)
+    check_same_experiment(storage, plan)
+    if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
+        return finished
+    storage.put(plan_key(plan.run_id), seal(plan))
+    events = Events(storage, plan.run_id)
+    try:
+        with events.timed("start"):
+            session.start_ray(plan.config.workers)
+            plan = plan.model_copy(update={"config": session.with_devices(plan.config)})
+        with events.timed("train"):
+            if not storage.exists(training_key(plan.run_id)):  # written last by the workers
+                train.train(plan)
+        with events.timed("test"):
+            best = _best(storage, plan, events)
+            test = train.evaluate_test(plan, best)
+        with events.timed("publish"):
+            metrics = _metrics(_evaluations(storage, plan), best.step, test)
+            log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
+            # Where it was stored and on what it ran is not a reader's business: a card may become public.
+            public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
+            publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
+            storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
+        report = _report(storage, plan, events, metrics=metrics)
+    except BaseException as error:
+        with contextlib.suppress(StorageError):  # storage may be what failed
+            _write(storage, _report(storage, plan, events, error=error), [], plan)
+            events.add("run failed", error=str(error) or type(error).__name__)
+        raise
+    _write(storage, report, log_history, plan)
+    events.add("run finished")
+    return report
+
+
+def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
+    """The best checkpoint that is whole. That it is not the one with the best evaluation is told."""
+    best = best_whole(storage, read_commits(storage, plan.run_id), plan.metric)
+    if best is None:
+        raise TrainingError(
+            "the training ended without a whole checkpoint that was evaluated",
+            hint="look at the workers' logs; another --run-id trains anew",
+        )
+    evaluated = max(_evaluations(storage, plan)[1:], key=lambda evaluation: evaluation[plan.metric])
+    if best.step != evaluated["step"]:
+        message = f"the best checkpoint, of step {evaluated['step']}, is lost; that of step {best.step} is taken"
+        logger.error("%s", message)
+        journal.report_incident(storage, plan.run_id, f"best-{evaluated['step']}", "best_checkpoint_lost", message)
+        events.add("best checkpoint lost", step=evaluated["step"], taken_step=best.step)
+    return best
+
+
+def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:
+    return [json.loads(storage.read(evaluation_key(plan.run_id, step))) for step in plan.evaluation_steps]
+
+
+def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
+    """Raises LearnedNothing when no evaluation differs from the baseline in any digit."""
+
+    def values(entry: dict[str, float]) -> Metrics:
+        return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
+
+    if all(values(entry) == values(evaluations[0]) for entry in evaluations[1:]):
+        raise LearnedNothing(
+            f"all {len(evaluations)} evaluations are equal in every digit: nothing was learned",
+            hint="is the model frozen, or the learning rate 0? This run is over: another --run-id trains anew",
+        )
+    return RunMetrics(
+        baseline_eval=values(evaluations[0]),
+        baseline_test=test["baseline"],
+        evaluations=tuple(evaluations),
+        best_step=best_step,
+        best_eval=values(next(entry for entry in evaluations if entry["step"] == best_step)),
+        best_test=test["best"],
+    )
+
+
+def _report(
+    storage: Storage,
+    plan: TrainPlan,
+    events: Events,
+    metrics: RunMetrics | None = None,
+    error: BaseException | None = None,
+) -> RunReport:
+    attempts = read_attempts(storage, plan.run_id)
+    return RunReport(
+        run_id=plan.run_id,
+        status="finished" if error is None else "failed",
+        failed_stage=None if error is None else events.stage,
+        error=None if error is None else str(error) or type(error).__name__,
+        name=plan.config.name,
+        dataset=plan.config.dataset.name,
+        dataset_version=plan.dataset_version,
+        mix=plan.shares,
+        num_rows=plan.num_rows,
+        num_workers=attempts[-1].world_size if attempts else plan.config.workers.num_workers,
+        num_attempts=max(len(attempts), 1),
+        incidents=_incidents(storage, plan.run_id),
+        metric=plan.metric,
+        num_steps=plan.num_steps,
+        metrics=metrics,
+        seconds={stage: round(seconds, 2) for stage, seconds in events.seconds.items()},
+        run_uri=storage.uri_of(f"runs/{plan.run_id}"),
+        best_uri=None if metrics is None else storage.uri_of(f"runs/{plan.run_id}/best"),
+    )
+
+
+def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
+    """By kind. Of storage's, those of rank 0 in the last attempt, and of this process."""
+    found = journal.counts(storage, run_id)
+    retries = Counter(storage_retries)
+    with contextlib.suppress(ObjectNotFound):
+        retries.update(json.loads(storage.read(training_key(run_id)))["storage_retries"])
+    return {**found, **({"storage_retried": retries.total()} if retries else {})}
+
+
+def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:
+    page = html(report, log_history, as_yaml(plan.config))
+    storage.put(f"runs/{plan.run_id}/report.html", page.encode())
+    storage.put(f"runs/{plan.run_id}/report.json", as_json(report))

@@ -1,0 +1,171 @@
+"""A plan's parallelism in DeepSpeed's and FSDP2's words."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from typing import Any
+
+from pydantic import ValidationError
+
+from tercet.config.recipe import Config
+from tercet.config.sections import Parallelism
+from tercet.planning.estimates import BUCKET_ELEMENTS
+from tercet.planning.parallelism import ZERO_STAGES, is_zero
+
+_OWN = "what tercet itself relies on"
+
+# Of the recipe alone. A dotted name also covers what lies below it.
+DERIVED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.global_batch_size and workers.num_workers",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "gradient_clipping": "training.max_grad_norm",
+    "zero_optimization.stage": "workers.parallelism",
+    "zero_optimization.offload_optimizer.device": "workers.parallelism",
+    "zero_optimization.offload_param.device": "workers.parallelism",
+    "zero_optimization.cpu_offload": "workers.parallelism",
+    "zero_optimization.cpu_offload_param": "workers.parallelism",
+    "bf16": "training.precision",
+    "bfloat16": "training.precision",
+    "fp16": "training.precision",
+    "torch_autocast.enabled": "training.precision",
+    "torch_autocast.dtype": "training.precision",
+    "data_types.param_dtype": "training.precision",
+    "optimizer": "training.learning_rate and training.weight_decay",
+    "scheduler": "training.lr_scheduler",
+    "zero_allow_untested_optimizer": _OWN,
+    "zero_force_ds_cpu_optimizer": _OWN,
+    "managed_gradient_accumulation": _OWN,
+    "gradient_allreduce_op": _OWN,
+}
+
+# What else DeepSpeed 0.19 reads at the top level and a run may set.
+FREE = {
+    *("zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "aio", "compile", "checkpoint"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_python_gc", "log_level"),
+    *("steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers"),
+    *("comms_logger", "tensorboard", "wandb", "comet", "csv_monitor"),
+}
+
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_and_micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. There is no `optimizer` in it: DeepSpeed's own would leave out the parameters of the
+    loss, and is compiled on first use on every node. torch's fused AdamW steps on a CPU as well."""
+    training, workers = config.training, config.workers
+    on_gpu = workers.use_gpu is True
+    zero: dict[str, Any] = {
+        "stage": ZERO_STAGES[parallelism],
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,
+        "reduce_bucket_size": BUCKET_ELEMENTS,  # allocated whole: DeepSpeed's default would take 1.9 GiB
+    }
+    if parallelism in ("zero3", "zero3_offload"):
+        # By default DeepSpeed 0.19 releases no gathered weight of a model below about 500 million parameters.
+        zero["stage3_max_live_parameters"] = BUCKET_ELEMENTS
+        zero["stage3_max_reuse_distance"] = 0
+        zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+    if parallelism == "zero3_offload":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    settings: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": rows_per_rank_and_micro_batch,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if training.precision in _AUTOCAST:
+        # fp32 weights and autocast, as in the other modes; DeepSpeed's `bf16` would train and save bf16 weights.
+        settings["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[training.precision]}
+    return _laid_over(settings, workers.deepspeed)
+
+
+def fsdp_settings() -> dict[str, Any]:
+    """transformers' `fsdp_config`. The state goes to storage by tercet's own hand, in one format for all modes.
+
+    Nothing of activation checkpointing: transformers does it, as in the other modes. accelerate 1.15 would do it
+    without `preserve_rng_state`: dropout would differ between the two forward passes, and gradients would be wrong."""
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+
+
+def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:
+    """Variables that DeepSpeed reads when it is imported."""
+    if not is_zero(parallelism):
+        return {}
+    return {"DS_ACCELERATOR": "cpu" if use_cpu else "cuda", "DS_IGNORE_CUDA_DETECTION": "1"}
+
+
+def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with `workers.deepspeed`: pairs of problem and hint. Imports DeepSpeed for its own check of the
+    ZeRO settings, and only when there are some."""
+    problems = [
+        (
+            f"workers.deepspeed: `{name}` follows from {source} and cannot be set here",
+            "leave it away" if source == _OWN else f"change {source} instead",
+        )
+        for name, source in DERIVED.items()
+        if _has(overrides, name)
+    ]
+    known = FREE | {name for name in DERIVED if "." not in name}
+    problems += [_unknown(name, known) for name in overrides if name not in known]
+    zero = overrides.get("zero_optimization", {})
+    return problems + (_zero_problems(zero) if isinstance(zero, dict) and zero else [])
+
+
+def _zero_problems(zero: dict[str, Any]) -> list[tuple[str, str]]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    problems = [_unknown(f"zero_optimization.{name}", known) for name in zero if name not in known]
+    try:
+        DeepSpeedZeroConfig(
+            **{name: value for name, value in zero.items() if f"zero_optimization.{name}" not in DERIVED}
+        )
+    except ValidationError as error:
+        for item in error.errors():
+            dotted = ".".join(["zero_optimization", *map(str, item["loc"])])
+            if item["loc"] and item["loc"][0] in known:  # the others were found above, with a guess
+                problem = f"workers.deepspeed: DeepSpeed refuses `{dotted}`={item['input']!r}: {item['msg']}"
+                problems.append((problem, "see DeepSpeed's list of settings"))
+    return problems
+
+
+def _unknown(dotted: str, known: set[str]) -> tuple[str, str]:
+    section, dot, name = dotted.rpartition(".")
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    guess = f"did you mean `{section}{dot}{close[0]}`?" if close else "see DeepSpeed's list of settings"
+    return f"workers.deepspeed: `{dotted}` is unknown to DeepSpeed, or of no use here", guess
+
+
+def _has(settings: dict[str, Any], dotted: str) -> bool:
+    """Whether a setting is given, or replaced together with the section that it is in (`section: null`)."""
+    value: Any = settings
+    for part in dotted.split("."):
+        if not isinstance(value, dict):
+            return True
+        if part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _laid_over(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(settings)
+    for name, value in overrides.items():
+        below = merged.get(name)
+        merged[name] = _laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,13 @@
+"""What one rank does. No Ray.
+
+- `arguments`: the plan in the words of transformers, and the choice of precision
+- `ledger`: which rows each step consumed, and the proof of it
+- `prefetch`: prepares the next batch while a step runs
+- `embedding_gradient`: the gradient of the word embeddings, row by row
+- `optimizer_state`: the optimizer state in storage: one format for every parallelism
+- `deepspeed_engine`: where tercet reaches into the engine of DeepSpeed
+- `guards`: end a run that cannot end well: NaN, no learning, ranks that differ or hang
+- `callbacks`: evaluations, checkpoints, progress, preemption
+- `trainer`: SentenceTransformerTrainer with tercet order and checkpoints
+- `worker`: one rank, from the plan to the last commit
+"""

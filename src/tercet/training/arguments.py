@@ -1,0 +1,162 @@
+"""The plan in transformers' words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tercet.config.sections import role_of
+from tercet.errors import AlreadyExists, PlanError
+from tercet.planning.engine_settings import deepspeed_settings, fsdp_settings
+from tercet.planning.parallelism import is_zero
+from tercet.planning.plan import TrainPlan
+from tercet.storage import Storage
+from tercet.storage.documents import seal, unseal
+
+
+def use_cpu(plan: TrainPlan) -> bool:
+    """Whether this process trains on its CPU."""
+    import torch
+
+    return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
+
+
+def gathers(plan: TrainPlan) -> bool:
+    """Whether the trained model cannot be written as it is: sharded, or with an adapter to merge. ZeRO-1 and 2 lay all
+    weights into one flat tensor, which safetensors refuses to write in parts."""
+    return plan.parallelism != "ddp" or plan.config.model.lora is not None
+
+
+def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
+    """The prompts for training: those that the model uses to encode queries and documents."""
+    found = {column: prompts.get(role_of(column)) or "" for column in columns}
+    return {column: prompt for column, prompt in found.items() if prompt} or None
+
+
+def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
+    """The plan in the words of transformers' TrainingArguments. Raises PlanError for a precision that is a GPU's where
+    this process has none."""
+    training, on_cpu = plan.config.training, use_cpu(plan)
+    if on_cpu and training.precision in ("tf32", "fp16"):
+        raise PlanError(f"training.precision={training.precision} needs a GPU, and none is here", "choose fp32 or bf16")
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
+        "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "num_train_epochs": training.num_epochs,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler,
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "use_cpu": on_cpu,
+        # accelerate takes a backend as the promise of a process group, which a lone process has not.
+        "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
+        # The pooler, which nothing uses, is frozen. A model's own code may have more; looking for it costs time.
+        "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
+        "dataloader_pin_memory": not on_cpu,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_strategy": "steps",
+        "logging_steps": training.log_every_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide them from guards.py
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if training.precision == "tf32":
+        arguments["tf32"] = True
+    if is_zero(plan.parallelism):  # autocast is among DeepSpeed's settings
+        arguments["deepspeed"] = deepspeed_settings(plan.config, plan.parallelism, plan.rows_per_rank_and_micro_batch)
+    elif training.precision in ("bf16", "fp16"):
+        arguments[training.precision] = True
+    if plan.parallelism == "fsdp2":
+        arguments |= {"fsdp": True, "fsdp_config": fsdp_settings()}
+    if training.gradient_checkpointing:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return arguments
+
+
+logger = logging.getLogger("tercet")
+
+# A feed-forward layer of BERT-base on the tokens of a small batch.
+NUM_TOKENS, HIDDEN_SIZE, INNER_SIZE = 1024, 768, 3072
+
+SECONDS = 1.0
+
+# Below this, a difference may be noise, and fp32 is the more exact.
+MIN_SPEED_UP = 1.2
+
+
+class Precision(BaseModel):
+    """What was chosen, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Literal["fp32", "bf16"]
+    speed_up: float
+    """Time in fp32 ÷ time in bf16."""
+    device: str
+
+
+def resolve_precision(plan: TrainPlan, storage: Storage, on_cpu: bool) -> TrainPlan:
+    """The plan with its precision named. Raises CorruptObject where what was chosen before is damaged."""
+    if plan.config.training.precision != "auto":
+        return plan
+    key = f"runs/{plan.run_id}/precision.json"
+    if not storage.exists(key):
+        device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        with contextlib.suppress(AlreadyExists):
+            storage.put_if_absent(key, seal(choose(device, speed_up_of_bf16(device))))
+    found = unseal(Precision, storage.read(key), storage.uri_of(key), hint="choose a new --run-id")
+    if os.environ.get("RANK", "0") == "0":
+        why = f"bf16 is {found.speed_up:.1f} times as fast as fp32 on {found.device}"
+        logger.info("precision: %s (%s)", found.precision, why)
+    training = plan.config.training.model_copy(update={"precision": found.precision})
+    return plan.model_copy(update={"config": plan.config.model_copy(update={"training": training})})
+
+
+def choose(device: str, speed_up: float) -> Precision:
+    """What a speed-up leads to."""
+    return Precision(precision="bf16" if speed_up >= MIN_SPEED_UP else "fp32", speed_up=speed_up, device=device)
+
+
+def speed_up_of_bf16(device: str) -> float:
+    """How many times as fast a feed-forward layer is in bf16 autocast as in fp32, forward and backward: the median of
+    neighbours, in about a second. 0 where a GPU has no bf16."""
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 0.0
+    # Not from the generators of the training: they go on as if nothing had been drawn.
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((INNER_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, INNER_SIZE), (NUM_TOKENS, HIDDEN_SIZE))
+    up, down, tokens = (torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes)
+    kind = torch.device(device).type
+
+    def seconds(in_bf16: bool) -> float:
+        started = time.perf_counter()
+        with torch.autocast(kind, torch.bfloat16, enabled=in_bf16):
+            output = torch.nn.functional.linear(torch.nn.functional.linear(tokens, up).relu(), down)
+        torch.autograd.grad(output.float().sum(), (up, down, tokens))
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    for in_bf16 in (False, True):
+        seconds(in_bf16)  # the first call loads and chooses kernels
+    ratios: list[float] = []
+    end = time.monotonic() + SECONDS
+    while not ratios or time.monotonic() < end:
+        ratios.append(seconds(False) / seconds(True))
+    return statistics.median(ratios)

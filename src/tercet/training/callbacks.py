@@ -1,0 +1,141 @@
+"""What happens in a training is handed on: evaluations, checkpoints, and a line of progress."""
+
+# ruff: noqa: ARG002 - a callback is given more than it needs
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.uploader import Uploader
+from tercet.evaluation.evaluate import recipe_metrics
+from tercet.evaluation.evaluators import require_finite
+from tercet.failpoints import crash_point
+from tercet.training.ledger import Ledger
+
+logger = logging.getLogger("tercet")
+
+
+class RunRecorder(TrainerCallback):  # type: ignore[misc]
+    """Hands on what happens: evaluations, checkpoints, and a line of progress from rank 0."""
+
+    def __init__(
+        self,
+        uploader: Uploader,
+        ledger: Ledger,
+        num_steps: int,
+        save_every_steps: int | None,
+        on_evaluation: Callable[[int, float, dict[str, float]], None],
+        on_commit: Callable[[Commit], None],
+    ) -> None:
+        self._uploader, self._ledger, self._num_steps = uploader, ledger, num_steps
+        self._save_every_steps = save_every_steps
+        self._on_evaluation, self._on_commit = on_evaluation, on_commit
+        self._metrics: tuple[int, dict[str, float]] = (0, {})
+        self._started_at, self._started_step = time.monotonic(), 0
+        self.first_step_unix_seconds: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        crash_point("before_step", state.global_step + 1)
+        if self.first_step_unix_seconds is None:
+            self.first_step_unix_seconds = time.time()
+            self._started_at, self._started_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ledger.close_step()
+        crash_point("after_step", state.global_step)
+        # The end of an epoch has its checkpoint, after its evaluation.
+        ends_epoch = state.global_step % (self._num_steps // int(args.num_train_epochs)) == 0
+        if self._save_every_steps and state.global_step % self._save_every_steps == 0 and not ends_epoch:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        seconds = time.monotonic() - self._started_at
+        step, last, learning_rate = state.global_step, self._num_steps, logs.get("learning_rate", float("nan"))
+        rate = (step - self._started_step) / max(seconds, 1e-9)
+        left = (last - step) / max(rate, 1e-9)
+        text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %.0f s left"
+        logger.info(text, step, last, logs["loss"], learning_rate, rate, left)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        found = require_finite(recipe_metrics(metrics or {}, "eval_"), f"evaluation at step {state.global_step}")
+        self._metrics = (state.global_step, found)
+        self._on_evaluation(state.global_step, float(state.epoch or 0.0), found)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        step, metrics = self._metrics
+        of_this_step = metrics if step == state.global_step else {}  # or an older model's would make this one the best
+        self._uploader.submit(folder, state.global_step, float(state.epoch), of_this_step, self._on_commit)
+
+
+Notice = Callable[[], bool]
+
+
+def notice_of_sigterm() -> Notice:
+    """Whether SIGTERM came. From now on it does not end this process; to be called in its main thread."""
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    return came.is_set
+
+
+class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
+    """Ends the training with a checkpoint of the step in which a rank got notice."""
+
+    def __init__(self, notice: Notice, steps_per_epoch: int) -> None:
+        """notice: whether this rank got it; asked after every step."""
+        self._notice, self._steps_per_epoch = notice, steps_per_epoch
+        self._group: Any = None
+        self.step: int | None = None
+        """After which the training ended early; None otherwise."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            self._group = torch.distributed.new_group(backend="gloo")  # NCCL's would wait for the GPU
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step is not None or not self._any_rank_got_it() or state.global_step == state.max_steps:
+            return
+        self.step = state.global_step
+        control.should_training_stop = True
+        # The last step of an epoch is evaluated and saved in any case.
+        control.should_save = control.should_save or self.step % self._steps_per_epoch != 0
+        if state.is_world_process_zero:
+            logger.warning("step %d  this machine is about to be taken away: saving, and ending", self.step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """transformers takes the place at which it stops for the end of an epoch."""
+        if self.step is not None and self.step % self._steps_per_epoch != 0:
+            control.should_evaluate = control.should_save = False
+
+    def _any_rank_got_it(self) -> bool:
+        got = self._notice()
+        if self._group is None:
+            return got
+        num_ranks = torch.tensor(int(got))
+        torch.distributed.all_reduce(num_ranks, group=self._group)
+        return bool(num_ranks)
+
+
+class LeaseGuard(TrainerCallback):  # type: ignore[misc]
+    """Stops an attempt that another one has taken the run from: nothing that it does counts any more."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        """check: raises when the run is lost."""
+        self._check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check()

@@ -1,0 +1,228 @@
+"""The optimizer's state in storage: one format for every parallelism and any number of workers.
+
+Each rank writes what it holds, and nothing is gathered: pieces of flattened parameters, in one safetensors file a rank.
+
+    optimizer-00000-of-00002.safetensors    tensors named `<parameter>|<moment>|<start>`, `start` in elements
+                                            and `<parameter>|step`, a scalar; 0 and no moments for a parameter
+                                            that never had a gradient
+
+A rank that resumes reads the ranges that it holds now, from whichever files have them, so a run may go on with another
+number of workers or another parallelism. Every element must be there exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tercet.config.sections import Parallelism
+from tercet.errors import CorruptObject, TrainingError
+from tercet.model.sharding import reshard
+from tercet.planning.parallelism import is_zero
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank holds of one parameter's state: `moments` are flat views (shape (num_elements,)) that can be
+    written to; `state` holds the step."""
+
+    name: str
+    start: int
+    moments: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def file_name(rank: int, world_size: int) -> str:
+    """Of one rank's file."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> None:
+    """Write this rank's share."""
+    tensors: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        step = torch.as_tensor(piece.state.get("step", 0), dtype=torch.float32)
+        tensors[f"{piece.name}|step"] = step.cpu().reshape(()).clone()
+        for moment, view in piece.moments.items():
+            tensors[f"{piece.name}|{moment}|{piece.start}"] = view.detach().cpu().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / file_name(rank, world_size))
+
+
+def load(pieces: Iterator[Piece], folder: Path) -> None:
+    """Fill this rank's share. A parameter that never had a gradient gets zeros and step 0, which is how Adam begins.
+
+    Raises CorruptObject when a file is missing or damaged, or an element is missing or there twice."""
+    found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+    steps: dict[str, float] = {}
+    for file in _open_all(folder):
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            name, moment, *start = key.split("|")
+            if moment == "step":
+                step = float(file.get_tensor(key))
+                if steps.setdefault(name, step) != step:
+                    raise CorruptObject(
+                        f"{folder}: {name} is at optimizer step {steps[name]:g} in one file and {step:g} in another",
+                        hint="the files are of several checkpoints: use another checkpoint",
+                    )
+            else:
+                found.setdefault((name, moment), []).append((int(start[0]), file, key))
+    for piece in pieces:
+        if piece.name not in steps:
+            raise CorruptObject(
+                f"{folder}: holds no optimizer state of {piece.name}",
+                hint="the checkpoint is of another model: was it another recipe?",
+            )
+        if steps[piece.name] == 0 and not any((piece.name, moment) in found for moment in piece.moments):
+            piece.state.setdefault("step", torch.tensor(0.0, device=_step_device(piece)))
+            for view in piece.moments.values():
+                view.zero_()
+            continue
+        _set_step(piece, steps[piece.name], folder)
+        for moment, view in piece.moments.items():
+            _fill(view, piece.start, found.get((piece.name, moment), []), f"{folder}: {piece.name} {moment}")
+
+
+def _open_all(folder: Path) -> list[Any]:
+    paths = sorted(folder.glob("optimizer-*-of-*.safetensors"))
+    num_files = int(paths[0].stem.rpartition("-")[2]) if paths else 1
+    wanted = {file_name(rank, num_files) for rank in range(num_files)}
+    if differing := sorted(wanted ^ {path.name for path in paths}):
+        raise CorruptObject(
+            f"{folder}: the optimizer's state is not {num_files} files of one checkpoint: see {', '.join(differing)}",
+            hint="use another checkpoint",
+        )
+    files = []
+    for path in paths:
+        try:
+            files.append(safe_open(path, "pt"))
+        except (OSError, SafetensorError) as error:
+            raise CorruptObject(f"{path} cannot be read: {error}", hint="use another checkpoint") from error
+    return files
+
+
+def _set_step(piece: Piece, step: float, folder: Path) -> None:
+    current = piece.state.get("step")
+    if current is not None and float(current) not in (0.0, step):
+        raise CorruptObject(
+            f"{folder}: {piece.name} is at optimizer step {step:g}, others at {float(current):g}",
+            hint="DeepSpeed keeps one step for all parameters: resume with workers.parallelism=ddp or fsdp2",
+        )
+    piece.state["step"] = torch.tensor(step, dtype=torch.float32, device=_step_device(piece))
+
+
+def _step_device(piece: Piece) -> torch.device:
+    # A fused optimizer keeps its step beside the moments.
+    return next(iter(piece.moments.values())).device
+
+
+def _fill(view: torch.Tensor, start: int, sources: list[tuple[int, Any, str]], what: str) -> None:
+    position, end = start, start + view.numel()
+    for source_start, file, key in sorted(sources, key=lambda source: source[0]):
+        stored = file.get_slice(key)
+        first, last = max(source_start, start), min(source_start + stored.get_shape()[0], end)
+        if first >= last:
+            continue
+        if first != position:
+            break
+        view[first - start : last - start].copy_(stored[first - source_start : last - source_start])
+        position = last
+    else:
+        if position == end:
+            return
+        first = end
+    fault = "missing" if first > position else "there twice"
+    raise CorruptObject(f"{what}: element {min(first, position)} is {fault}", hint="use another checkpoint")
+
+
+def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iterator[Piece]:
+    """What this rank holds. `create`: make an empty state where there is none yet, to be filled.
+
+    transformers 5.23, accelerate 1.15, DeepSpeed 0.19.8; see the functions below for what is read of each."""
+    optimizer = trainer.optimizer.optimizer
+    reshard(trainer.model)
+    named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    if is_zero(parallelism):
+        of_zero = _zero3 if trainer.model_wrapped.zero_optimization_stage() == 3 else _zero12
+        yield from of_zero(optimizer, named, create)
+    else:
+        yield from _torch(optimizer, named, trainer.args.process_index, trainer.args.world_size, create)
+
+
+def _torch(
+    optimizer: torch.optim.Optimizer, named: list[tuple[str, Any]], rank: int, world_size: int, create: bool
+) -> Iterator[Piece]:
+    """FSDP2: slices of the first dimension. DDP: each rank holds everything; to save, each takes an equal share of all
+    elements, to load it fills everything (`create`)."""
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    num_elements = sum(parameter.numel() for _, parameter in named)
+    first, last = num_elements * rank // world_size, num_elements * (rank + 1) // world_size
+    offset = 0
+    for name, parameter in named:
+        if id(parameter) not in optimized:
+            raise TrainingError(
+                f"{name} is trained, but the optimizer does not know it: its state cannot be saved",
+                hint="this is a fault of tercet or of the installed libraries",
+            )
+        state = optimizer.state[parameter]
+        if create:
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+        offset += parameter.numel()
+        if not state:  # never had a gradient
+            yield Piece(name, 0, {}, {})
+        elif isinstance(parameter, torch.distributed.tensor.DTensor):
+            rows_per_rank = -(-parameter.shape[0] // world_size)  # as torch.chunk cuts
+            start = min(rank * rows_per_rank, parameter.shape[0]) * parameter[0:1].numel()
+            yield Piece(name, start, {moment: _flat(state[moment].to_local()) for moment in MOMENTS}, state)
+        else:
+            begin = offset - parameter.numel()
+            start, end = (0, parameter.numel()) if create else (max(first - begin, 0), min(last, offset) - begin)
+            if start < end or (parameter.numel() == 0 and rank == 0):
+                moments = {moment: _flat(state[moment])[start:end] for moment in MOMENTS}
+                yield Piece(name, start, moments, state)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
+
+
+def _zero12(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
+    """DeepSpeed lays the parameters of a group end to end and cuts that into one partition a rank; `_hp_mapping` says
+    which elements of a parameter lie where in this rank's partition, and is None where none do."""
+    states = [optimizer.optimizer.state[flat] for flat in optimizer.single_partition_of_fp32_groups]
+    if create:
+        for flat, state in zip(optimizer.single_partition_of_fp32_groups, states, strict=True):
+            state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+    for name, parameter in named:
+        if (mapping := parameter._hp_mapping) is None:
+            continue
+        state = states[mapping.param_group_index]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        moments = {moment: state[moment].narrow(0, here.start, here.numel) for moment in MOMENTS}
+        yield Piece(name, there.start, moments, state)
+
+
+def _zero3(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
+    """Each parameter is cut into equal parts, the last one filled up; `grad_position` says in which flat group, and
+    where in it, this rank's part lies."""
+    groups = optimizer.fp32_partitioned_groups_flat
+    if create:
+        for flat in groups:
+            optimizer.optimizer.state[flat].update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+    for name, parameter in named:
+        index, offset, num_elements = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        state = optimizer.optimizer.state[groups[index]]
+        start = optimizer._get_param_partition_rank(parameter) * num_elements
+        num_real = max(min(num_elements, parameter.ds_numel - start), 0)
+        if num_real:
+            moments = {moment: state[moment].narrow(0, offset, num_real) for moment in MOMENTS}
+            yield Piece(name, start, moments, state)

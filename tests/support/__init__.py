@@ -1,0 +1,1 @@
+"""What tests share: data, tiny models, servers, and ways to start and to break a run."""

@@ -1,0 +1,42 @@
+"""Ways to start tercet as a user would, and to check how it ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).with_name("programs")
+"""What tests start as processes of their own."""
+
+# Of the tests' own shell: nothing of it may reach a run.
+LEFT_OUT = ("AWS_", "RAY_", "TERCET_", "HF_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+
+
+def run_command(
+    command: list[str], environment: Mapping[str, str], cwd: Path, timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end. A test that expects success calls `check`."""
+    return subprocess.run(
+        command,
+        env=dict(environment),
+        cwd=cwd,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def check(done: subprocess.CompletedProcess[str], code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Fails with what the process printed."""
+    assert done.returncode == code, f"{done.args} ended with {done.returncode}, not {code}:\n{done.stdout[-6000:]}"
+    return done
+
+
+def tercet(*arguments: Any) -> list[str]:
+    """The command line, in this Python."""
+    return [sys.executable, "-m", "tercet.cli", *map(str, arguments)]

@@ -1,0 +1,63 @@
+"""Fixtures of whole runs: tiny models, a sharded dataset, and the environment of what a test starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import tiny_model
+from support.commands import LEFT_OUT
+from tercet.data.build import build_version
+from tercet.storage import open_storage
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this session keep their shards, and the code of models that bring their own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two BERT layers, mean pooling, a Dense layer; no dropout."""
+    return tiny_model.tiny_bert(tmp_path_factory.mktemp("model") / "bert", tiny_model.all_texts(), dense_features=48)
+
+
+@pytest.fixture(scope="session")
+def tiny_stella_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of stella_en_400M_v5: its own modeling code, and a Dense layer of 1,024 features."""
+    return tiny_model.tiny_stella(tmp_path_factory.mktemp("model") / "stella")
+
+
+@pytest.fixture(scope="session")
+def triplets_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 triplets with groups."""
+    return tiny_model.write_triplets(tmp_path_factory.mktemp("data") / "triplets.jsonl")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path:
+    """A storage folder with the dataset `tiny`. Runs of all modules share it: their ids tell them apart."""
+    folder = tmp_path_factory.mktemp("store")
+    build_version([triplets_file], open_storage(str(folder)), "tiny", group="group")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(cache_dir: Path) -> dict[str, str]:
+    """The environment of every process that a test starts: offline, one thread, and this Python's programs first."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
+    return {
+        **mine,
+        "PYTHON": sys.executable,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        "TERCET_CACHE_DIR": str(cache_dir),
+        "HF_HOME": str(cache_dir / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "NO_PROXY": "127.0.0.1",
+    }

@@ -1,0 +1,91 @@
+"""What a person would write without tercet: SentenceTransformerTrainer, and a sampler that lists tercet's batches.
+
+python plain_trainer.py MODEL STORE OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Dataset, concatenate_datasets
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesRankingLoss,
+    TripletDistanceMetric,
+    TripletLoss,
+)
+from torch.utils.data import BatchSampler
+
+from tercet.data.manifest import version_prefix
+from tercet.data.order import global_batches
+from tercet.data.versions import read_manifest
+from tercet.storage import open_storage
+
+SEED, NUM_EPOCHS, BATCH_SIZE = 42, 2, 16
+
+
+def read_rows(store: Path, split: str) -> Dataset:
+    """The rows of a split in shard order."""
+    manifest = read_manifest(open_storage(str(store)), "tiny")
+    folder = store / version_prefix("tiny", manifest.version)
+    tables = [pq.read_table(folder / shard.path) for shard in manifest.splits[split]]
+    return concatenate_datasets([Dataset(table) for table in tables]).select_columns(["anchor", "positive", "negative"])
+
+
+class Batches(BatchSampler):
+    """Lists of rows, by epoch."""
+
+    def __init__(self, rows: Dataset) -> None:
+        numbers: dict[str, int] = {}
+        texts = [[numbers.setdefault(row[name], len(numbers)) for name in rows.column_names] for row in rows]
+        ids = np.array(texts, dtype=np.int64)
+        self.epochs = [
+            [batch.tolist() for batch in global_batches(len(rows), BATCH_SIZE, SEED, epoch, ids.__getitem__)]
+            for epoch in range(NUM_EPOCHS)
+        ]
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.epochs[0])
+
+    def __iter__(self) -> Any:
+        return iter(self.epochs[self.epoch])
+
+
+def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str) -> None:
+    """Trains, and writes the model to OUT/loss_name."""
+    model = SentenceTransformer(str(model_dir), device="cpu")
+    if loss_name == "triplet":
+        loss: Any = TripletLoss(model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.5)
+    else:
+        loss = MultipleNegativesRankingLoss(model, scale=20.0)
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=BATCH_SIZE,
+        num_train_epochs=NUM_EPOCHS,
+        learning_rate=0.005,
+        lr_scheduler_type="linear",
+        warmup_steps=3,  # a tenth of 22 steps, rounded up
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=SEED,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        batch_sampler=lambda dataset, **_: Batches(dataset),
+    )
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss).train()
+    model.save_pretrained(str(out / loss_name))
+
+
+if __name__ == "__main__":
+    model_dir, store, out = map(Path, sys.argv[1:])
+    for loss_name in ("ranking", "triplet"):
+        train(model_dir, read_rows(store, "train"), out, loss_name)

@@ -1,0 +1,117 @@
+"""A Ray cluster on machines of its own (see machines.py): a head without room for workers, and nodes with one CPU each.
+What runs on it can be killed one by one, and nodes can be cut off."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.machines import INTERFACE, Machine, Network, network
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+CONTROLLER = "ray::TrainController"  # the title of Ray Train's controller, an actor on the driver's machine
+
+WORKER = "ray::RayTrainWorker"
+
+# Ray gives a silent node up after about a minute, and so it does the head. Here nothing is far away.
+SHORT_PATIENCE = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
+}
+
+
+class RayCluster:
+    """Started as a person would, by `ray start`. Drivers run on the head; `laptop` is a machine without Ray."""
+
+    def __init__(self, machines: Network, folder: Path, environment: Mapping[str, str], dashboard: bool) -> None:
+        """folder: a short path, because names of sockets have 107 characters at most. dashboard: which takes jobs."""
+        self._machines, self._folder = machines, folder
+        settings = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "GLOO_SOCKET_IFNAME": INTERFACE}
+        self._environment = {**environment, **settings, **SHORT_PATIENCE, "NO_PROXY": "*"}
+        self.head, self.laptop = machines.add(), machines.add()
+        self.nodes: list[Machine] = []
+        self._drivers: list[subprocess.Popen[bytes]] = []
+        self._address = f"{self.head.address}:6379"
+        self.dashboard = f"http://{self.head.address}:8265"
+        place = ["--include-dashboard", str(dashboard), "--dashboard-host", self.head.address]
+        started = self._ray_start(self.head, "--head", *place, "--num-cpus", "0")
+        self._wait_for(started, self.head)
+
+    def provide(self, num_nodes: int) -> None:
+        """So many nodes, each with room for one worker: those that live, and new ones."""
+        self.nodes = [node for node in self.nodes if node.named("raylet")]
+        added = [self._machines.add() for _ in range(num_nodes - len(self.nodes))]
+        started = [self._ray_start(node, "--address", self._address, "--num-cpus", "1") for node in added]
+        for process, node in zip(started, added, strict=True):
+            self._wait_for(process, node)
+        self.nodes += added
+
+    def drain(self, node: Machine, seconds: int) -> None:
+        """Give notice, as a cloud does of a spot machine, that a node will be gone after so many seconds."""
+        # By itself the command would take the node of any raylet that it sees, and all of them share their process ids.
+        named = next(part for part in node.named("raylet")[0].cmdline() if part.startswith("--node_id="))
+        which = ["--address", self._address, "--node-id", named.removeprefix("--node_id=")]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = [*RAY, "drain-node", *which, *why, "--deadline-remaining-seconds", str(seconds)]
+        self._wait_for(node.start(command, self._environment, self._log(node)), node)
+        self.nodes.remove(node)
+
+    def num_logs_with(self, text: str) -> int:
+        """How many of Ray's own log files, of all machines, say so."""
+        logs = [path for path in self._folder.rglob("*.log") if not path.is_symlink()]
+        return sum(text in path.read_text(errors="replace") for path in logs)
+
+    def _ray_start(self, machine: Machine, *arguments: str) -> subprocess.Popen[bytes]:
+        place = ["--node-ip-address", machine.address, "--temp-dir", str(self._folder / machine.address)]
+        command = [*RAY, "start", "--disable-usage-stats", *arguments, *place, "--object-store-memory", "80000000"]
+        return machine.start(command, self._environment, self._log(machine))
+
+    def _wait_for(self, process: subprocess.Popen[bytes], machine: Machine) -> None:
+        assert process.wait(timeout=240) == 0, self._log(machine).read_text()
+
+    def _log(self, machine: Machine) -> Path:
+        return self._folder / f"{machine.address}.log"
+
+    def start(
+        self, command: list[str], log: Path, variables: Mapping[str, str] | None = None, where: Machine | None = None
+    ) -> subprocess.Popen[bytes]:
+        """A command, such as `tercet train`: on the head, with this cluster as RAY_ADDRESS, or on the laptop."""
+        environment = {**self._environment, **(variables or {})}
+        if where is None:
+            environment["RAY_ADDRESS"] = self._address
+        self._drivers.append((where or self.head).start(command, environment, log, log.parent))
+        return self._drivers[-1]
+
+    def end_drivers(self) -> None:
+        """Kill the commands that still run. Ray then ends what they started."""
+        for driver in self._drivers:
+            driver.kill()
+            driver.wait(timeout=60)
+
+    def switch_off(self) -> None:
+        """The head and all nodes, at once. The laptop stays."""
+        for machine in (self.head, *self.nodes):
+            machine.kill_all()
+
+    def machine_of(self, pid: int) -> Machine:
+        """The node that a process runs on."""
+        return next(node for node in self.nodes if pid in [process.pid for process in node.processes()])
+
+
+@contextmanager
+def ray_cluster(environment: Mapping[str, str], dashboard: bool = False) -> Iterator[RayCluster]:
+    """All of it is gone at the end, whatever happens. Raises CannotIsolate."""
+    folder = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))
+    try:
+        with network() as machines:
+            yield RayCluster(machines, folder, environment, dashboard)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

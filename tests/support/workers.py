@@ -1,0 +1,118 @@
+"""Start the worker without Ray, as torchrun does, and look at what it left in storage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from support import tiny_model
+from support.commands import PROGRAMS
+from tercet.artifacts.checkpoint import Commit, read_commits
+from tercet.config.recipe import load_config
+from tercet.failpoints import VARIABLE
+from tercet.planning.plan import TrainPlan
+from tercet.planning.survey import survey
+from tercet.storage import open_storage
+
+
+def make_plan(recipe: Path, run_id: str, overrides: tuple[str, ...] = ()) -> TrainPlan:
+    """What `tercet plan` derives."""
+    return survey(load_config(recipe, overrides), run_id)[1]
+
+
+def write_plan(folder: Path, run_id: str, model: Path, store: Path, /, **sections: Any) -> Path:
+    """A recipe of tiny_model as a plan file."""
+    recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", model, store, **sections)
+    path = folder / f"{run_id}.json"
+    path.write_text(make_plan(recipe, run_id).model_dump_json(), encoding="utf-8")
+    return path
+
+
+def worker_command(*plans: Path) -> list[str]:
+    """One worker by itself, or as many as the plan says under torchrun. Several plans: one after the other."""
+    num_workers = json.loads(plans[0].read_text())["config"]["workers"]["num_workers"]
+    module = ["-m", "tercet.cli", "worker"] if len(plans) == 1 else [str(PROGRAMS / "several_plans.py")]
+    worker = [*module, *map(str, plans)]
+    return [sys.executable, *worker] if num_workers == 1 else torchrun(num_workers, worker)
+
+
+def torchrun(num_workers: int, worker: list[str]) -> list[str]:
+    """A program on so many ranks of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    return [*launcher, "--nproc-per-node", str(num_workers), *worker]
+
+
+def held_worker(
+    plan: Path, environment: Mapping[str, str], step: int, until: Path
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Waits before a step for that file to be there. A .held beside its plan says that it does."""
+    armed = f"at=before_step step={step} do=hang once={plan.with_suffix('.held')} until={until}"
+    return armed_worker(plan, environment, armed)
+
+
+@contextmanager
+def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs beside the test, and is killed at its end. What it prints is in a .log beside its plan."""
+    with plan.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            worker_command(plan), env={**environment, VARIABLE: armed}, cwd=plan.parent, stdout=log, stderr=log
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    """As long as the process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def commits(store: Path, run_id: str) -> list[Commit]:
+    """Newest first."""
+    return read_commits(open_storage(str(store)), run_id)
+
+
+def model_folder(store: Path, commit: Commit) -> Path:
+    """Where the files of a commit lie, in a storage that is a folder."""
+    return store / commit.folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of every module of a SentenceTransformer folder."""
+    return {
+        f"{path.parent.relative_to(folder)}/{name}": value
+        for path in sorted(folder.rglob("model.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def final_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    return weights(model_folder(store, commits(store, run_id)[0]))
+
+
+def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """Over all weights; the names must be the same, and 0.0 means equal in every bit."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def training_log(store: Path, run_id: str) -> dict[str, Any]:
+    """training.json of a run."""
+    log: dict[str, Any] = json.loads((store / "runs" / run_id / "training.json").read_text())
+    return log

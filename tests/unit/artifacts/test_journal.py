@@ -1,0 +1,106 @@
+"""What went wrong on the way: told once, by whoever was nearest, and counted by kind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from tercet.artifacts import journal
+from tercet.errors import (
+    AccessDenied,
+    DiskFull,
+    LearnedNothing,
+    LeaseLost,
+    NonFiniteError,
+    OutOfMemory,
+    PlanError,
+    Preempted,
+    StorageUnavailable,
+    TercetError,
+)
+from tercet.storage.local import LocalStorage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "storage")
+
+
+def test_an_attempt_has_one_end(storage: LocalStorage) -> None:
+    assert journal.counts(storage, "r") == {}
+    journal.report_incident(storage, "r", journal.end_name(1), "hung", "rank 1 hung for 8 s")
+    journal.report_incident(storage, "r", journal.end_name(1), "lost", "it ended without a word")
+    journal.report_incident(storage, "r", journal.end_name(2), "hung", "rank 0 hung for 8 s")
+    journal.report_incident(storage, "r", "0002-skipped-4", "checkpoint_skipped", "damaged")
+    journal.report_incident(storage, "other", journal.end_name(1), "lost", "")
+    assert journal.counts(storage, "r") == {"checkpoint_skipped": 1, "hung": 2}
+
+
+def test_one_that_cannot_be_read_counts_too(storage: LocalStorage) -> None:
+    storage.put("runs/r/incidents/0001-end.json", b"{")
+    storage.put("runs/r/incidents/.DS_Store", b"of a file manager")
+    assert journal.counts(storage, "r") == {"unreadable": 1}
+
+
+def test_where_storage_fails_too_there_is_a_warning(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(key: str, data: bytes) -> None:
+        raise StorageUnavailable(f"no answer for {key} of {len(data)} bytes")
+
+    monkeypatch.setattr(storage, "put_if_absent", fails)
+    with caplog.at_level(logging.WARNING, logger="tercet"):
+        journal.report_incident(storage, "r", "0001-end", "hung", "rank 1 hung for 8 s")
+    assert "hung (rank 1 hung for 8 s): no answer for runs/r/incidents/0001-end.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OutOfMemory("x"), "out_of_memory"),
+        (DiskFull("x"), "disk_full"),
+        (NonFiniteError("x"), "non_finite"),
+        (LearnedNothing("x"), "learned_nothing"),
+        (Preempted("x"), "preempted"),
+        (LeaseLost("x"), "taken_over"),
+        (AccessDenied("x"), "access_denied"),
+        (StorageUnavailable("x"), "storage_unavailable"),
+        (PlanError("x"), None),
+        (RuntimeError("Connection closed by peer"), None),  # of a rank beside the one that died
+    ],
+)
+def test_the_kind_of_an_error(error: Exception, kind: str | None) -> None:
+    assert journal.kind_of(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError(), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), OutOfMemory),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), DiskFull),
+        (RuntimeError("basic_ios::clear: iostream error"), DiskFull),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), DiskFull),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+        (ValueError("x"), ValueError),
+    ],
+)
+def test_memory_and_disk_are_told_from_the_rest(error: Exception, wanted: type[Exception]) -> None:
+    own = journal.as_tercet_error(error)
+    assert type(own) is wanted
+    assert (own is error) == (not issubclass(wanted, TercetError))
+
+
+def test_an_allocation_that_cannot_be_had() -> None:
+    """The words of the installed torch."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58)
+    assert isinstance(journal.as_tercet_error(caught.value), OutOfMemory)

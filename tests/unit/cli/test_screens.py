@@ -1,0 +1,54 @@
+"""The plan in words."""
+
+from __future__ import annotations
+
+from support import builders
+from tercet.cli.screens import plan_text
+from tercet.planning.packing import Facts
+from tercet.planning.plan import make_plan
+
+
+def lines(**sections: object) -> dict[str, str]:
+    """By the name that stands first."""
+    return {line[:13].strip(): line[13:] for line in plan_text(builders.plan(**sections)).splitlines()}
+
+
+def test_every_line() -> None:
+    found = lines()
+    assert list(found) == [
+        *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism"),
+        *("forward", "memory", "time"),
+    ]
+    assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass left out (they fill no batch)"
+    assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each with a checkpoint but the first"
+
+
+def test_what_stays_in_storage() -> None:
+    """A checkpoint of 1,000 weights is 4 KB, and 8 KB of Adam's moments."""
+    assert lines()["storage"].startswith("11.7 KiB a checkpoint; the last 2 and the best stay: 27.3 KiB at most")
+    often = lines(checkpoint={"every_steps": 3, "keep_last": 3})["storage"]
+    assert often.startswith("11.7 KiB a checkpoint, and one every 3 steps; the last 3 and the best stay: 62.5 KiB")
+    assert (
+        "27.3 KiB at most" in lines(checkpoint={"every_steps": 10})["storage"]
+    )  # those at the end of an epoch are one
+
+
+def test_many_evaluations_are_not_all_named() -> None:
+    assert "after steps 0, 10, 20, \u2026, 90," in lines(training={"num_epochs": 9})["evaluation"]
+
+
+def test_how_texts_share_a_forward_pass() -> None:
+    assert lines()["forward"] == "not known before the model is on this machine"
+    facts = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
+    packed, other = (
+        make_plan(
+            builders.config(),
+            builders.manifest(),
+            builders.FACTS,
+            builders.TODAY,
+            packing_facts=facts._replace(model_type=kind),
+        )
+        for kind in ("bert", "electra")
+    )
+    assert "packed  (one row of real tokens, no padding)" in plan_text(packed)
+    assert "chunked  (not packed: untested for the architecture electra; 4 chunks of like lengths)" in plan_text(other)

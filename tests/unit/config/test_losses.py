@@ -1,0 +1,161 @@
+"""What a loss of a recipe may say, which columns it takes, and what it tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from tercet.config.losses import LEFT_OUT, Loss, LossConfig
+
+LOSSES: dict[str, type[Loss]] = {
+    get_args(loss.model_fields["name"].annotation)[0]: loss for loss in get_args(get_args(LossConfig)[0])
+}
+RANKING = "MultipleNegativesRankingLoss"
+
+PAIR = ("anchor", "positive")
+TRIPLET = (*PAIR, "negative")
+NUMBERED = (*PAIR, "negative_1")
+SEVERAL = (*PAIR, "negative_1", "negative_2")
+
+# Which columns each loss takes: pairs, one negative, several.
+TAKES = {
+    "TripletLoss": (False, True, False),
+    "MultipleNegativesRankingLoss": (True, True, True),
+    "CachedMultipleNegativesRankingLoss": (True, True, True),
+    "MultipleNegativesSymmetricRankingLoss": (True, True, True),
+    "CachedMultipleNegativesSymmetricRankingLoss": (True, True, True),
+    "MegaBatchMarginLoss": (True, False, False),
+    "GISTEmbedLoss": (True, True, False),
+    "CachedGISTEmbedLoss": (True, True, True),
+    "AnglELoss": (False, True, True),
+}
+
+
+def made(name: str, **parameters: Any) -> Any:
+    guide = {"guide": "some/guide"} if "GIST" in name else {}
+    return TypeAdapter(LossConfig).validate_python({"name": name, **guide, **parameters})
+
+
+def refused(name: str, **parameters: Any) -> dict[str, str]:
+    """Last part of the place → message."""
+    with pytest.raises(ValidationError) as caught:
+        made(name, **parameters)
+    return {str(item["loc"][-1]): item["msg"].removeprefix("Value error, ") for item in caught.value.errors()}
+
+
+def test_the_tables_know_every_loss() -> None:
+    assert set(TAKES) == set(LOSSES)
+    assert not set(LEFT_OUT) & set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_columns_that_a_loss_takes(name: str) -> None:
+    found = tuple(made(name).column_problem(columns) is None for columns in (PAIR, TRIPLET, SEVERAL))
+    assert found == TAKES[name]
+    assert (made(name).column_problem(NUMBERED) is None) == TAKES[name][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "need", "hint"),
+    [
+        ("TripletLoss", PAIR, "needs a column `negative`", "shard the data with --negative, "),
+        ("AnglELoss", PAIR, "needs a column `negative`", "shard the data with --negative, "),
+        ("TripletLoss", SEVERAL, "takes one negative a row", "shard the data with one --negative, "),
+        ("GISTEmbedLoss", SEVERAL, "takes one negative a row", "shard the data with one --negative, "),
+        ("MegaBatchMarginLoss", TRIPLET, "takes no negatives but other rows' positives", "shard the data without "),
+    ],
+)
+def test_what_is_wrong_with_the_columns(name: str, columns: tuple[str, ...], need: str, hint: str) -> None:
+    found = made(name).column_problem(columns)
+    assert found[0] == need
+    assert found[1].startswith(hint)
+    advised = [word.strip(",") for word in found[1].split() if word.strip(",") in LOSSES]
+    assert all(made(other).column_problem(columns) is None for other in advised)
+
+
+def test_hard_negatives_need_a_negative() -> None:
+    hard = made(RANKING, hardness_mode="hard_negatives", hardness_strength=5)
+    assert hard.column_problem(TRIPLET) is None
+    assert hard.column_problem(SEVERAL) is None
+    need, hint = hard.column_problem(PAIR)
+    assert need == "with hardness_mode=hard_negatives needs a column `negative`"
+    assert hint.endswith("set loss.hardness_mode: in_batch_negatives")
+    assert made(RANKING, hardness_mode="in_batch_negatives", hardness_strength=9).column_problem(PAIR) is None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_runs_the_model_twice(name: str) -> None:
+    assert made(name).is_cached == (name.startswith("Cached") or name == "MegaBatchMarginLoss")
+    assert not made("MegaBatchMarginLoss", use_mini_batched_version=False).is_cached
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_crosses_ranks(name: str) -> None:
+    gathers = "gather_across_devices" in LOSSES[name].model_fields
+    assert made(name).crosses_ranks == gathers == (name not in ("TripletLoss", "MegaBatchMarginLoss", "AnglELoss"))
+    if gathers:
+        assert not made(name, gather_across_devices=False).crosses_ranks
+
+
+@pytest.mark.parametrize("name", [RANKING, f"Cached{RANKING}"])
+@pytest.mark.parametrize(
+    ("parameters", "place", "message"),
+    [
+        ({"directions": []}, "directions", "needs query_to_doc: no other direction has the positive"),
+        ({"directions": ["doc_to_query"]}, "directions", "needs query_to_doc: no other direction has the positive"),
+        ({"directions": ["query_to_doc", "query_to_doc"]}, "directions", "each direction once"),
+        (
+            {"directions": ["query_to_doc", "doc_to_doc"], "partition_mode": "per_direction"},
+            "partition_mode",
+            "does not go with doc_to_doc, which lack the positive: take joint",
+        ),
+        ({"hardness_mode": "all_negatives"}, "hardness_strength", "must be above 0 with all_negatives"),
+        ({"hardness_strength": 1.0}, "hardness_strength", "without hardness_mode has no effect"),
+        (
+            {"hardness_mode": "all_negatives", "hardness_strength": -1.0},
+            "hardness_strength",
+            "Input should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_combinations_of_a_ranking_loss(name: str, parameters: dict[str, Any], place: str, message: str) -> None:
+    assert refused(name, **parameters) == {place: message}
+
+
+def test_right_combinations_of_a_ranking_loss() -> None:
+    symmetric = ["query_to_doc", "doc_to_query"]
+    assert made(RANKING, directions=symmetric, partition_mode="per_direction").directions == tuple(symmetric)
+    four = [*symmetric, "query_to_query", "doc_to_doc"]
+    assert made(RANKING, directions=four, hardness_mode="all_negatives", hardness_strength=1).directions == tuple(four)
+
+
+@pytest.mark.parametrize(
+    ("matryoshka", "place", "message"),
+    [
+        ({"dims": []}, "dims", "Tuple should have at least 1 item after validation, not 0"),
+        ({"dims": [8, 4, 8]}, "dims", "8 is given twice"),
+        ({"dims": [8, -1]}, "1", "Input should be greater than 0"),
+        ({"dims": [8, 4], "weights": [1, 1, 1]}, "weights", "one weight for each of dims: there are 3 for 2"),
+        ({"dims": [8, 4], "weights": [1, 0]}, "1", "Input should be greater than 0"),
+        ({"dims": [8, 4], "dims_per_step": 3}, "dims_per_step", "cannot be more than the 2 dims, not 3"),
+        ({"dims": [8, 4], "dims_per_step": 0}, "dims_per_step", "Input should be greater than 0"),
+        ({"dims": [8, 8], "weights": [1]}, "dims", "8 is given twice"),  # one mistake, one message
+    ],
+)
+@pytest.mark.parametrize("name", ["TripletLoss", "CachedGISTEmbedLoss"])
+def test_a_wrong_matryoshka(name: str, matryoshka: dict[str, Any], place: str, message: str) -> None:
+    assert refused(name, matryoshka=matryoshka) == {place: message}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_a_matryoshka(name: str) -> None:
+    whole = made(name, matryoshka={"dims": [8, 4], "weights": [1, 0.5], "dims_per_step": 2}).matryoshka
+    assert (whole.dims, whole.weights, whole.dims_per_step) == ((8, 4), (1.0, 0.5), 2)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_survives_the_way_to_the_workers(name: str) -> None:
+    loss = made(name, matryoshka={"dims": [8, 4]})
+    assert TypeAdapter(LossConfig).validate_json(loss.model_dump_json()) == loss

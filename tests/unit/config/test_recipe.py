@@ -1,0 +1,377 @@
+"""A wrong recipe is told everything at once; a right one names its experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from support.builders import config
+from support.commands import REPOSITORY
+from tercet.config import recipe_yaml
+from tercet.config.recipe import Config, load_config
+from tercet.config.sections import SliceConfig
+from tercet.errors import ConfigError
+
+RECIPES = REPOSITORY / "ray_jobs" / "recipes"
+
+BAD = """\
+nmae: x
+dataset:
+  name: d
+  vresion: latest
+model:
+  name_or_path: m
+  sha256: abc
+loss:
+  name: TripletLoss
+  triplet_margn: 5
+training:
+  learning_rate: 2e-5
+  num_epochs: 0
+  weight_decay: .nan
+workers:
+  zzz: 1
+"""
+
+GOLDEN = """\
+r.yaml:1:1: `name` is missing
+--set evaluation.metric=ndcg: `evaluation.metric`: input should be 'ndcg@10', 'mrr@10' or 'triplet_accuracy', not 'ndcg'
+r.yaml:1:1: unknown key `nmae`; did you mean `name`?
+r.yaml:4:3: unknown key `dataset.vresion`; did you mean `version`?
+r.yaml:7:3: `model.sha256`: string should match pattern '^[0-9a-f]{64}$', not 'abc'
+r.yaml:10:3: unknown key `loss.triplet_margn`; did you mean `triplet_margin`?
+--set training.seeed=1: unknown key `training.seeed`; did you mean `seed`?
+r.yaml:13:3: `training.num_epochs`: input should be greater than 0, not 0
+r.yaml:14:3: `training.weight_decay`: input should be a finite number, not nan
+r.yaml:16:3: unknown key `workers.zzz`; known here: num_workers, min, max, grow_check_seconds, parallelism, deepspeed, \
+memory_gib_per_worker, packing, use_gpu, cpus_per_worker, max_failures, max_preemptions, step_timeout_seconds, \
+start_timeout_seconds, cache_dir"""
+
+GOOD: dict[str, Any] = {
+    "name": "x",
+    "dataset": {"name": "d"},
+    "model": {"name_or_path": "m"},
+    "loss": {"name": "TripletLoss"},
+}
+
+
+def refused(tmp_path: Path, text: str, *overrides: str) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.hint
+    return caught.value.message.replace(str(path), "r.yaml")
+
+
+def accepted(tmp_path: Path, document: dict[str, Any], *overrides: str) -> Config:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return load_config(path, overrides)
+
+
+def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
+    message = refused(tmp_path, BAD, "evaluation.metric=ndcg", "training.seeed=1")
+    assert sorted(message.splitlines()) == sorted(GOLDEN.splitlines())
+    in_file = [line for line in message.splitlines() if line.startswith("r.yaml")]
+    assert in_file == sorted(in_file, key=lambda line: int(line.split(":")[1]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            "{name: TripletLos}",
+            "r.yaml:4:8: unknown loss `TripletLos`; did you mean `TripletLoss`? (known: TripletLoss, ",
+        ),
+        ("{name: qqq}", "r.yaml:4:8: unknown loss `qqq` (known: TripletLoss, "),
+        ("{triplet_margin: 1}", "r.yaml:4:1: `loss.name` is missing (known: TripletLoss, "),
+        (
+            "{name: TripletLoss, q: 1}",
+            "r.yaml:4:27: unknown key `loss.q`; known here: name, matryoshka, distance_metric, triplet_margin",
+        ),
+        ("{name: TripletLoss, scale: 1}", "r.yaml:4:27: unknown key `loss.scale`"),  # a parameter of another loss
+        (
+            "{name: CachedMultipleNegativesRankingLos}",
+            "r.yaml:4:8: unknown loss `CachedMultipleNegativesRankingLos`; "
+            "did you mean `CachedMultipleNegativesRankingLoss`?",
+        ),
+        ("{name: MSELoss}", "r.yaml:4:8: `MSELoss` cannot be used: it needs a teacher's scores or embeddings as label"),
+        ("TripletLoss", "r.yaml:4:1: `loss` is a section of keys and values, not of type str"),
+        (
+            "{name: CachedMultipleNegativesRankingLoss, mini_batch: 8}",
+            "r.yaml:4:50: unknown key `loss.mini_batch`; did you mean `mini_batch_size`?",
+        ),
+        ("{name: GISTEmbedLoss}", "r.yaml:4:1: `loss.guide` is missing"),
+        (
+            "{name: MultipleNegativesRankingLoss, scale: 0}",
+            "r.yaml:4:44: `loss.scale`: input should be greater than 0, not 0",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, similarity_fct: cosine}",
+            "r.yaml:4:44: `loss.similarity_fct`: input should be 'cos_sim', 'dot_score', 'euclidean_sim' or ",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, directions: query_to_doc}",
+            "r.yaml:4:44: `loss.directions` is a list: write it in brackets, [...], not 'query_to_doc'",
+        ),
+        (
+            "{name: MultipleNegativesRankingLoss, directions: [doc_to_query]}",
+            "r.yaml:4:44: `loss.directions`: needs query_to_doc: no other direction has the positive",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8], dims_per_stp: 1}}",
+            "r.yaml:4:51: unknown key `loss.matryoshka.dims_per_stp`; did you mean `dims_per_step`?",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8], q: 1}}",
+            "r.yaml:4:51: unknown key `loss.matryoshka.q`; known here: dims, weights, dims_per_step",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8, 0]}}",
+            "r.yaml:4:50: `loss.matryoshka.dims.1`: input should be greater than 0, not 0",
+        ),
+        (
+            "{name: TripletLoss, matryoshka: {dims: [8, 4], weights: [1]}}",
+            "r.yaml:4:54: `loss.matryoshka.weights`: one weight for each of dims: there are 1 for 2",
+        ),
+        ("{name: TripletLoss, matryoshka: {}}", "r.yaml:4:27: `loss.matryoshka.dims` is missing"),
+        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka` is a section of keys and values"),
+    ],
+)
+def test_a_wrong_loss(tmp_path: Path, loss: str, message: str) -> None:
+    text = f"name: x\ndataset: {{name: d}}\nmodel: {{name_or_path: m}}\nloss: {loss}\n"
+    assert refused(tmp_path, text).startswith(message)
+
+
+def test_every_error_of_a_loss_has_its_own_line(tmp_path: Path) -> None:
+    text = """\
+name: x
+dataset: {name: d}
+model: {name_or_path: m}
+loss:
+  name: CachedMultipleNegativesRankingLoss
+  mini_batch_size: 0
+  matryoshka:
+    dims: [8, 8]
+    weihgts: [1, 1]
+"""
+    message = refused(tmp_path, text, "loss.hardness_mode=all_negatives", "loss.matryoshka.dims_per_step=0")
+    assert sorted(message.splitlines()) == [
+        "--set loss.matryoshka.dims_per_step=0: `loss.matryoshka.dims_per_step`: input should be greater than 0, not 0",
+        "r.yaml:4:1: `loss.hardness_strength`: must be above 0 with all_negatives",
+        "r.yaml:6:3: `loss.mini_batch_size`: input should be greater than 0, not 0",
+        "r.yaml:8:5: `loss.matryoshka.dims`: 8 is given twice",
+        "r.yaml:9:5: unknown key `loss.matryoshka.weihgts`; did you mean `weights`?",
+    ]
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("key", ["learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, key: str, number: str) -> None:
+    assert f"`training.{key}`" in refused(tmp_path, yaml.safe_dump(GOOD), f"training.{key}={number}")
+
+
+def test_a_recipe_of_a_few_lines_is_enough(tmp_path: Path) -> None:
+    made = accepted(tmp_path, GOOD, "training.learning_rate=2e-5", "loss.triplet_margin=1")
+    assert made.training.learning_rate == 2e-5
+    assert made.loss.model_dump(exclude_none=True) == {
+        "name": "TripletLoss",
+        "distance_metric": "euclidean",
+        "triplet_margin": 1.0,
+    }
+
+
+def test_the_given_loss_decides_the_parameters(tmp_path: Path) -> None:
+    made = accepted(tmp_path, GOOD, "loss={name: MultipleNegativesRankingLoss, scale: 10}")
+    assert made.loss.model_dump()["scale"] == 10
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    gist = {"name": "GISTEmbedLoss", "guide": "model"}
+    made = accepted(tmp_path, {**GOOD, "storage": {"uri": "./here"}, "model": {"name_or_path": "model"}, "loss": gist})
+    assert made.loss.model_dump()["guide"] == str(tmp_path / "model")
+    assert made.storage.uri == str(tmp_path / "here")
+    assert made.model.name_or_path == str(tmp_path / "model")
+    assert accepted(tmp_path, GOOD).storage.uri == str(tmp_path / "tercet-store")
+
+
+def test_other_places_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert accepted(tmp_path, {**GOOD, "storage": {"uri": "s3://b/p"}}).storage.uri == "s3://b/p"
+    assert accepted(tmp_path, {**GOOD, "storage": {"uri": "~/p"}}).storage.uri == str(tmp_path / "p")
+    hub = accepted(tmp_path, {**GOOD, "model": {"name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}})
+    assert hub.model.name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_a_version_of_digits_needs_quotes(tmp_path: Path) -> None:
+    """A version id is hexadecimal: by chance it may look like a number, such as 12e45678."""
+    message = refused(tmp_path, yaml.safe_dump(GOOD), "dataset.version=1234567812345678")
+    assert message.endswith("`dataset.version` is a text: write it in quotes, not as the number 1234567812345678")
+    assert accepted(tmp_path, GOOD, "dataset.version='12e45678'").dataset.version == "12e45678"
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        config().training.seed = 7  # type: ignore[misc]
+
+
+ANOTHER: dict[str, dict[str, Any]] = {
+    "model": {
+        "name_or_path": "other/model",
+        "revision": "abc",
+        "sha256": "0" * 64,
+        "trust_remote_code": True,
+        "max_seq_length": 64,
+        "pooling": "cls",
+        "dense_features": 8,
+        "config_kwargs": {"a": 1},
+        "prompts": {"query": "q: "},
+        "lora": {"rank": 4},
+        "start_from": "champion",
+    },
+    "training": {
+        "seed": 7,
+        "num_epochs": 3,
+        "global_batch_size": 64,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.0,
+        "precision": "bf16",
+        "gradient_checkpointing": True,
+        "no_duplicates": False,
+        "max_train_rows": 10,
+        "log_every_steps": 3,
+    },
+    "evaluation": {"metric": "mrr@10", "batch_size": 8},
+}
+
+
+def test_another_value_is_known_for_every_field() -> None:
+    sections = {name: set(section) for name, section in ANOTHER.items()}
+    assert sections == {name: set(Config.model_fields[name].annotation.model_fields) for name in ANOTHER}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section in ANOTHER for key in ANOTHER[section]])
+def test_the_hash_changes_with_every_field_of_the_experiment(section: str, key: str) -> None:
+    changed = config(**{section: {key: ANOTHER[section][key]}})
+    assert changed != config()
+    assert changed.experiment_hash() != config().experiment_hash()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "TripletLoss"},
+        {"name": "TripletLoss", "distance_metric": "cosine"},
+        {"name": "TripletLoss", "triplet_margin": 1},
+        {"name": "MultipleNegativesRankingLoss", "scale": 10},
+        {"name": "MultipleNegativesRankingLoss", "gather_across_devices": False},
+        {"name": "MultipleNegativesRankingLoss", "matryoshka": {"dims": [8]}},
+    ],
+    ids=str,
+)
+def test_the_hash_changes_with_the_loss(loss: dict[str, Any]) -> None:
+    others = [config(), config(loss={"name": "TripletLoss"})]
+    assert config(loss=loss).experiment_hash() not in {o.experiment_hash() for o in others if o != config(loss=loss)}
+    assert config(loss=loss).experiment_hash() != config().experiment_hash()
+
+
+def test_the_hash_ignores_where_it_runs() -> None:
+    elsewhere = config(
+        storage={"uri": "s3://b", "endpoint_url": "https://h"},
+        workers={"num_workers": 8, "use_gpu": True, "cpus_per_worker": 4, "max_failures": 0, "cache_dir": "/tmp"},
+        dataset={"version": "0123456789abcdef"},
+        gate={"alpha": 0.05, "seed": 1},
+        nightly={"sources": ["incoming/*.jsonl"], "begins_at_utc_hour": 6},
+    )
+    assert elsewhere.experiment_hash() == config().experiment_hash()
+    assert len(config().experiment_hash()) == 8
+
+
+def test_the_hash_changes_with_replay() -> None:
+    replays: list[dict[str, Any]] = [{}, {"new_share": 0.3}, {"half_life_versions": 7}]
+    hashes = {config(dataset={"replay": replay}).experiment_hash() for replay in replays}
+    assert len(hashes | {config().experiment_hash()}) == 4
+
+
+def test_replay_does_not_go_with_mining(tmp_path: Path) -> None:
+    both = {**GOOD, "dataset": {"name": "d", "replay": {}}, "nightly": {"mine": {"num_negatives": 2}}}
+    message = refused(tmp_path, yaml.safe_dump(both))
+    assert message.endswith(":1:1: dataset.replay does not go with nightly.mine: all rows of a mined version are new")
+
+
+def test_a_slice_by_a_rule() -> None:
+    rule = SliceConfig(matches="^git", max_chars=9)
+    assert [rule.holds(text) for text in ("git add", "git commit", "to git")] == [True, False, False]
+    with pytest.raises(ValidationError, match="is not a regular expression"):
+        SliceConfig(matches="(")
+
+
+DOCS = {"name": "docs", "version": "0123456789abcdef", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mix": []},
+        {"mix": [DOCS, {"name": "faq"}]},
+        {"mix": [{**DOCS, "name": "faq"}]},
+        {"mix": [{**DOCS, "weight": 1}]},
+        {"dataset": {"weight": 2}},
+        {"dataset": {"name": "songs"}},
+    ],
+    ids=str,
+)
+def test_the_hash_changes_with_the_mix(changed: dict[str, Any]) -> None:
+    base = config(mix=[DOCS])
+    assert config(**{"mix": [DOCS], **changed}).experiment_hash() != base.experiment_hash()
+    assert config(mix=[{**DOCS, "version": "latest"}]).experiment_hash() == base.experiment_hash()
+
+
+def test_a_dataset_is_mixed_in_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, yaml.safe_dump({**GOOD, "mix": [{"name": "e"}, {"name": "d"}, {"name": "e"}]}))
+    assert message.endswith("`mix`: d, e is given twice; to use its rows more often, raise its weight")
+    assert [part.name for part in accepted(tmp_path, {**GOOD, "mix": [{"name": "e"}, {"name": "f"}]}).mix] == ["e", "f"]
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", ".inf", ".nan"])
+def test_a_weight_is_a_number_above_0(tmp_path: Path, weight: str) -> None:
+    text = yaml.safe_dump(GOOD) + "mix:\n- name: e\n  wieght: 1\n"
+    message = refused(tmp_path, text, f"dataset.weight={weight}")
+    assert f"--set dataset.weight={weight}: `dataset.weight`: input should be " in message
+    assert "unknown key `mix.0.wieght`; did you mean `weight`?" in message
+
+
+def test_the_hash_is_the_same_in_every_version() -> None:
+    """Otherwise a run that is submitted again after an update of tercet would not resume."""
+    assert config().experiment_hash() == "370c47fc"
+    assert config(dataset={"weight": 1}, mix=[]).experiment_hash() == "370c47fc"
+
+
+def test_the_schema_beside_the_recipes_is_in_sync() -> None:
+    schema = json.loads((RECIPES / "recipe.schema.json").read_text())
+    assert schema == Config.model_json_schema(), "run: tercet schema > ray_jobs/recipes/recipe.schema.json"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_are_right(path: Path) -> None:
+    made = load_config(path)
+    assert made.name
+    assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    schema = json.loads((RECIPES / "recipe.schema.json").read_text())
+    document, _ = recipe_yaml.load(path)
+    jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, "nmae": 1}, schema)

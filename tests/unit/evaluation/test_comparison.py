@@ -1,0 +1,235 @@
+"""Models measured row by row from storage, kept, and handed to the gate. Planted: leaks, copies, damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from support import tiny_model
+from support.published import as_best_model
+from tercet.artifacts.checkpoint import Commit
+from tercet.config.recipe import Config
+from tercet.config.sections import SliceConfig
+from tercet.data.build import build_version
+from tercet.data.row_checks import RepeatCounter
+from tercet.data.versions import read_manifest
+from tercet.errors import CorruptObject, NonFiniteError
+from tercet.evaluation.comparison import compare, impact, means, pair
+from tercet.evaluation.evaluate import evaluate
+from tercet.evaluation.measurement import Measurement, Request, measure, read_measured, read_table
+from tercet.planning.plan import TrainPlan
+from tercet.planning.rows import load_splits
+from tercet.planning.survey import survey
+from tercet.storage import Storage, open_storage
+
+NUM_ROWS = 400
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.tiny_bert(tmp_path_factory.mktemp("model") / "bert", tiny_model.all_texts())
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
+    return open_storage(str(tmp_path / "store"))
+
+
+def build(storage: Storage, folder: Path, rows: list[dict[str, Any]], name: str = "tiny", **options: Any) -> None:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_version([path], storage, name, group="group", fractions=(0.5, 0.1, 0.4), **options)
+
+
+def plan(storage: Storage, model_dir: Path, **gate: Any) -> TrainPlan:
+    document = tiny_model.recipe(model_dir, storage.uri, gate={"min_groups": 10, **gate})
+    return survey(Config.model_validate(document), "a-run")[1]
+
+
+@pytest.fixture
+def changed(model_dir: Path, tmp_path: Path) -> Callable[[str, float], Path]:
+    """The tiny model with noise of some size on its weights."""
+
+    def make(name: str, noise: float) -> Path:
+        folder = tmp_path / name
+        (folder / "1_Pooling").mkdir(parents=True)
+        for path in model_dir.rglob("*"):
+            if path.is_file():
+                (folder / path.relative_to(model_dir)).write_bytes(path.read_bytes())
+        weights = load_file(folder / "model.safetensors")
+        torch.manual_seed(1)
+        noisy = {key: value + noise * torch.randn_like(value) for key, value in weights.items()}
+        save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def done(storage: Storage, made: TrainPlan, who: str, commit: Commit | None, **far: str) -> Measurement:
+    request = Request(who=who, commit=commit, out_of_domain=far)
+    measure(made, request)
+    found = read_measured(storage, made.run_id, request)
+    assert found is not None
+    return found
+
+
+def test_another_model_is_compared_on_the_same_rows(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{**row, "lang": "ab"[number % 2]} for number, row in enumerate(tiny_model.triplets(NUM_ROWS))]
+    build(storage, tmp_path, rows, slices=["lang"])
+    made = plan(storage, model_dir, slices={"short": {"max_chars": 13}})
+    base, other = done(storage, made, "base", None), as_best_model(storage, "b", changed("noisy", 0.5))
+    candidate = done(storage, made, "candidate", other)
+    decision = compare(storage, made, base, candidate, "base model")
+    assert decision.verdict != "promote"
+    assert decision.estimate is not None
+    num_rows = made.num_rows["test"]
+    assert decision.estimate.num_rows == num_rows
+    assert num_rows / 2 <= decision.estimate.num_groups <= num_rows / 2 + 2  # two rows share a group
+    names = {guard.name for guard in decision.slices}
+    metrics = ("ndcg@10", "mrr@10", "triplet_accuracy")
+    assert names == {f"{metric}/{name}" for metric in metrics for name in ("lang=a", "lang=b", "short")}
+    assert decision.estimate.champion == pytest.approx(means(storage, made.run_id, base)["ndcg@10"])
+    assert {guard.name for guard in decision.others} == {"mrr@10", "triplet_accuracy"}
+    model = SentenceTransformer(str(model_dir), device="cpu")
+    assert means(storage, made.run_id, base) == pytest.approx(evaluate(model, load_splits(made, storage), "test", 64))
+    found = impact(storage, made, base, candidate)
+    assert found.num_queries == num_rows
+    assert 0 < found.overlap_at_10 < 1
+    assert found.num_rows == NUM_ROWS  # each positive once
+    assert found.embedding_seconds > 0
+    table = read_table(storage, made.run_id, base, "test", "queries")
+    assert table is not None
+    assert all(scores == sorted(scores, reverse=True) for scores in table["scores"].to_pylist())  # best first
+    same = impact(storage, made, base, base)
+    assert (same.overlap_at_10, same.mean_score_shift, same.num_queries_with_other_first) == (1.0, 0.0, 0)
+
+
+def test_the_champion_itself_is_no_candidate(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made, folder = plan(storage, model_dir), changed("noisy", 0.1)
+    champion = done(storage, made, "champion-1", as_best_model(storage, "a", folder))
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
+    decision = compare(storage, made, champion, candidate, "champion")
+    assert (decision.verdict, decision.reasons) == ("refused", ("no_op",))
+
+
+def test_answers_of_the_test_split_among_the_rows_trained_on_are_found(
+    storage: Storage,
+    model_dir: Path,
+    changed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same pair in another group, so in another split; other spaces and another negative do not hide it. tercet
+    builds no such version, so it is kept from seeing the leak."""
+    monkeypatch.setattr(RepeatCounter, "leaked_pairs", lambda _: {})
+    rows = tiny_model.triplets(NUM_ROWS)
+    twins = [
+        {**row, "anchor": f" {row['anchor']} ", "negative": "another one", "group": f"twin-{number}"}
+        for number, row in enumerate(rows[:40])
+    ]
+    build(storage, tmp_path, [*rows, *twins])
+    made = plan(storage, model_dir)
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.1)))
+    splits = {split: _pairs(storage, made, split) for split in ("train", "test")}
+    expected = sum(found in set(splits["test"]) for found in splits["train"])
+    assert expected > 0
+    assert candidate.num_leaked_rows == expected
+    decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
+    assert (decision.verdict, decision.reasons) == ("refused", ("leaked",))
+
+
+def _pairs(storage: Storage, made: TrainPlan, split: str) -> list[tuple[str, str]]:
+    rows = load_splits(made, storage)[split]
+    return [(anchor.strip(), positive) for anchor, positive in zip(rows["anchor"], rows["positive"], strict=True)]
+
+
+def test_what_a_model_must_not_forget(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    pairs = [{key: row[key] for key in ("anchor", "positive", "group")} for row in tiny_model.triplets(300, seed=5)]
+    build(storage, tmp_path, pairs, "far", columns={"anchor": "anchor", "positive": "positive"})
+    made = plan(storage, model_dir, out_of_domain=[{"name": "far"}])
+    far = {"far": read_manifest(storage, "far").version}
+    base = done(storage, made, "base", None, **far)
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.5)), **far)
+    decision = compare(storage, made, base, candidate, "base model")
+    [guard] = decision.out_of_domain
+    assert guard.name == "far"
+    assert guard.estimate is not None
+    assert guard.estimate.metric == "ndcg@10"
+
+
+def test_a_model_that_makes_nan_is_named(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made = plan(storage, model_dir)
+    with pytest.raises(NonFiniteError, match="embeddings of"):
+        done(storage, made, "candidate", as_best_model(storage, "b", changed("broken", float("nan"))))
+
+
+def test_nan_where_no_row_comes_by_is_found(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the embedding of a position that no text of the test split has: its metrics are as good as any."""
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made, folder = plan(storage, model_dir), changed("hidden", 0.1)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.position_embeddings.weight"][-1, :3] = float("inf")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
+    assert candidate.num_non_finite_weights == 3
+    decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
+    assert (decision.verdict, decision.reasons) == ("refused", ("non_finite",))
+    assert "3 of its weights are NaN or infinite" in decision.sentence
+
+
+def test_what_was_measured_is_kept_and_checked(
+    storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made = plan(storage, model_dir)
+    base = done(storage, made, "base", None)
+    folder = tmp_path / "store" / "runs" / made.run_id / "comparison" / "base"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert done(storage, made, "base", None) == base
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # not measured again
+
+    commit = as_best_model(storage, "b", changed("noisy", 0.1))
+    assert read_measured(storage, made.run_id, Request(who="base", commit=commit, out_of_domain={})) is None
+
+    whole = (folder / "MEASURED").read_bytes()
+    (folder / "MEASURED").write_bytes(whole.replace(b'"num_leaked_rows": 0', b'"num_leaked_rows": 1'))
+    assert read_measured(storage, made.run_id, base.request) is None
+    assert done(storage, made, "base", None).files == base.files
+
+    table = folder / "test-queries.parquet"
+    table.write_bytes(table.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptObject):
+        read_table(storage, made.run_id, base, "test", "queries")
+
+
+def test_results_of_other_rows_are_not_compared() -> None:
+    before = pa.table({"anchor": ["a", "b"], "positive": ["c", "d"], "ndcg@10": [0.5, 0.5]})
+    for after in (before.slice(0, 1), pa.table({**before.to_pydict(), "anchor": ["a", "x"]})):
+        with pytest.raises(CorruptObject, match="were measured on other rows"):
+            pair("ndcg@10", before, after, {})
+    found = pair("ndcg@10", before, before, {"b": SliceConfig(matches="b")})
+    assert found.groups.tolist() == [0, 1]
+    assert np.array_equal(found.slices["b"], [False, True])

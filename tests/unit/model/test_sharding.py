@@ -1,0 +1,288 @@
+"""Weights gathered, put into a whole model, and checked on the disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, T5EncoderModel
+from transformers.integrations import deepspeed
+
+from tercet.config.sections import Parallelism
+from tercet.errors import ConfigError, CorruptObject, TrainingError
+from tercet.model import sharding
+from tercet.model.sharding import (
+    check_recomputes,
+    check_saved,
+    check_wrapped,
+    fill,
+    full_weights,
+    layers,
+    unit_classes,
+    unsharded,
+)
+
+MODES: tuple[Parallelism, ...] = ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+
+
+class Model(torch.nn.Module):
+    """Two layers, a buffer, and one tensor under two names."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = torch.nn.Linear(3, 4)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.norm.running_mean = torch.randn(4)
+        self.table = torch.nn.Embedding(5, 3)
+        self.tied = torch.nn.Linear(3, 5, bias=False)
+        self.tied.weight = self.table.weight
+
+
+def test_gathered_weights_fill_another_model() -> None:
+    model, other = Model(0), Model(1)
+    weights = full_weights(model)
+    assert weights is not None
+    assert {"table.weight", "tied.weight", "norm.running_mean"} <= weights.keys()
+    fill(other, weights)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_gathered_weights_are_copies() -> None:
+    model = Model()
+    weights = full_weights(model)
+    assert weights is not None
+    weights["first.weight"].zero_()
+    assert model.first.weight.abs().min() > 0
+
+
+def test_ranks_but_the_first_get_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert full_weights(Model()) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"), [(None, "is missing"), ((3, 4), r"is of shape \(3, 4\)"), ((0,), r"is of shape \(0,\)")]
+)
+def test_fill_refuses_what_was_not_gathered(found: tuple[int, ...] | None, problem: str) -> None:
+    weights = full_weights(Model()) or {}
+    del weights["first.weight"]
+    if found is not None:
+        weights["first.weight"] = torch.zeros(found)
+    with pytest.raises(CorruptObject, match=f"first.weight {problem}.*should be of shape"):
+        fill(Model(), weights)
+
+
+# --- on the disk ----------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, changes: dict[str, torch.Tensor | None], num_files: int = 1) -> Path:
+    """The tied tensor once, as transformers writes it."""
+    tensors = {**dict(Model().named_parameters()), **changes}
+    kept = [(name, value.detach().clone()) for name, value in tensors.items() if value is not None]
+    for number in range(num_files):
+        name = f"model-{number + 1:05d}-of-{num_files:05d}" if num_files > 1 else "model"
+        save_file(dict(kept[number::num_files]), folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_complete_model(tmp_path: Path, num_files: int) -> None:
+    check_saved(saved(tmp_path, {}, num_files), Model())
+
+
+def test_modules_in_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "2_Dense").mkdir()
+    bias = Model().first.bias
+    saved(tmp_path, {"first.bias": None, "norm.weight": None})
+    save_file({"a": bias.detach(), "b": bias.detach().clone()}, tmp_path / "2_Dense" / "model.safetensors")
+    check_saved(tmp_path, Model())
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        (None, "1 tensors are missing and 0 are empty"),
+        (torch.zeros(0), "1 tensors are missing and 1 are empty"),
+        (torch.zeros(4, 2), "1 tensors are missing and 0 are empty"),  # a shard
+    ],
+)
+def test_an_incomplete_model(tmp_path: Path, changed: torch.Tensor | None, counts: str, num_files: int) -> None:
+    with pytest.raises(CorruptObject, match=counts):
+        check_saved(saved(tmp_path, {"first.weight": changed}, num_files), Model())
+
+
+def test_an_empty_tensor_beside_all_others(tmp_path: Path) -> None:
+    with pytest.raises(CorruptObject, match="0 tensors are missing and 1 are empty"):
+        check_saved(saved(tmp_path, {"more": torch.zeros(0)}), Model())
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CorruptObject, match="5 tensors are missing"):
+        check_saved(tmp_path, Model())
+
+
+# --- how a model is wrapped -----------------------------------------------------------------------------------------
+
+
+def test_a_lone_model_is_right_for_ddp_of_one() -> None:
+    check_wrapped(Model(), "ddp", 1)
+
+
+def test_one_process_on_several_gpus_is_refused() -> None:
+    with pytest.raises(TrainingError, match="several GPUs") as caught:
+        check_wrapped(torch.nn.DataParallel(Model()), "ddp", 1)
+    assert "torchrun" in caught.value.hint
+
+
+@pytest.mark.parametrize(("mode", "num_workers"), [("ddp", 2), *((mode, 1) for mode in MODES)])
+def test_a_lone_model_is_nothing_else(mode: Parallelism, num_workers: int) -> None:
+    with pytest.raises(TrainingError, match=f"parallelism {mode} on {num_workers} workers.*trained as a lone model"):
+        check_wrapped(Model(), mode, num_workers)
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """What is looked at of DeepSpeed's: a stage, offloading or not, and parameters cut for two ranks, or not."""
+
+    def __init__(self, stage: int, offloads: bool = False, num_local: int = 6) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(0))
+        self.weight.ds_id, self.weight.ds_numel = 0, 11
+        self.weight.ds_tensor = torch.zeros(num_local)
+        self.weight.ds_tensor.ds_numel = num_local
+        self.stage, self.offloads = stage, offloads
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def zero_offload_optimizer(self) -> object:
+        return object()
+
+    def zero_cpu_offload(self) -> bool:
+        return self.offloads
+
+
+ENGINES = {
+    "zero1": DeepSpeedEngine(1),
+    "zero2": DeepSpeedEngine(2),
+    "zero3": DeepSpeedEngine(3),
+    "zero3_offload": DeepSpeedEngine(3, offloads=True),
+}
+
+
+@pytest.mark.parametrize("wanted", ["ddp", *MODES])
+@pytest.mark.parametrize("found", ENGINES)
+def test_each_engine_is_only_what_it_is(found: str, wanted: Parallelism) -> None:
+    if found == wanted:
+        check_wrapped(ENGINES[found], wanted, 2)
+    else:
+        with pytest.raises(TrainingError, match=f"trained as {found}"):
+            check_wrapped(ENGINES[found], wanted, 2)
+
+
+def test_weights_that_are_whole_all_the_same() -> None:
+    with pytest.raises(TrainingError, match="weight is not sharded by zero3: this rank holds 11 of 11"):
+        check_wrapped(DeepSpeedEngine(3, num_local=11), "zero3", 2)
+
+
+# --- what FSDP2 gathers at a time -----------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+ENCODERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "bert": ({"num_hidden_layers": 2}, ["BertEmbeddings", "BertLayer"]),
+    "mpnet": ({"num_hidden_layers": 2}, ["MPNetEmbeddings", "MPNetLayer"]),  # transformers names none for it
+    "distilbert": (
+        {"n_layers": 2, "dim": 8, "n_heads": 2, "hidden_dim": 8, "vocab_size": 20},
+        ["Embeddings", "TransformerBlock"],
+    ),
+    "modernbert": ({"num_hidden_layers": 2, "pad_token_id": 0}, ["ModernBertEmbeddings", "ModernBertEncoderLayer"]),
+    "qwen3": (
+        {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4},
+        ["Embedding", "Qwen3DecoderLayer"],  # the table lies beside the layers
+    ),
+    # Its table is tied to another one, and stays with the rest.
+    "t5": ({"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 20}, ["T5Block"]),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_units_of_every_kind_of_encoder(kind: str) -> None:
+    settings, names = ENCODERS[kind]
+    own = {} if kind in ("distilbert", "t5") else SMALL
+    config = AutoConfig.for_model(kind, **own, **settings)
+    encoder = T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+    model = torch.nn.Sequential(encoder, torch.nn.Linear(8, 8))
+    model.__dict__["transformers_model"] = encoder  # a property in sentence-transformers: no module of its own
+    assert unit_classes(model) == names
+    assert len(layers(model)) == 2
+
+
+def test_layers_of_layers_are_not_taken_apart() -> None:
+    experts = torch.nn.Module()
+    experts.mlp = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([experts, torch.nn.Dropout()])
+    assert layers(model) == [experts]
+
+
+def test_a_model_that_would_be_gathered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its root is wrapped, as accelerate does it by itself."""
+    monkeypatch.setattr(sharding, "FSDPModule", type("FSDPModule", (), {}))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    model.__class__ = type("Wrapped", (torch.nn.Module, sharding.FSDPModule), {})
+    with pytest.raises(TrainingError, match="gather the whole model at once"):
+        check_wrapped(model, "fsdp2", 2)
+
+
+def test_a_model_that_cannot_recompute() -> None:
+    model = Model()
+    with pytest.raises(ConfigError, match="nothing in this model does it"):
+        check_recomputes(model)
+    model.first.gradient_checkpointing = True
+    check_recomputes(model)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("before", [None, "a weak reference"])
+def test_unsharded_puts_back_what_was(monkeypatch: pytest.MonkeyPatch, before: str | None, raises: bool) -> None:
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", before)
+    seen = []
+    try:
+        with unsharded():
+            seen.append(deepspeed._hf_deepspeed_config_weak_ref)
+            if raises:
+                raise KeyError("in between")
+    except KeyError:
+        assert raises
+    assert seen == [None]
+    assert deepspeed._hf_deepspeed_config_weak_ref == before
+
+
+LONE = """
+import sys
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformerTrainingArguments
+from tercet.training.deepspeed_engine import prepare_process
+prepare_process(sys.argv[1], use_cpu=True)
+backend = dist.get_backend() if dist.is_initialized() else None
+args = SentenceTransformerTrainingArguments(output_dir=sys.argv[2], use_cpu=True, report_to="none")
+print("RESULT", backend, args.process_index, args.world_size, args.device.type)
+"""
+
+
+@pytest.mark.parametrize(("mode", "backend"), [("zero2", "gloo"), ("ddp", "None"), ("fsdp2", "None")])
+def test_a_lone_process(tmp_path: Path, mode: str, backend: str) -> None:
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-c", LONE, mode, str(tmp_path)]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("RESULT")[1].split() == [backend, "0", "1", "cpu"]

@@ -1,0 +1,94 @@
+"""Which texts share an attention matrix or a padded chunk, and whether a model is packed at all."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tercet.model.grouped_attention import PAIRS_PER_GROUP, Group, attention_groups, chunks
+from tercet.planning.packing import NUM_CHUNKS, Facts, choose
+
+BERT = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
+
+
+def cut(lengths: Sequence[int], places: Sequence[int]) -> tuple[Group, ...]:
+    bounds = [0, *places, len(lengths)]
+    return tuple(Group(start, stop, lengths[stop - 1]) for start, stop in itertools.pairwise(bounds))
+
+
+def all_cuts(lengths: Sequence[int]) -> list[tuple[Group, ...]]:
+    inner = range(1, len(lengths))
+    return [cut(lengths, places) for count in range(len(lengths)) for places in itertools.combinations(inner, count)]
+
+
+def attention_cost(groups: tuple[Group, ...]) -> int:
+    return sum(PAIRS_PER_GROUP + (stop - start) * width**2 for start, stop, width in groups)
+
+
+def padded_tokens(groups: tuple[Group, ...]) -> int:
+    return sum((stop - start) * width for start, stop, width in groups)
+
+
+def some_lengths() -> list[list[int]]:
+    draw = random.Random(0)
+    return [sorted(draw.choices(range(1, draw.choice([20, 300])), k=draw.randint(1, 9))) for _ in range(60)]
+
+
+@pytest.mark.parametrize("lengths", some_lengths())
+def test_no_cut_into_groups_costs_less(lengths: list[int]) -> None:
+    """Among all of them."""
+    groups = attention_groups(lengths)
+    assert groups in all_cuts(lengths)
+    assert attention_cost(groups) == min(map(attention_cost, all_cuts(lengths)))
+
+
+@pytest.mark.parametrize("lengths", some_lengths())
+def test_no_cut_into_as_many_chunks_pads_less(lengths: list[int]) -> None:
+    found = chunks(lengths)
+    others = [groups for groups in all_cuts(lengths) if len(groups) == min(NUM_CHUNKS, len(lengths))]
+    assert found in others
+    assert padded_tokens(found) == min(map(padded_tokens, others))
+
+
+def test_far_lengths_are_apart_and_near_ones_together() -> None:
+    assert attention_groups([10, 11, 12, 250]) == (Group(0, 3, 12), Group(3, 4, 250))
+    assert attention_groups([64] * 500) == (Group(0, 500, 64),)
+    assert attention_groups([1]) == (Group(0, 1, 1),)
+
+
+def test_the_number_of_chunks_depends_on_the_number_of_texts_alone() -> None:
+    """Ranks meet in each forward pass where weights are sharded, so all of them must make as many."""
+    for lengths in some_lengths():
+        assert len(chunks(lengths)) == min(NUM_CHUNKS, len(lengths))
+    assert len(chunks([7] * 100)) == NUM_CHUNKS
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "packing", "reason"),
+    [
+        ("auto", {}, "packed", "one row"),
+        ("packed", {}, "packed", "one row"),
+        ("chunked", {}, "chunked", "as the recipe says"),
+        ("plain", {}, "plain", "as the recipe says"),
+        ("auto", {"is_cached": True}, "packed", "one row"),
+        ("chunked", {"is_cached": True}, "plain", "its own mini-batches"),
+        ("auto", {"own_code": True}, "chunked", "own code"),
+        ("auto", {"own_code": True, "is_cached": True}, "plain", "its own mini-batches"),
+        ("auto", {"own_code": True, "drops_prompts": True}, "plain", "cannot leave out"),
+        ("auto", {"own_code": True, "pads_left": True}, "plain", "pads on the left"),
+        ("auto", {"drops_prompts": True}, "packed", "one row"),
+        ("auto", {"model_type": "qwen3"}, "chunked", "untested for the architecture qwen3"),
+        ("packed", {"model_type": "qwen3"}, "chunked", "untested for the architecture qwen3"),
+        ("auto", {"pooling": ("mean", "weightedmean")}, "chunked", "untested for pooling weightedmean"),
+        ("auto", {"pooling": ()}, "chunked", "without a Pooling module"),
+        ("auto", {"guide_obstacle": "other code"}, "chunked", "the guide: other code"),
+    ],
+)
+def test_the_choice(wanted: Any, changes: dict[str, Any], packing: str, reason: str) -> None:
+    chosen, why = choose(wanted, BERT._replace(**changes))
+    assert chosen == packing
+    assert reason in why

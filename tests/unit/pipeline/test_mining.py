@@ -1,0 +1,133 @@
+"""Hard negatives: near, of the same split, and no right answers. In one process; under Ray it is the same function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from support import tiny_model
+from tercet.cluster import train
+from tercet.config.recipe import Config
+from tercet.config.sections import MiningConfig
+from tercet.data.build import build_version
+from tercet.data.cache import load_split
+from tercet.data.manifest import Manifest
+from tercet.data.versions import read_manifest
+from tercet.errors import ConfigError
+from tercet.pipeline.mining import MineResult, mine, read_mined
+from tercet.storage import Storage, open_storage
+
+NUM_ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows the task: a word and its partner have one embedding."""
+    folder = tiny_model.tiny_bert(tmp_path_factory.mktemp("model") / "bert", tiny_model.all_texts())
+    weights = load_file(folder / "model.safetensors")
+    words = weights["embeddings.word_embeddings.weight"]
+    tokens = SentenceTransformer(str(folder), device="cpu").tokenizer.convert_tokens_to_ids
+    for word, partner in zip(tiny_model.WORDS, tiny_model.PARTNERS, strict=True):
+        words[tokens(word)] *= 10
+        words[tokens(partner)] = words[tokens(word)]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """With pairs: every third anchor has a second right answer, and rows have a language."""
+
+    def here(_: Any, tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        return {name: task() for name, task in tasks.items()}
+
+    monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "start_ray", lambda _: None)
+    monkeypatch.setattr(train, "with_devices", lambda config: config)
+    monkeypatch.setattr(train, "in_fresh_processes", here)
+    rows = []
+    for number, row in enumerate(tiny_model.triplets(NUM_ROWS)):
+        pair = {key: row[key] for key in ("anchor", "positive", "group")} | {"lang": "ab"[number % 2]}
+        rows += [pair, {**pair, "positive": row["negative"]}] if number % 3 == 0 else [pair]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    storage, columns = open_storage(str(tmp_path / "store")), {"anchor": "anchor", "positive": "positive"}
+    build_version([path], storage, "pairs", columns, "group", ["lang"], fractions=(0.7, 0.1, 0.2))
+    return storage
+
+
+def config(storage: Storage, model_dir: Path) -> Config:
+    return Config.model_validate(tiny_model.recipe(model_dir, storage.uri, dataset={"name": "pairs"}))
+
+
+def rows_of(storage: Storage, manifest: Manifest) -> dict[str, list[dict[str, str]]]:
+    return {split: list(load_split(storage, manifest, split)) for split in ("train", "eval", "test")}
+
+
+def mined(storage: Storage, model_dir: Path, mining: MiningConfig, rows_per_pool: int = 65_536) -> MineResult:
+    return mine(config(storage, model_dir), "mined", mining, rows_per_pool)
+
+
+@pytest.mark.parametrize("rows_per_pool", [65_536, 60])
+def test_every_row_stays_in_its_split_with_a_negative_of_that_split(
+    storage: Storage, model_dir: Path, rows_per_pool: int
+) -> None:
+    result = mined(storage, model_dir, MiningConfig(relative_margin=0.0), rows_per_pool)
+    before, after = (rows_of(storage, read_manifest(storage, name)) for name in ("pairs", "mined"))
+    for split, rows in after.items():
+        kept = [{key: value for key, value in row.items() if key != "negative"} for row in rows]
+        assert kept == before[split]
+        right: dict[str, set[str]] = {}
+        for row in rows:
+            right.setdefault(row["anchor"], set()).add(row["positive"])
+        assert {row["negative"] for row in rows} <= {row["positive"] for row in rows}
+        assert [row for row in rows if row["negative"] in right[row["anchor"]]] == []
+    assert result.num_rows == sum(len(rows) for rows in after.values())
+    assert result.build.manifest.num_bad_rows == 0
+    assert result.num_random < result.num_rows / 2
+
+
+def test_negatives_are_near_but_not_too_near(storage: Storage, model_dir: Path) -> None:
+    model = SentenceTransformer(str(model_dir), device="cpu")
+    means = {}
+    for margin in (0.0, 0.3):
+        result = mined(storage, model_dir, MiningConfig(relative_margin=margin))
+        rows = rows_of(storage, result.build.manifest)["train"]
+        anchors, positives, negatives = (
+            model.encode([row[name] for row in rows], convert_to_tensor=True)
+            for name in ("anchor", "positive", "negative")
+        )
+        right, wrong = (model.similarity_pairwise(anchors, others) for others in (positives, negatives))
+        too_near = int((wrong > right * (1 - margin) + 1e-4).sum())
+        assert too_near <= result.num_random  # a random one may be
+        means[margin] = float(wrong.mean())
+        assert result.num_random < result.num_rows
+    assert means[0.0] > means[0.3]
+
+
+def test_several_negatives(storage: Storage, model_dir: Path) -> None:
+    manifest = mined(storage, model_dir, MiningConfig(num_negatives=3)).build.manifest
+    assert manifest.columns == ("anchor", "positive", "negative_1", "negative_2", "negative_3", "group", "slice_lang")
+    for row in rows_of(storage, manifest)["test"]:
+        assert len({row["positive"], *(row[f"negative_{number}"] for number in (1, 2, 3))}) == 4
+
+
+def test_what_was_mined_is_on_record(storage: Storage, model_dir: Path) -> None:
+    source, mining = read_manifest(storage, "pairs").version, MiningConfig()
+    assert read_mined(storage, "mined", source, mining) is None
+    version = mined(storage, model_dir, mining).build.manifest.version
+    found = read_mined(storage, "mined", source, mining)
+    assert found is not None
+    assert (found.version, found.model) == (version, str(model_dir))
+    assert read_mined(storage, "mined", source, MiningConfig(relative_margin=0.2)) is None
+
+
+def test_a_dataset_is_not_mined_into_itself(storage: Storage, model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="pairs is the dataset that is mined"):
+        mine(config(storage, model_dir), "pairs", MiningConfig())

@@ -1,0 +1,55 @@
+"""A run id belongs to one recipe and to one version of each of its datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support import builders
+from tercet.artifacts.journal import Events
+from tercet.data.versions import publish
+from tercet.errors import ConfigError, LearnedNothing
+from tercet.pipeline.run import _metrics, run
+from tercet.planning.survey import survey
+from tercet.storage import open_storage
+from tercet.storage.documents import seal
+
+
+def test_a_run_is_not_resumed_with_another_version_of_a_mixed_dataset(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    publish(storage, builders.manifest())
+    publish(storage, builders.mixed_manifest("docs"))
+    config = builders.config(storage={"uri": str(tmp_path)}, mix=[{"name": "docs"}])
+    _, plan = survey(config, "mine", builders.TODAY)
+    assert [part.version for part in plan.datasets] == [
+        builders.manifest().version,
+        builders.mixed_manifest("docs").version,
+    ]
+    storage.put("runs/mine/plan.json", seal(plan))
+    publish(storage, builders.mixed_manifest("docs", train=60))
+    with pytest.raises(ConfigError, match="run mine exists with another dataset version"):
+        run(config, "mine")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_evaluations_that_are_equal_in_every_digit_are_no_result(changed: bool) -> None:
+    """The weights moved, and the model is as it was: a run like the first one of the published recipe."""
+    evaluations = [{"step": float(step), "epoch": step / 10, "loss": 5.0, "ndcg@10": 0.4} for step in (0, 10, 20)]
+    evaluations[2]["loss"] -= 1e-12 * changed
+    test = {"baseline": {"ndcg@10": 0.5}, "best": {"ndcg@10": 0.5}}
+    if changed:
+        assert _metrics(evaluations, 10, test).best_step == 10
+    else:
+        with pytest.raises(LearnedNothing, match="all 3 evaluations are equal in every digit"):
+            _metrics(evaluations, 10, test)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
+def test_damaged_events_are_begun_anew(tmp_path: Path, content: bytes) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.put("runs/mine/events.jsonl", content)
+    Events(storage, "mine").add("start started")
+    assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 1
+    Events(storage, "mine").add("start started")
+    assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 2

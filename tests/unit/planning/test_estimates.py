@@ -1,0 +1,317 @@
+"""The memory of a worker against numbers worked out by hand, and what `parallelism: auto` makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Any, get_args
+
+import pytest
+
+from support.builders import config
+from support.commands import REPOSITORY
+from tercet.config.sections import LoraConfig, Parallelism, TrainingConfig, WorkersConfig
+from tercet.errors import PlanError
+from tercet.planning.estimates import Memory, fits, memory_of, num_trainable_parameters, size_text
+from tercet.planning.model_files import ModelFacts
+from tercet.planning.parallelism import choose
+
+# The example of figure 1 of the ZeRO paper: 7.5e9 parameters, 64 workers. 75 layers of 1e8 parameters each.
+PAPER = ModelFacts(
+    num_parameters=7_500_000_000, num_embedding_parameters=0, num_layers=75, hidden_size=4096, max_seq_length=None
+)
+BERT = ModelFacts(
+    num_parameters=110_000_000, num_embedding_parameters=24_000_000, num_layers=12, hidden_size=768, max_seq_length=512
+)
+BUCKET = 100_000_000  # bytes: 25e6 elements of fp32
+
+
+def parts(memory: Memory) -> tuple[int, int, int, int]:
+    return memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.host_bytes
+
+
+def test_a_lone_worker_holds_16_bytes_a_parameter() -> None:
+    # The paper's 2 + 2 + 12 bytes (fp16 with fp32 copies) are 120 GB; fp32 alone has 4 + 4 + 8, the same sum.
+    memory = memory_of(PAPER, "ddp", 1, 0)
+    assert parts(memory) == (30e9, 30e9, 60e9, 0)
+    assert memory.total_bytes == 120e9
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "of_the_paper", "weights", "gradients", "optimizer", "host"),
+    [
+        # Of the paper, with its 2, 2 and 12 bytes replaced by fp32's 4, 4 and 8; then what the libraries add.
+        ("ddp", 120e9, 0, 0, 0, 0),
+        # 30 + 30 + 60 / 64 GB; DeepSpeed's copy of the weights' shard, 30 / 64, and two buckets.
+        ("zero1", 60e9 + 0.9375e9, 0.46875e9, 2 * BUCKET, 0, 0),
+        # 30 + 90 / 64 GB; the same.
+        ("zero2", 30e9 + 1.40625e9, 0.46875e9, 2 * BUCKET, 0, 0),
+        # 120 / 64 GB (figure 1: 1.9 GB); one layer of 1e8 parameters with its gradient, gathered; one bucket.
+        ("zero3", 1.875e9, 0.4e9, 0.4e9 + BUCKET, 0, 0),
+        ("fsdp2", 1.875e9, 0.4e9, 0.4e9, 0, 0),
+        # On the device that layer alone. In host memory 4 + 4 + 8 + 8 bytes: 180 / 64 GB.
+        ("zero3_offload", 0, 0.4e9, 0.4e9 + BUCKET, 0, 2.8125e9),
+    ],
+)
+def test_what_is_sharded(
+    parallelism: Parallelism, of_the_paper: float, weights: float, gradients: float, optimizer: float, host: float
+) -> None:
+    memory = memory_of(PAPER, parallelism, 64, 0)
+    assert memory.total_bytes == of_the_paper + weights + gradients + optimizer
+    assert memory.host_bytes == host
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "expected"),
+    [
+        ("ddp", (30e9, 30e9, 60e9, 0)),
+        ("zero1", (30.46875e9, 30.2e9, 0.9375e9, 0)),
+        ("zero2", (30.46875e9, 0.66875e9, 0.9375e9, 0)),
+        ("zero3", (0.86875e9, 0.96875e9, 0.9375e9, 0)),
+        ("fsdp2", (0.86875e9, 0.86875e9, 0.9375e9, 0)),
+        ("zero3_offload", (0.4e9, 0.5e9, 0, 2.8125e9)),
+    ],
+)
+def test_part_by_part(parallelism: Parallelism, expected: tuple[float, ...]) -> None:
+    assert parts(memory_of(PAPER, parallelism, 64, 0)) == expected
+
+
+@pytest.mark.parametrize("facts", [PAPER, BERT], ids=["7.5e9", "BERT"])
+@pytest.mark.parametrize("num_workers", [2, 3, 8, 64])
+def test_each_stage_needs_no_more_than_the_one_before(facts: ModelFacts, num_workers: int) -> None:
+    stages: tuple[Parallelism, ...] = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
+    totals = [memory_of(facts, stage, num_workers, 1000).total_bytes for stage in stages]
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("parallelism", get_args(Parallelism))
+def test_more_workers_never_need_more_each(parallelism: Parallelism) -> None:
+    totals = [memory_of(BERT, parallelism, num_workers, 1000).total_bytes for num_workers in (2, 4, 8, 100)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_large_embeddings_are_what_is_gathered() -> None:
+    # 24e6 in the embeddings, 86e6 / 12 in a layer.
+    assert memory_of(BERT, "fsdp2", 10, 0).weights_bytes == 44_000_000 + 96_000_000
+
+
+def activations(precision: str = "fp32", checkpointing: bool = False) -> int:
+    training = TrainingConfig.model_validate({"precision": precision, "gradient_checkpointing": checkpointing})
+    return memory_of(BERT, "ddp", 1, 1000, training).activations_bytes
+
+
+def test_activations() -> None:
+    # Equation 2 without attention: 34 bytes * 1000 tokens * 768 * 12 layers in 16 bits.
+    assert activations("bf16") == activations("fp16") == 313_344_000
+    assert activations("fp32") == activations("tf32") == 2 * 313_344_000
+
+
+def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
+    # (2 bytes * 12 layers + 34) * 1000 tokens * 768.
+    assert activations("bf16", checkpointing=True) == 44_544_000
+    assert activations(checkpointing=True) == 89_088_000
+
+
+@pytest.mark.parametrize("parallelism", get_args(Parallelism))
+def test_autocast_keeps_16_bit_copies_of_whole_weights(parallelism: Parallelism) -> None:
+    plain = memory_of(BERT, parallelism, 2, 0)
+    autocast = memory_of(BERT, parallelism, 2, 0, TrainingConfig(precision="bf16"))
+    copies = 2 * 86_000_000 if parallelism in ("ddp", "zero1", "zero2") else 0
+    assert autocast.total_bytes - plain.total_bytes == copies
+
+
+def test_copies_of_frozen_weights_go_with_the_activations() -> None:
+    def copies(checkpointing: bool, lora: LoraConfig | None) -> int:
+        weights = [
+            memory_of(
+                BERT, "ddp", 2, 0, TrainingConfig(precision=precision, gradient_checkpointing=checkpointing), lora
+            ).weights_bytes
+            for precision in ("fp32", "bf16")
+        ]
+        return weights[1] - weights[0]
+
+    assert copies(True, None) == copies(False, None) == copies(False, LoraConfig()) == 2 * 86_000_000
+    assert copies(True, LoraConfig()) == 2 * 7_166_667  # 86e6 / 12, rounded up
+
+
+def test_an_adapter_of_every_linear_layer() -> None:
+    # Rank 16, h 768: query, key, value and output 4 * 16 * (768 + 768), the feed-forward's two 2 * 16 * (768 + 3072).
+    assert num_trainable_parameters(BERT, LoraConfig(rank=16)) == 12 * (98_304 + 122_880)
+
+
+def test_an_adapter_of_named_layers() -> None:
+    assert num_trainable_parameters(BERT, LoraConfig(rank=8, target_modules=("query", "value"))) == 12 * 2 * 8 * 1536
+
+
+def test_frozen_weights_have_no_gradients_and_no_moments() -> None:
+    lora = LoraConfig(rank=16)
+    adapter = 2_654_208
+    assert parts(memory_of(BERT, "ddp", 1, 0, lora=lora)) == (4 * (110_000_000 + adapter), 4 * adapter, 8 * adapter, 0)
+    zero2 = memory_of(BERT, "zero2", 2, 0, lora=lora)
+    assert zero2.weights_bytes == 4 * 110_000_000 + 4 * adapter + 2 * adapter
+    assert zero2.gradients_bytes == 2 * adapter + 2 * BUCKET
+    # Of the gathered unit, too, only the adapter has gradients.
+    assert memory_of(BERT, "fsdp2", 2, 0, lora=lora).gradients_bytes == 2 * adapter + 4 * adapter / 12
+    assert memory_of(BERT, "zero3_offload", 2, 0, lora=lora).host_bytes == 2 * 110_000_000 + 12 * adapter
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "more"),
+    [
+        ("ddp", 0),
+        ("zero1", 0),
+        ("zero2", 440e6 - 220e6),  # whole instead of a half
+        ("zero3", 440e6 - 96e6),  # whole instead of the gathered unit
+        ("zero3_offload", 440e6 - 96e6),
+        ("fsdp2", 0),
+    ],
+)
+def test_gradients_that_add_up_under_a_cached_loss(parallelism: Parallelism, more: float) -> None:
+    plain, cached = (memory_of(BERT, parallelism, 2, 0, loss_is_cached=cached) for cached in (False, True))
+    assert cached.gradients_bytes - plain.gradients_bytes == more
+
+
+@pytest.mark.parametrize("parallelism", get_args(Parallelism))
+def test_gradients_that_add_up_over_accumulation_steps(parallelism: Parallelism) -> None:
+    plain, accumulated = (
+        memory_of(BERT, parallelism, 2, 0, TrainingConfig(gradient_accumulation_steps=n)) for n in (1, 4)
+    )
+    more = 440e6 - 96e6 if parallelism == "fsdp2" else 0
+    assert accumulated.gradients_bytes - plain.gradients_bytes == more
+
+
+def test_a_tenth_is_left_free() -> None:
+    def memory(num_bytes: int) -> Memory:
+        return Memory(
+            weights_bytes=num_bytes, gradients_bytes=0, optimizer_bytes=0, activations_bytes=0, host_bytes=1000
+        )
+
+    on_gpu, on_cpu = WorkersConfig(use_gpu=True), WorkersConfig(use_gpu=False)
+    assert fits(memory(900), on_gpu, 1000)
+    assert not fits(memory(901), on_gpu, 1000)
+    assert not fits(memory(0), on_cpu, 1000)  # its host memory is the same memory
+
+
+# --- auto -----------------------------------------------------------------------------------------------------------
+
+
+def chosen(memory_bytes: float | None, facts: ModelFacts | None = BERT, **sections: Any) -> tuple[Parallelism, str]:
+    sections.setdefault("workers", {"num_workers": 2})
+    return choose(config(**sections), facts, 0, None if memory_bytes is None else int(memory_bytes))
+
+
+# BERT on two workers, without activations, in 1e6 bytes: ddp 1760, zero2 660 + 420 + 440, zero3 316 + 416 + 440,
+# zero3_offload 96 + 196. On one: zero3_offload 292.
+@pytest.mark.parametrize(
+    ("memory_bytes", "parallelism", "price"),
+    [
+        (1960e6, "ddp", "nothing is faster"),
+        (1950e6, "zero2", "and communicates as much as ddp"),
+        (1690e6, "zero2", "and communicates as much as ddp"),
+        (1680e6, "zero3", "and communicates 1.5 times as much as ddp"),
+        (1310e6, "zero3", "and communicates 1.5 times as much as ddp"),
+        (1300e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
+        (325e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
+    ],
+)
+def test_auto_is_the_least_communication_that_fits(memory_bytes: float, parallelism: str, price: str) -> None:
+    mode, reason = chosen(memory_bytes)
+    assert mode == parallelism
+    assert reason.startswith("auto: ")
+    assert price in reason
+
+
+def test_the_reason_has_the_numbers() -> None:
+    assert chosen(1680e6)[1] == (
+        "auto: of the 1.6 GiB a worker has, 90% is planned for: ddp 1.6 GiB, zero2 1.4 GiB would be too much; "
+        "zero3 needs 1.1 GiB and communicates 1.5 times as much as ddp"
+    )
+
+
+def test_auto_for_one_worker() -> None:
+    alone = {"workers": {"num_workers": 1}}
+    assert chosen(1960e6, **alone)[0] == "ddp"
+    mode, reason = chosen(1950e6, **alone)
+    assert mode == "zero3_offload"
+    assert "zero2" not in reason
+    assert "communicates" not in reason
+
+
+def test_auto_without_knowledge_is_ddp_and_tells_how_to_tell() -> None:
+    assert chosen(None)[0] == chosen(1, facts=None)[0] == "ddp"
+    assert "tell it with workers.memory_gib_per_worker" in chosen(None)[1]
+    assert "before its files are on this machine" in chosen(1, facts=None)[1]
+
+
+@pytest.mark.parametrize("arguments", [(None,), (1e12,), (1e12, None)])
+def test_auto_that_leaves_deepspeed_settings_unused_says_so(arguments: tuple[Any, ...]) -> None:
+    workers = {"num_workers": 2, "deepspeed": {"steps_per_print": 1}}
+    assert chosen(*arguments, workers=workers)[1].endswith("workers.deepspeed is not used")
+    assert "is not used" not in chosen(*arguments)[1]
+    assert "is not used" not in chosen(1680e6, workers=workers)[1]
+
+
+@pytest.mark.parametrize("parallelism", get_args(Parallelism))
+def test_a_named_mode_is_never_overruled(parallelism: str) -> None:
+    mode, reason = chosen(1, workers={"num_workers": 2, "parallelism": parallelism})
+    assert (mode, reason) == (parallelism, "as the recipe says")
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(PlanError) as caught:
+        chosen(324e6)
+    assert "ddp 1.6 GiB, zero2 1.4 GiB, zero3 1.1 GiB, zero3_offload 278.5 MiB" in caught.value.message
+    assert "of 309.0 MiB, 90% is planned for" in caught.value.message
+    assert caught.value.hint == (
+        "what would help: more workers, smaller micro-batches (raise training.gradient_accumulation_steps), "
+        "training.gradient_checkpointing: true, training.precision: bf16, model.lora"
+    )
+    with pytest.raises(PlanError) as caught:
+        chosen(
+            1,
+            training={
+                "global_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": True,
+                "precision": "bf16",
+            },
+            model={"lora": {}},
+        )
+    assert caught.value.hint == "what would help: more workers"
+
+
+def test_a_cpu_worker_has_nowhere_to_offload_to() -> None:
+    assert chosen(1310e6, workers={"num_workers": 2, "use_gpu": False})[0] == "zero3"
+    with pytest.raises(PlanError) as caught:
+        chosen(1300e6, workers={"num_workers": 2, "use_gpu": False})
+    assert "offload" not in caught.value.message
+
+
+def test_what_the_recipe_says_of_training_counts() -> None:
+    workers = {"num_workers": 2}
+    assert chosen(1000e6, workers=workers, model={"lora": {}})[0] == "ddp"
+    # 1e5 tokens of activations are 62.7e9 bytes; with checkpointing and in 16 bits 4.5e9.
+    small = config(workers=workers, training={"gradient_checkpointing": True, "precision": "bf16"})
+    assert choose(small, BERT, 1e5, 10**10)[0] == "ddp"
+    with pytest.raises(PlanError):
+        choose(config(workers=workers), BERT, 1e5, 10**10)
+    # A cached loss keeps zero2's gradients whole: 220e6 bytes more.
+    assert chosen(1700e6, loss={"name": "CachedMultipleNegativesRankingLoss"})[0] != "zero2"
+
+
+def test_the_page_shows_what_the_code_prints() -> None:
+    page = (REPOSITORY / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```\n+```text\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(found[1], "docs/parallelism.md", "exec"), {})
+    assert printed.getvalue() == found[2]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0.0 B"), (1023, "1023.0 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
+)
+def test_sizes(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text

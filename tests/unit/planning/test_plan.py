@@ -1,0 +1,351 @@
+"""Everything is derived from the recipe and the manifest, and wrong combinations are told all at once."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from support.builders import FACTS, TODAY, config, manifest, mixed_manifest, plan
+from tercet.data.versions import publish, read_manifest
+from tercet.errors import PlanError
+from tercet.planning.plan import TrainPlan, make_plan, make_run_id
+from tercet.storage import open_storage
+
+
+def refused(found: Any = None, **sections: Any) -> PlanError:
+    with pytest.raises(PlanError) as caught:
+        make_plan(config(**sections), found or manifest(), FACTS, TODAY)
+    return caught.value
+
+
+def test_the_manifest_made_by_hand_is_one_that_storage_takes(tmp_path: Any) -> None:
+    storage = open_storage(str(tmp_path))
+    assert publish(storage, manifest()) == read_manifest(storage, "poems") == manifest()
+
+
+def test_steps_batches_and_evaluations() -> None:
+    made = plan(workers={"num_workers": 5}, training={"warmup_ratio": 0.11})
+    assert made.num_rows == {"train": 105, "eval": 20, "test": 30}
+    assert (made.steps_per_epoch, made.num_steps, made.num_dropped_rows) == (10, 20, 5)
+    assert made.warmup_steps == 3  # 2.2, rounded up
+    assert made.evaluation_steps == (0, 10, 20)
+    assert made.rows_per_rank_and_micro_batch == 2
+    assert made.columns == ("anchor", "positive", "negative")  # `group` is not encoded
+    assert made.metric == "ndcg@10"
+
+
+def test_accumulation_divides_the_batch_and_not_the_steps() -> None:
+    made = plan(workers={"num_workers": 5}, training={"gradient_accumulation_steps": 2})
+    assert (made.rows_per_rank_and_micro_batch, made.num_steps) == (1, 20)
+
+
+def test_max_train_rows() -> None:
+    assert plan(training={"max_train_rows": 34}).num_train_rows == 34
+    assert plan(training={"max_train_rows": 34}).num_steps == 6
+    assert plan(training={"max_train_rows": 1000}).num_train_rows == 105
+
+
+def test_no_warm_up() -> None:
+    assert plan(training={"warmup_ratio": 0}).warmup_steps == 0
+
+
+def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
+    known = plan(workers={"use_gpu": False})
+    assert known.checkpoint_bytes == 12 * 1000
+    # Three texts of 40 / 4 + 2 tokens a row, 10 rows, 2 layers of width 16.
+    assert known.memory is not None
+    assert known.memory.total_bytes == 16 * 1000 + 10 * 36 * 2 * 16 * 68
+    assert known.training_seconds == pytest.approx(6 * 600 * 20 * 10 * 36 / 30e9)
+    unknown = make_plan(config(), manifest(), None, TODAY)
+    assert (unknown.checkpoint_bytes, unknown.memory, unknown.training_seconds) == (None, None, None)
+    assert plan(workers={"use_gpu": True}).training_seconds is None
+
+
+def test_longer_texts_are_cut() -> None:
+    cut = plan(model={"max_seq_length": 4}, workers={"use_gpu": False})
+    assert cut.memory is not None
+    assert cut.memory.activations_bytes == 10 * 12 * 2 * 16 * 68
+
+
+def test_micro_batches_and_the_mini_batches_of_a_cached_loss_decide_the_activations() -> None:
+    def activations(**sections: Any) -> float:
+        memory = plan(**sections).memory
+        assert memory is not None
+        return memory.activations_bytes / (2 * 16 * 68)
+
+    assert activations() == 10 * 36
+    assert activations(training={"gradient_accumulation_steps": 5}) == 2 * 36
+    assert activations(workers={"num_workers": 5}) == 2 * 36
+    cached = {"name": "CachedMultipleNegativesRankingLoss"}
+    assert activations(loss={**cached, "mini_batch_size": 3}) == 3 * 12  # texts of one column, not rows
+    assert activations(loss={**cached, "mini_batch_size": 99}) == 10 * 12
+    assert activations(loss={**cached, "mini_batch_num_tokens": 50}) == 50
+
+
+def test_a_cached_loss_counts_where_gradients_are_sharded() -> None:
+    workers = {"num_workers": 2, "parallelism": "zero2"}
+    cached, plain = (
+        plan(loss={"name": name}, workers=workers).memory
+        for name in ("CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss")
+    )
+    assert cached is not None
+    assert plain is not None
+    assert cached.gradients_bytes - plain.gradients_bytes == 4 * 1000 / 2
+
+
+def test_an_adapter_has_a_small_state() -> None:
+    adapter = 18 * 4 * 16 * 2  # rank 4, two layers of width 16
+    made = plan(model={"lora": {"rank": 4}})
+    assert made.checkpoint_bytes == 4 * 1000 + 8 * adapter
+    assert made.memory is not None
+    assert made.memory.optimizer_bytes == 8 * adapter
+
+
+def test_the_parallelism_is_settled() -> None:
+    made = plan()
+    assert (made.parallelism, made.memory_bytes_available, made.memory_warning) == ("ddp", None, None)
+    assert "workers.memory_gib_per_worker" in made.parallelism_reason
+    named = plan(workers={"parallelism": "zero3", "num_workers": 2})
+    assert (named.parallelism, named.parallelism_reason) == ("zero3", "as the recipe says")
+
+
+def test_the_recipe_knows_the_memory_better_than_this_machine() -> None:
+    def available(share: int | None, **workers: Any) -> int | None:
+        return make_plan(
+            config(workers=workers), manifest(), FACTS, TODAY, memory_bytes_available=share
+        ).memory_bytes_available
+
+    assert available(2**30, use_gpu=False) == 2**30
+    assert available(2**30, use_gpu=False, memory_gib_per_worker=1.5) == 3 * 2**29
+    assert available(2**30, use_gpu=True) is None  # the memory of this machine is no GPU's
+    assert available(2**30) is None
+
+
+def test_a_mode_that_is_named_is_not_overruled_but_warned_of() -> None:
+    tight = {"num_workers": 2, "memory_gib_per_worker": 0.1}
+    made = plan(workers={**tight, "parallelism": "zero1"})
+    assert made.parallelism == "zero1"
+    assert made.memory_warning is not None
+    assert made.memory_warning.startswith("zero1 needs 19")
+    assert "more than 90% of the 102.4 MiB a worker has" in made.memory_warning
+    assert plan(workers=tight).memory_warning is None
+
+
+def test_a_model_that_fits_nowhere() -> None:
+    small = {"memory_gib_per_worker": 0.0001}
+    error = refused(manifest(eval_=0), workers=small)
+    assert len(error.message.splitlines()) == 2  # beside the other problem
+    assert "the model fits no worker" in error.message
+    assert "model.lora" in error.hint
+    assert plan(workers={**small, "parallelism": "ddp"}).memory_warning is not None
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
+def test_deepspeed_settings_for_what_is_not_deepspeed(parallelism: str) -> None:
+    workers = {"num_workers": 2, "parallelism": parallelism, "deepspeed": {"steps_per_print": 1}}
+    error = refused(workers=workers)
+    assert f"workers.deepspeed is given, but workers.parallelism={parallelism}" in error.message
+    assert "zero2" in error.hint
+    assert plan(workers={**workers, "parallelism": "zero1"}).parallelism == "zero1"
+
+
+def test_one_worker() -> None:
+    assert "parallelism=fsdp2 needs more than one worker" in refused(workers={"parallelism": "fsdp2"}).message
+    assert plan(workers={"parallelism": "fsdp2", "num_workers": 2}).parallelism == "fsdp2"
+    for parallelism in ("zero1", "zero2", "zero3"):
+        made = plan(workers={"parallelism": parallelism})
+        assert made.parallelism_reason == "as the recipe says; with one worker nothing is sharded"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_a_precision_that_no_cpu_has(precision: str) -> None:
+    error = refused(training={"precision": precision}, workers={"use_gpu": False})
+    assert error.message == f"training.precision={precision} needs a GPU, but workers.use_gpu is false"
+    assert plan(training={"precision": precision}).config.training.precision == precision
+    assert plan(training={"precision": "bf16"}, workers={"use_gpu": False}).config.training.precision == "bf16"
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    error = refused(workers={"num_workers": 4}, training={"gradient_accumulation_steps": 2})
+    assert "global_batch_size=10 cannot be shared by 4 workers × 2 accumulation steps" in error.message  # noqa: RUF001
+    assert error.hint == "make it a multiple of 8, such as 8"
+
+
+def test_too_few_rows() -> None:
+    assert "9 train rows of poems do not fill one global batch of 10" in refused(manifest(train=9)).message
+    assert "5 train rows of poems do not fill" in refused(training={"max_train_rows": 5}).message
+
+
+@pytest.mark.parametrize("split", ["eval", "test"])
+def test_a_split_without_rows(split: str) -> None:
+    empty = manifest(eval_=0) if split == "eval" else manifest(test=0)
+    assert f"has no {split} rows" in refused(empty).message
+
+
+def test_what_needs_a_negative() -> None:
+    pairs = manifest(columns=("anchor", "positive"))
+    assert make_plan(config(), pairs, FACTS, TODAY).columns == ("anchor", "positive")
+    loss = refused(pairs, loss={"name": "TripletLoss"}).message
+    assert loss.startswith("loss.name=TripletLoss needs a column `negative`;")
+    assert loss.endswith("has anchor, positive")
+    metric = refused(pairs, evaluation={"metric": "triplet_accuracy"}).message
+    assert metric.startswith("evaluation.metric=triplet_accuracy needs a column `negative`;")
+
+
+@pytest.mark.parametrize(
+    ("loss", "negatives", "need", "advice"),
+    [
+        ({"name": "TripletLoss"}, ("negative_1", "negative_2"), "takes one negative a row", "with one --negative"),
+        ({"name": "AnglELoss"}, (), "needs a column `negative`", "with --negative"),
+        (
+            {"name": "MegaBatchMarginLoss"},
+            ("negative",),
+            "takes no negatives but other rows' positives",
+            "without --negative",
+        ),
+        (
+            {"name": "MultipleNegativesRankingLoss", "hardness_mode": "hard_negatives", "hardness_strength": 5},
+            (),
+            "with hardness_mode=hard_negatives needs a column `negative`",
+            "with --negative",
+        ),
+    ],
+)
+def test_columns_that_the_loss_does_not_take(
+    loss: dict[str, Any], negatives: tuple[str, ...], need: str, advice: str
+) -> None:
+    columns = ("anchor", "positive", *negatives)
+    found = manifest(columns=(*columns, "group"))
+    error = refused(found, loss=loss)
+    assert error.message == f"loss.name={loss['name']} {need}; poems {found.version} has {', '.join(columns)}"
+    assert error.hint.startswith(f"shard the data {advice}, or ")
+
+
+def test_several_negatives() -> None:
+    columns = ("anchor", "positive", "negative_1", "negative_2")
+    assert make_plan(config(), manifest(columns=columns), FACTS, TODAY).columns == columns
+
+
+def test_every_problem_is_listed() -> None:
+    error = refused(
+        manifest(train=5, eval_=0, test=0, columns=("anchor", "positive")),
+        workers={"num_workers": 3},
+        loss={"name": "TripletLoss"},
+        evaluation={"metric": "triplet_accuracy"},
+    )
+    assert len(error.message.splitlines()) == 6
+    assert error.hint.count(";") == 5
+
+
+def test_the_run_id_is_stable_and_names_day_recipe_and_data() -> None:
+    version = manifest().version
+    first = make_run_id(config(), [version], TODAY)
+    assert first == f"20260314-made-{config().experiment_hash()}-{version[:8]}" == plan().run_id
+    assert make_run_id(config(workers={"num_workers": 8}), [version], TODAY) == first
+    assert make_run_id(config(), [version], TODAY + datetime.timedelta(days=1)) != first
+    assert make_run_id(config(training={"seed": 7}), [version], TODAY) != first
+    assert make_run_id(config(), [manifest(train=106).version], TODAY) != first
+    assert make_plan(config(), manifest(), FACTS, TODAY, run_id="mine").run_id == "mine"
+
+
+def test_the_run_id_names_the_versions_of_a_mix() -> None:
+    mixed = config(mix=[{"name": "docs"}])
+    ids = [make_run_id(mixed, versions, TODAY) for versions in (["a", "b"], ["a", "c"], ["c", "b"], ["b", "a"], ["a"])]
+    assert len(set(ids)) == 5
+    assert ids[0] == make_run_id(mixed, ["a", "b"], TODAY)
+    version, docs = manifest().version, mixed_manifest("docs").version
+    assert plan(mix=[{"name": "docs"}]).run_id == make_run_id(mixed, [version, docs], TODAY)
+
+
+MIX = [{"name": "docs", "weight": 0.5}, {"name": "faq", "weight": 3}]
+
+
+def test_a_mix() -> None:
+    made = plan(mix=MIX)
+    assert [(part.name, part.num_train_rows, part.steps_per_epoch) for part in made.datasets] == [
+        ("poems", 105, 10),
+        ("docs", 50, 2),
+        ("faq", 50, 15),
+    ]
+    assert [part.version for part in made.datasets] == [
+        manifest().version,
+        *(mixed_manifest(name).version for name in ("docs", "faq")),
+    ]
+    assert made.datasets[1].columns == ("anchor", "positive")
+    assert made.columns == ("anchor", "positive", "negative")  # of what is measured
+    assert made.num_rows == {"train": 105, "eval": 20, "test": 30}
+    assert (made.num_train_rows, made.num_dropped_rows) == (205, 5)
+    assert (made.steps_per_epoch, made.num_steps, made.evaluation_steps) == (27, 54, (0, 27, 54))
+    assert [share.split(": ")[1] for share in made.shares] == [
+        "105 train rows, weight 1, 10 steps an epoch",
+        "50 train rows, weight 0.5, 2 steps an epoch",
+        "50 train rows, weight 3, 15 steps an epoch",
+    ]
+
+
+def test_one_dataset_has_shares_only_with_a_weight() -> None:
+    assert plan().shares == ()
+    twice = plan(dataset={"weight": 2})
+    assert (twice.steps_per_epoch, twice.num_train_rows, twice.num_dropped_rows) == (20, 105, 5)
+    assert len(twice.shares) == 1
+
+
+def test_max_train_rows_is_for_each_dataset() -> None:
+    made = plan(mix=MIX, training={"max_train_rows": 30})
+    assert [part.num_train_rows for part in made.datasets] == [30, 30, 30]
+    assert made.steps_per_epoch == 3 + 2 + 9  # 1.5, rounded to the even number
+
+
+def test_a_mix_counts_for_memory_and_time() -> None:
+    workers = {"use_gpu": False}
+    pairs = manifest(columns=("anchor", "positive"))
+    alone = make_plan(config(workers=workers), pairs, FACTS, TODAY)
+    triplets = manifest(50, dataset="docs")
+    recipe = config(workers=workers, mix=[{"name": "docs"}])
+    mixed = make_plan(recipe, pairs, FACTS, TODAY, mix=[triplets])
+    assert mixed.memory == plan(workers=workers).memory != alone.memory  # the larger batch decides
+    assert mixed.training_seconds == pytest.approx(6 * 600 * 2 * 10 * (10 * 24 + 5 * 36) / 30e9)
+
+
+def test_problems_of_a_mix() -> None:
+    recipe = config(loss={"name": "TripletLoss"}, mix=[{"name": "docs"}, {"name": "faq", "weight": 0.05}])
+    mix = [mixed_manifest("docs", 9), manifest(dataset="faq")]
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe, manifest(), FACTS, TODAY, mix=mix)
+    assert caught.value.message.splitlines() == [
+        "9 train rows of docs do not fill one global batch of 10",
+        f"loss.name=TripletLoss needs a column `negative`; docs {mix[0].version} has anchor, positive",
+        "the weight 0.05 of faq, which has 10 global batches, gives no batch to an epoch",
+    ]
+    assert caught.value.hint.endswith("raise it to 0.1 or more")
+
+
+def test_what_a_mix_need_not_have() -> None:
+    made = plan(mix=MIX, evaluation={"metric": "triplet_accuracy"})  # no eval and test rows, and no negatives
+    assert len(made.datasets) == 3
+
+
+def test_a_plan_survives_the_way_to_the_workers() -> None:
+    for made in (plan(), plan(mix=MIX)):
+        assert TrainPlan.model_validate_json(made.model_dump_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "number"),
+    [
+        ("fsdp2", {"num_workers": 2}),
+        ("zero3", {"num_workers": 2}),
+        ("zero3", {"min": 1, "max": 2}),
+        ("zero3_offload", {"min": 1, "max": 2}),
+    ],
+)
+def test_mini_batches_by_tokens_do_not_go_with_sharded_weights(parallelism: str, number: dict[str, int]) -> None:
+    """Each gathers the weights on all ranks, and ranks would have unequal numbers of them."""
+    loss = {"name": "CachedMultipleNegativesRankingLoss", "mini_batch_num_tokens": 50}
+    workers = {**number, "parallelism": parallelism}
+    with pytest.raises(PlanError, match=f"mini_batch_num_tokens=50 does not go with {parallelism}"):
+        plan(loss=loss, workers=workers)
+    assert plan(loss={**loss, "mini_batch_num_tokens": None}, workers=workers)
+    assert plan(loss=loss, workers={**workers, "parallelism": "zero2"})

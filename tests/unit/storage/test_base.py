@@ -1,0 +1,23 @@
+"""`~` in a path that a person wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tercet.errors import ConfigError
+from tercet.storage import open_storage
+from tercet.storage.base import expand_home
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home("~/x") == Path("/home/me/x")
+    assert expand_home("a/~/x") == Path("a/~/x")
+    assert open_storage("~/x").uri == "/home/me/x"
+
+
+def test_of_nobody() -> None:
+    with pytest.raises(ConfigError, match="~no-such-user/x: this machine knows no home folder"):
+        open_storage("~no-such-user/x")

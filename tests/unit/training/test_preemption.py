@@ -1,0 +1,84 @@
+"""A notice ends the training after a step, with a checkpoint, and without the end of an epoch that it is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from tercet.training.callbacks import StopOnPreemption, notice_of_sigterm
+
+
+def after_step(guard: StopOnPreemption, step: int) -> TrainerControl:
+    """What it asks the trainer for."""
+    control = TrainerControl()
+    guard.on_step_end(None, TrainerState(global_step=step, max_steps=20), control)
+    return control
+
+
+def test_nothing_happens_without_a_notice() -> None:
+    guard = StopOnPreemption(lambda: False, steps_per_epoch=10)
+    guard.on_train_begin(None, None, None)
+    control = after_step(guard, 3)
+    assert (control.should_save, control.should_training_stop, guard.step) == (False, False, None)
+    control = TrainerControl(should_save=True, should_evaluate=True)
+    guard.on_epoch_end(None, None, control)
+    assert (control.should_save, control.should_evaluate) == (True, True)
+
+
+def test_a_notice_amid_an_epoch() -> None:
+    guard = StopOnPreemption(lambda: True, steps_per_epoch=10)
+    control = after_step(guard, 13)
+    assert (control.should_save, control.should_training_stop, guard.step) == (True, True, 13)
+    # transformers takes the place for the end of an epoch
+    control = TrainerControl(should_save=True, should_evaluate=True)
+    guard.on_epoch_end(None, None, control)
+    assert (control.should_save, control.should_evaluate) == (False, False)
+
+
+def test_a_notice_in_the_last_step_of_an_epoch() -> None:
+    """It is evaluated and saved as ever: without that evaluation the run could not end."""
+    guard = StopOnPreemption(lambda: True, steps_per_epoch=10)
+    control = after_step(guard, 10)
+    assert (control.should_save, control.should_training_stop, guard.step) == (False, True, 10)
+    control = TrainerControl(should_save=True, should_evaluate=True)
+    guard.on_epoch_end(None, None, control)
+    assert (control.should_save, control.should_evaluate) == (True, True)
+
+
+def test_a_notice_in_the_last_step_of_all() -> None:
+    guard = StopOnPreemption(lambda: True, steps_per_epoch=10)
+    control = after_step(guard, 20)
+    assert (control.should_training_stop, guard.step) == (False, None)
+
+
+def test_one_rank_that_got_it_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four ranks, the second."""
+    seen = []
+
+    def all_reduce(number: torch.Tensor, group: object) -> None:
+        seen.append((number.item(), group))
+        number += 1
+
+    fake = SimpleNamespace(is_initialized=lambda: True, new_group=lambda backend: backend, all_reduce=all_reduce)
+    monkeypatch.setattr(torch, "distributed", fake)
+    guard = StopOnPreemption(lambda: False, steps_per_epoch=10)
+    guard.on_train_begin(None, None, None)
+    assert after_step(guard, 4).should_training_stop
+    assert seen == [(0, "gloo")]
+    assert not after_step(guard, 5).should_training_stop  # it has ended
+
+
+def test_sigterm_is_a_notice() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        notice = notice_of_sigterm()
+        assert not notice()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice()
+    finally:
+        signal.signal(signal.SIGTERM, before)
