@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from tercet.cli.demo_data import stdlib_triplets
+from tercet.config.examples import example_path
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
 from tercet.data.versions import publish, read_manifest
@@ -30,7 +31,6 @@ from tercet.pipeline.nightly import Night, nightly
 from tercet.planning.survey import read_report
 from tercet.storage import Storage, open_storage
 
-REPOSITORY = Path(__file__).parents[1]
 WHAT = ("first rows", "new rows", "new rows", "poisoned", "new rows", "killed", "nothing new", *["new rows"] * 3)
 FIRST_DAY = datetime.datetime(2026, 1, 1, 22, tzinfo=datetime.UTC)
 Row = dict[str, str]
@@ -47,7 +47,7 @@ def triplets_by_group(source: Path | None, rng: random.Random) -> list[Row]:
 
 def recipe(store: Path, incoming: Path) -> str:
     """That of the demo, with what a night needs."""
-    document = yaml.safe_load((REPOSITORY / "ray_jobs/recipes/demo.yaml").read_text())
+    document = yaml.safe_load(example_path("demo").read_text())
     document["name"] = "nights"
     document["storage"] = {"uri": str(store)}
     document["dataset"] = {"name": "growing", "replay": {"new_share": 0.5}}

@@ -32,6 +32,7 @@ from launch import BIN, free_port, prepare_environment, start_head
 from nights import triplets_by_group
 from step import make_rows
 from tercet.cli.main import main as tercet_main
+from tercet.config.examples import example_path
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
 from tercet.planning.model_files import locate
@@ -68,7 +69,7 @@ def plain(folder: Path, precision: str, model: Path, arguments: argparse.Namespa
 
 def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
     """The demo's model and workers, other settings."""
-    document = yaml.safe_load((REPOSITORY / "ray_jobs/recipes/demo.yaml").read_text())
+    document = yaml.safe_load(example_path("demo").read_text())
     document["storage"] = {"uri": str(folder / "store")}
     document["model"]["max_seq_length"] = 256
     del document["training"]["max_train_rows"]

@@ -1,6 +1,6 @@
 """What `ray job submit` starts: run a recipe.
 
-ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/recipes/demo.yaml
+ray job submit --working-dir . -- python ray_jobs/train.py my.yaml
 """
 
 import sys

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import REPOSITORY, check, run_command
+from support.commands import check, run_command
 from support.workers import commits, make_plan, model_folder, training_log, weights, worker_command
 from tercet.artifacts.best import best_commit, publish_best
+from tercet.config.examples import example_path
 from tercet.config.losses import TripletLossConfig
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
-RECIPE = REPOSITORY / "ray_jobs/recipes/stella_triplet.yaml"
+RECIPE = example_path("stella_triplet")
 SWITCHED_OFF = {"use_memory_efficient_attention": False, "unpad_inputs": False}
 
 

@@ -13,6 +13,7 @@ from tercet import __version__
 from tercet.cli.datasets import add_datasets, print_manifest
 from tercet.cli.models import add_models
 from tercet.cli.nightly import add_nightly
+from tercet.config.examples import example_names, example_path
 from tercet.errors import TercetError, first_line
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
     )
     recipe = argparse.ArgumentParser(add_help=False, parents=[changes])
-    recipe.add_argument("recipe", type=Path, help="a YAML file, such as ray_jobs/recipes/demo.yaml")
+    recipe.add_argument("recipe", type=Path, help="a YAML file; `tercet recipe` prints an example")
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("--run-id", help="instead of the one made from date, recipe and data")
     store = argparse.ArgumentParser(add_help=False, parents=[common])
@@ -104,8 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     add_nightly(verbs, recipe, store)
     add_models(verbs, store)
     demo = verbs.add_parser("demo", parents=[changes], help="the whole way on data that every machine has")
-    demo.add_argument("--recipe", type=Path, default=Path("ray_jobs/recipes/demo.yaml"))
+    demo.add_argument("--recipe", type=Path, default=example_path("demo"), help="(%(default)s)")
     demo.set_defaults(call=_demo)
+    example = verbs.add_parser("recipe", parents=[common], help="print an example recipe to start from")
+    example.add_argument("name", nargs="?", default="demo", choices=example_names(), help="%(choices)s (%(default)s)")
+    example.set_defaults(call=_recipe)
     schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
     schema.set_defaults(call=_schema)
     return parser
@@ -237,6 +241,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     print("starting Ray and its workers; the first line of training comes in about half a minute", flush=True)
     _print_report(run(config), arguments.recipe)
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    print(example_path(arguments.name).read_text(encoding="utf-8"), end="")
 
 
 def _schema(arguments: argparse.Namespace) -> None:  # noqa: ARG001 - every command has this form

@@ -69,7 +69,9 @@ def load(path: Path) -> tuple[dict[str, Any], Marks]:
         loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:1:1: a recipe is a mapping of sections", hint="see ray_jobs/recipes/demo.yaml")
+            raise ConfigError(
+                f"{path}:1:1: a recipe is a mapping of sections", hint="`tercet recipe` prints an example"
+            )
         duplicates: list[str] = []
         _mark(node, (), marks, duplicates, str(path))
         if duplicates:

