@@ -8,8 +8,9 @@ from typing import Any
 from tercet.artifacts.report import RunMetrics, RunReport
 from tercet.config.recipe import Config
 from tercet.data.manifest import Manifest, Shard, SplitRule, TextStatistics, content_id
+from tercet.planning.dataset_plan import FoundDataset
 from tercet.planning.model_files import ModelFacts
-from tercet.planning.plan import TrainPlan, make_plan
+from tercet.planning.plan import Findings, TrainPlan, make_plan, make_run_id
 
 TODAY = datetime.date(2026, 3, 14)
 FACTS = ModelFacts(num_parameters=1000, num_embedding_parameters=400, num_layers=2, hidden_size=16, max_seq_length=None)
@@ -66,7 +67,20 @@ def plan(**sections: Any) -> TrainPlan:
     """A plan of 20 steps in two epochs, evaluated after steps 0, 10 and 20. Each dataset of a `mix` has 50 train rows,
     which are pairs."""
     made = config(**sections)
-    return make_plan(made, manifest(), FACTS, TODAY, mix=[mixed_manifest(part.name) for part in made.mix])
+    return plan_of(made, manifest(), *(mixed_manifest(part.name) for part in made.mix))
+
+
+def plan_of(config: Config, *manifests: Manifest, **findings: Any) -> TrainPlan:
+    """The plan of a recipe on these versions of its datasets; `findings` replace fields of Findings."""
+    values: dict[str, Any] = {
+        "run_id": make_run_id(config, [manifest.version for manifest in manifests], TODAY),
+        "datasets": tuple(
+            FoundDataset(part, manifest)
+            for part, manifest in zip((config.dataset, *config.mix), manifests, strict=True)
+        ),
+        "model": FACTS,
+    }
+    return make_plan(config, Findings(**{**values, **findings}))
 
 
 def mixed_manifest(dataset: str, train: int = 50) -> Manifest:

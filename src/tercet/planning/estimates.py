@@ -86,6 +86,11 @@ def num_trainable_parameters(facts: ModelFacts, lora: LoraConfig | None) -> int:
     return lora.rank * inputs_and_outputs * facts.hidden_size * facts.num_layers
 
 
+def checkpoint_bytes(facts: ModelFacts, lora: LoraConfig | None) -> int:
+    """Return the size of a checkpoint: all weights, and Adam's two moments of the trained ones."""
+    return WEIGHT_BYTES * facts.num_parameters + ADAM_BYTES * num_trainable_parameters(facts, lora)
+
+
 def memory_of(
     facts: ModelFacts,
     parallelism: Parallelism,

@@ -1,4 +1,5 @@
-"""Pure: recipe and what storage holds → `TrainPlan`. Wrong combinations die here, before a GPU is asked for."""
+"""Pure: recipe and findings of the survey → `TrainPlan`. Combinations that cannot work are refused here, before a GPU
+is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import datetime
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,19 +15,16 @@ from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.registry import Lineage
 from tercet.config.recipe import Config, on_world, rows_per_rank_and_micro_batch, world_sizes
 from tercet.config.sections import Parallelism
-from tercet.data.manifest import Manifest
 from tercet.errors import PlanError
 from tercet.planning import packing
-from tercet.planning.dataset_plan import PlannedDataset, plan_dataset
+from tercet.planning.dataset_plan import FoundDataset, PlannedDataset, plan_dataset
 from tercet.planning.estimates import (
-    ADAM_BYTES,
     SHARE_OF_MEMORY,
-    WEIGHT_BYTES,
     Memory,
     available_bytes,
+    checkpoint_bytes,
     fits,
     memory_of,
-    num_trainable_parameters,
     size_text,
     tokens_kept,
     tokens_per_text,
@@ -37,7 +36,7 @@ from tercet.planning.problems import data_problems, dataset_problems, loss_probl
 
 
 class PlannedChampion(BaseModel):
-    """The champion when a run was planned."""
+    """The champion at the time when a run was planned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,24 +44,24 @@ class PlannedChampion(BaseModel):
     version: int
     commit: Commit
     dataset_versions: dict[str, str]
-    """What it was trained on: other rows are new."""
+    """Dataset versions that it was trained on, by name: all other rows are new."""
 
 
 class TrainPlan(BaseModel):
-    """Everything derived, and frozen: what the workers get. Counts are of rows, steps or texts as named."""
+    """Everything derived from a recipe: the workers' only input. Counts are of rows, steps or texts as named."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
     config: Config
     dataset_version: str
-    """Of the dataset that the model is measured on, as are the columns and the rows of each split."""
+    """Version of the dataset that the model is measured on. `columns` and `num_rows` describe this version too."""
     columns: tuple[str, ...]
     num_rows: dict[str, int]
     datasets: tuple[PlannedDataset, ...]
-    """What is trained on: that dataset, then the mix."""
+    """Datasets to train on: the one that the model is measured on, then the mix."""
     num_train_rows: int
-    """Of all datasets together, as are the dropped rows and the steps."""
+    """Rows of all datasets together. `num_dropped_rows` and the steps count all datasets too."""
     num_dropped_rows: int
     steps_per_epoch: int
     num_steps: int
@@ -72,53 +71,55 @@ class TrainPlan(BaseModel):
     """Optimizer steps after which the eval split is measured and a checkpoint written; 0 is the baseline."""
     checkpoint_bytes: int | None
     parallelism: Parallelism
-    """Settled: never `auto`."""
+    """The mode that was chosen; never `auto`."""
     parallelism_reason: str
     forward: str | None = None
     """How texts share a forward pass, and why; None when the model's files are not on this machine."""
     memory: Memory | None
-    """Of one worker; None when the model's files are not on this machine."""
+    """Estimated memory of one worker; None when the model's files are not on this machine."""
     memory_bytes_available: int | None
-    """To one worker; None when unknown."""
+    """Memory that one worker has; None when unknown."""
     training_seconds: float | None
     champion: PlannedChampion | None = None
-    """Where the recipe asks for it: its weights to start from, or its data to tell which rows are new."""
+    """Present if the recipe needs it: for the weights to start from, or to know which rows are new."""
 
     @property
     def starts_from(self) -> Commit | None:
-        """The model that training starts from, where that is not the recipe's base model."""
+        """Commit of the model that training starts from; None: the recipe's base model."""
         return self.champion.commit if self.champion and self.config.model.start_from == "champion" else None
 
     @property
     def rows_per_loss_call(self) -> int:
-        """In one call of the loss: of all ranks where it gathers their embeddings, else of one."""
+        """Rows in one loss call: the global micro-batch if the loss gathers embeddings, else one rank's rows."""
         num_ranks = self.config.workers.num_workers if self.config.loss.crosses_ranks else 1
         return num_ranks * self.rows_per_rank_and_micro_batch
 
     @property
     def metric(self) -> str:
-        """What best means."""
+        """Metric that selects the best checkpoint."""
         return self.config.evaluation.metric
 
     @property
     def dataset_versions(self) -> dict[str, str]:
-        """Of everything that is trained on, by name."""
+        """Versions of all datasets to train on, by name."""
         return {dataset.name: dataset.version for dataset in self.datasets}
 
     @property
     def lineage(self) -> Lineage:
-        """Where the model of this run comes from."""
+        """Origin of the model that this run makes."""
         return Lineage(
             run_id=self.run_id, recipe_hash=self.config.experiment_hash(), dataset_versions=self.dataset_versions
         )
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of workers that the run may go on with, ascending."""
+        """Numbers of workers that the run may continue with, ascending."""
         return world_sizes(self.config)
 
     def on(self, world_size: int) -> TrainPlan:
-        """The plan on one of its `world_sizes`, else PlanError. The global batches, and so the steps, stay the same."""
+        """Return the plan for one of its `world_sizes`. The global batches, and so the steps, stay the same.
+
+        Raises PlanError for any other number of workers."""
         if world_size not in self.world_sizes:
             allowed = ", ".join(map(str, self.world_sizes))
             raise PlanError(
@@ -132,7 +133,8 @@ class TrainPlan(BaseModel):
 
     @property
     def stored_bytes(self) -> int | None:
-        """Of the checkpoints that stay (the newest, the best), of the one being written, and of the published model."""
+        """Bytes of the checkpoints that are kept (the newest, the best), the one being written and the published model.
+        None when the size of a checkpoint is unknown."""
         if self.checkpoint_bytes is None:
             return None
         steps = set(self.evaluation_steps[1:])
@@ -143,13 +145,13 @@ class TrainPlan(BaseModel):
 
     @property
     def shares(self) -> tuple[str, ...]:
-        """What each dataset gives to an epoch, in words; nothing where a single one gives its rows once."""
+        """Contribution of each dataset to an epoch, in words; empty for a single dataset with weight 1."""
         alone = len(self.datasets) == 1 and self.datasets[0].weight == 1
         return () if alone else tuple(dataset.text() for dataset in self.datasets)
 
     @property
     def memory_warning(self) -> str | None:
-        """For a mode that the recipe names and that probably does not fit: it is not overruled."""
+        """Warning that the mode named by the recipe probably does not fit. It is used all the same."""
         workers, available = self.config.workers, self.memory_bytes_available
         if self.memory is None or available is None or fits(self.memory, workers, available):
             return None
@@ -160,92 +162,159 @@ class TrainPlan(BaseModel):
 
 
 def make_run_id(config: Config, dataset_versions: Sequence[str], today: datetime.date) -> str:
-    """The same recipe on the same data on the same UTC day is the same run: submitting it again resumes. One that has
-    not ended is resumed on later days too (survey.py)."""
+    """Return the id of a new run. The same recipe on the same data on the same UTC day is the same run, so that
+    submitting it again resumes it. `survey` resumes an unfinished run on later days too."""
     data = dataset_versions[0]
     if len(dataset_versions) > 1:
         data = hashlib.sha256("\n".join(dataset_versions).encode()).hexdigest()
     return f"{today:%Y%m%d}-{config.name}-{config.experiment_hash()}-{data[:8]}"
 
 
-def make_plan(
-    config: Config,
-    manifest: Manifest,
-    facts: ModelFacts | None,
-    today: datetime.date,
-    run_id: str | None = None,
-    memory_bytes_available: int | None = None,
-    mix: Sequence[Manifest] = (),
-    champion: PlannedChampion | None = None,
-    seen: Sequence[Manifest | None] | None = None,
-    packing_facts: packing.Facts | None = None,
-) -> TrainPlan:
-    """Derive everything. `memory_bytes_available`: a CPU worker's share of its machine, where the recipe does not say.
-    `mix`: the manifest of each dataset in the recipe's `mix`. `seen`: of each dataset, the version that the champion
-    was trained on, where there is one.
+@dataclass(frozen=True)
+class Findings:
+    """What the survey of storage and of this machine found for a recipe."""
 
-    Raises PlanError naming every combination that cannot work."""
+    run_id: str
+    datasets: tuple[FoundDataset, ...]
+    """The dataset that the model is measured on, then the mix, in the recipe's order."""
+    model: ModelFacts | None = None
+    """None when the model's files are not on this machine."""
+    packing: packing.Facts | None = None
+    cpu_worker_bytes: int | None = None
+    """A CPU worker's share of this machine's memory; None when unknown."""
+    champion: PlannedChampion | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows and steps of a run."""
+
+    datasets: tuple[PlannedDataset, ...]
+    num_train_rows: int
+    num_dropped_rows: int
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    evaluation_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The parallelism of a run, after all checks passed."""
+
+    parallelism: Parallelism
+    reason: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Estimated size and time; None when the model's files are not on this machine."""
+
+    checkpoint_bytes: int | None
+    memory: Memory | None
+    training_seconds: float | None
+
+
+def make_plan(config: Config, findings: Findings) -> TrainPlan:
+    """Derive the plan of a run.
+
+    Raises PlanError with every combination that cannot work."""
     sizes = world_sizes(config)
+    tightest = config
     if sizes:
         config = on_world(config, max([size for size in sizes if size <= config.workers.num_workers], default=sizes[0]))
-    # With the fewest workers each has the most to hold.
-    tightest = on_world(config, sizes[0]) if sizes else config
-    training, workers = config.training, tightest.workers
-    num_rows = {split: manifest.num_rows[split] for split in ("train", "eval", "test")}
-    manifests = (manifest, *mix)
-    datasets = tuple(
-        plan_dataset(config, part, found, before)
-        for part, found, before in zip(
-            (config.dataset, *config.mix), manifests, seen or [None] * len(manifests), strict=True
-        )
+        tightest = on_world(config, sizes[0])  # with the fewest workers, each holds the most
+    num_tokens = max(tokens_kept(tightest, found.manifest, findings.model) for found in findings.datasets)
+    memory_bytes = available_bytes(tightest.workers, findings.cpu_worker_bytes)
+    counts = count(config, findings.datasets)
+    mode = check(tightest, findings, counts, num_tokens, memory_bytes)
+    costs = estimate(config, tightest, findings, counts, mode, num_tokens)
+    measured = findings.datasets[0].manifest
+    return TrainPlan(
+        run_id=findings.run_id,
+        config=config,
+        dataset_version=measured.version,
+        columns=measured.text_columns,
+        num_rows={split: measured.num_rows[split] for split in ("train", "eval", "test")},
+        datasets=counts.datasets,
+        num_train_rows=counts.num_train_rows,
+        num_dropped_rows=counts.num_dropped_rows,
+        steps_per_epoch=counts.steps_per_epoch,
+        num_steps=counts.num_steps,
+        warmup_steps=counts.warmup_steps,
+        rows_per_rank_and_micro_batch=rows_per_rank_and_micro_batch(config),
+        evaluation_steps=counts.evaluation_steps,
+        checkpoint_bytes=costs.checkpoint_bytes,
+        parallelism=mode.parallelism,
+        parallelism_reason=mode.reason,
+        forward=_forward(config, findings.packing),
+        memory=costs.memory,
+        memory_bytes_available=memory_bytes,
+        training_seconds=costs.training_seconds,
+        champion=findings.champion,
     )
-    steps_per_epoch = sum(dataset.steps_per_epoch for dataset in datasets)
-    tokens_per_epoch = sum(
-        dataset.steps_per_epoch * training.global_batch_size * sum(tokens_per_text(config, found, facts))
-        for dataset, found in zip(datasets, manifests, strict=True)
-    )
-    num_tokens = max(tokens_kept(tightest, found, facts) for found in manifests)
-    memory_bytes_available = available_bytes(workers, memory_bytes_available)
 
-    problems = data_problems(config, manifest) + worker_problems(tightest)
-    problems += [problem for dataset in datasets for problem in dataset_problems(config, dataset)]
+
+def count(config: Config, datasets: Sequence[FoundDataset]) -> Counts:
+    """Count rows and steps."""
+    planned = tuple(plan_dataset(config, found) for found in datasets)
+    steps_per_epoch = sum(dataset.steps_per_epoch for dataset in planned)
+    num_steps = steps_per_epoch * config.training.num_epochs
+    # Without a step in an epoch there is nothing to evaluate; `check` refuses such a plan.
+    evaluation_steps = tuple(range(0, num_steps + 1, steps_per_epoch)) if steps_per_epoch else ()
+    return Counts(
+        datasets=planned,
+        num_train_rows=sum(dataset.num_train_rows for dataset in planned),
+        num_dropped_rows=sum(dataset.num_dropped_rows for dataset in planned),
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        warmup_steps=math.ceil(config.training.warmup_ratio * num_steps),
+        evaluation_steps=evaluation_steps,
+    )
+
+
+def check(config: Config, findings: Findings, counts: Counts, num_tokens: float, memory_bytes: int | None) -> Mode:
+    """Choose the parallelism and check everything else. `config` has the fewest workers that the recipe allows.
+
+    num_tokens: tokens whose activations a worker keeps. memory_bytes: what a worker has, None when unknown.
+    Raises PlanError with all problems, one a line."""
+    problems = data_problems(config, findings.datasets[0].manifest) + worker_problems(config)
+    problems += [problem for dataset in counts.datasets for problem in dataset_problems(config, dataset)]
+    mode = None
     try:
-        parallelism, reason = choose(tightest, facts, num_tokens, memory_bytes_available)
+        mode = Mode(*choose(config, findings.model, num_tokens, memory_bytes))
     except PlanError as error:
         problems.append((error.message, error.hint))
     else:
-        problems += loss_problems(tightest, parallelism)
-    if problems:
+        problems += loss_problems(config, mode.parallelism)
+    if mode is None or problems:
         raise PlanError("\n".join(problem for problem, _ in problems), hint="; ".join(hint for _, hint in problems))
+    return mode
 
-    num_steps = steps_per_epoch * training.num_epochs
-    lora = config.model.lora
-    forward = None if packing_facts is None else "{}  ({})".format(*packing.choose(workers.packing, packing_facts))
-    return TrainPlan(
-        run_id=run_id or make_run_id(config, [dataset.version for dataset in datasets], today),
-        config=config,
-        dataset_version=manifest.version,
-        columns=manifest.text_columns,
-        num_rows=num_rows,
-        datasets=datasets,
-        num_train_rows=sum(dataset.num_train_rows for dataset in datasets),
-        num_dropped_rows=sum(dataset.num_dropped_rows for dataset in datasets),
-        steps_per_epoch=steps_per_epoch,
-        num_steps=num_steps,
-        warmup_steps=math.ceil(training.warmup_ratio * num_steps),
-        rows_per_rank_and_micro_batch=rows_per_rank_and_micro_batch(config),
-        evaluation_steps=tuple(range(0, num_steps + 1, steps_per_epoch)),
-        # All weights, and Adam's two moments of those that are trained.
-        checkpoint_bytes=None
-        if facts is None
-        else WEIGHT_BYTES * facts.num_parameters + ADAM_BYTES * num_trainable_parameters(facts, lora),
-        parallelism=parallelism,
-        parallelism_reason=reason,
-        forward=forward,
-        memory=None
-        if facts is None
-        else memory_of(facts, parallelism, workers.num_workers, num_tokens, training, lora, config.loss.is_cached),
-        memory_bytes_available=memory_bytes_available,
+
+def estimate(
+    config: Config, tightest: Config, findings: Findings, counts: Counts, mode: Mode, num_tokens: float
+) -> Costs:
+    """Estimate size and time. Memory is that of a worker of `tightest`, which keeps the activations of `num_tokens`."""
+    facts, training, lora = findings.model, config.training, config.model.lora
+    if facts is None:
+        return Costs(checkpoint_bytes=None, memory=None, training_seconds=None)
+    num_workers, is_cached = tightest.workers.num_workers, config.loss.is_cached
+    rows_and_tokens = [
+        (dataset.steps_per_epoch * training.global_batch_size, sum(tokens_per_text(config, found.manifest, facts)))
+        for dataset, found in zip(counts.datasets, findings.datasets, strict=True)
+    ]
+    tokens_per_epoch = sum(num_rows * tokens_per_row for num_rows, tokens_per_row in rows_and_tokens)
+    return Costs(
+        checkpoint_bytes=checkpoint_bytes(facts, lora),
+        memory=memory_of(facts, mode.parallelism, num_workers, num_tokens, training, lora, is_cached),
         training_seconds=training_seconds(config, facts, tokens_per_epoch * training.num_epochs),
-        champion=champion,
     )
+
+
+def _forward(config: Config, facts: packing.Facts | None) -> str | None:
+    """How texts share a forward pass, and why, in words."""
+    if facts is None:
+        return None
+    kind, why = packing.choose(config.workers.packing, facts)
+    return f"{kind}  ({why})"

@@ -17,9 +17,10 @@ from tercet.config.recipe import Config
 from tercet.data.manifest import Manifest
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound, first_line
+from tercet.planning.dataset_plan import FoundDataset
 from tercet.planning.model_files import locate, read_facts
 from tercet.planning.packing import read_packing_facts
-from tercet.planning.plan import PlannedChampion, TrainPlan, make_plan, make_run_id
+from tercet.planning.plan import Findings, PlannedChampion, TrainPlan, make_plan, make_run_id
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import unseal
 
@@ -38,21 +39,27 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
     if run_id is not None and not RUN_ID.fullmatch(run_id):
         raise ConfigError(f"{run_id!r} cannot be a run id", hint="letters, digits, `.`, `_` and `-`, at most 200")
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-    manifest, *mix = [read_manifest(storage, part.name, part.version) for part in (config.dataset, *config.mix)]
-    folder = locate(config.model)
-    memory_bytes = _physical_memory_bytes()
-    share = None if memory_bytes is None else memory_bytes // config.workers.num_workers
-    manifests = (manifest, *mix)
-    versions = [found.version for found in manifests]
+    parts = (config.dataset, *config.mix)
+    manifests = [read_manifest(storage, part.name, part.version) for part in parts]
+    model_dir = locate(config.model)
+    versions = [manifest.version for manifest in manifests]
     if today is None:
         today = datetime.datetime.now(datetime.UTC).date()
         run_id = run_id or unfinished_run(storage, config, versions, today)
     run_id = run_id or make_run_id(config, versions, today)
     champion = planned_champion(storage, config, run_id)
-    seen = [_seen(storage, champion, found) for found in manifests]
-    facts = read_facts(folder) if folder else None
-    packing_facts = read_packing_facts(config, folder)
-    return storage, make_plan(config, manifest, facts, today, run_id, share, mix, champion, seen, packing_facts)
+    findings = Findings(
+        run_id=run_id,
+        datasets=tuple(
+            FoundDataset(part, manifest, _champion_manifest(storage, champion, manifest))
+            for part, manifest in zip(parts, manifests, strict=True)
+        ),
+        model=read_facts(model_dir) if model_dir else None,
+        packing=read_packing_facts(config, model_dir),
+        cpu_worker_bytes=_bytes_per_worker(config.workers.num_workers),
+        champion=champion,
+    )
+    return storage, make_plan(config, findings)
 
 
 def unfinished_run(
@@ -99,15 +106,15 @@ def planned_champion(storage: Storage, config: Config, run_id: str) -> PlannedCh
     )
 
 
-def _seen(storage: Storage, champion: PlannedChampion | None, manifest: Manifest) -> Manifest | None:
+def _champion_manifest(storage: Storage, champion: PlannedChampion | None, manifest: Manifest) -> Manifest | None:
     version = champion.dataset_versions.get(manifest.dataset) if champion else None
     return read_manifest(storage, manifest.dataset, version) if version else None
 
 
-def _physical_memory_bytes() -> int | None:
+def _bytes_per_worker(num_workers: int) -> int | None:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_workers
+    except (AttributeError, ValueError, OSError):  # the operating system does not say
         return None
 
 

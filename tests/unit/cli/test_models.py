@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tercet.cli.main import main
 from tercet.config.recipe import Config
 from tercet.data.append import append
 from tercet.data.build import build_version
-from tercet.planning.plan import make_plan
 from tercet.storage.documents import seal
 from tercet.storage.local import LocalStorage
 
@@ -84,7 +82,7 @@ def test_by_hand_from_a_run(storage: LocalStorage, capsys: pytest.CaptureFixture
     recipe = {"name": "made", "dataset": {"name": "poems"}, "loss": {"name": "TripletLoss"}}
     config = Config.model_validate({**recipe, "model": {"name_or_path": "m"}, "training": {"global_batch_size": 10}})
     manifest = builders.manifest()
-    plan = make_plan(config, manifest, None, datetime.date(2026, 3, 14), RUN)
+    plan = builders.plan_of(config, manifest, run_id=RUN, model=None)
     storage.put(f"runs/{RUN}/plan.json", seal(plan))
     assert models(storage, "promote", "faq", "--run", RUN, "--reason", "first") == 5
     assert "has no best model" in capsys.readouterr().err
@@ -143,7 +141,7 @@ def test_lineage_goes_down_to_the_files(
     (tmp_path / "new.jsonl").write_text(rows.replace('": "', '": "other '))
     build_version([tmp_path / "old.jsonl"], storage, "poems")
     manifest = append([tmp_path / "new.jsonl"], storage, "poems").manifest
-    plan = make_plan(builders.config(), manifest, builders.FACTS, builders.TODAY, RUN)
+    plan = builders.plan_of(builders.config(), manifest, run_id=RUN)
     storage.put(f"runs/{RUN}/plan.json", seal(plan))
     gated(storage, RUN, "Promote: it is better.")
     assert models(storage, "lineage", "faq") == 0

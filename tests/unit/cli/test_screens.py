@@ -5,7 +5,6 @@ from __future__ import annotations
 from support import builders
 from tercet.cli.screens import plan_text
 from tercet.planning.packing import Facts
-from tercet.planning.plan import make_plan
 
 
 def lines(**sections: object) -> dict[str, str]:
@@ -41,13 +40,7 @@ def test_how_texts_share_a_forward_pass() -> None:
     assert lines()["forward"] == "not known before the model is on this machine"
     facts = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
     packed, other = (
-        make_plan(
-            builders.config(),
-            builders.manifest(),
-            builders.FACTS,
-            builders.TODAY,
-            packing_facts=facts._replace(model_type=kind),
-        )
+        builders.plan_of(builders.config(), builders.manifest(), packing=facts._replace(model_type=kind))
         for kind in ("bert", "electra")
     )
     assert "packed  (one row of real tokens, no padding)" in plan_text(packed)

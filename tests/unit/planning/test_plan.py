@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from support.builders import FACTS, TODAY, config, manifest, mixed_manifest, plan
+from support.builders import TODAY, config, manifest, mixed_manifest, plan, plan_of
 from tercet.data.versions import publish, read_manifest
 from tercet.errors import PlanError
-from tercet.planning.plan import TrainPlan, make_plan, make_run_id
+from tercet.planning.plan import TrainPlan, make_run_id
 from tercet.storage import open_storage
 
 
 def refused(found: Any = None, **sections: Any) -> PlanError:
     with pytest.raises(PlanError) as caught:
-        make_plan(config(**sections), found or manifest(), FACTS, TODAY)
+        plan_of(config(**sections), found or manifest())
     return caught.value
 
 
@@ -58,7 +58,7 @@ def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
     assert known.memory is not None
     assert known.memory.total_bytes == 16 * 1000 + 10 * 36 * 2 * 16 * 68
     assert known.training_seconds == pytest.approx(6 * 600 * 20 * 10 * 36 / 30e9)
-    unknown = make_plan(config(), manifest(), None, TODAY)
+    unknown = plan_of(config(), manifest(), model=None)
     assert (unknown.checkpoint_bytes, unknown.memory, unknown.training_seconds) == (None, None, None)
     assert plan(workers={"use_gpu": True}).training_seconds is None
 
@@ -113,9 +113,7 @@ def test_the_parallelism_is_settled() -> None:
 
 def test_the_recipe_knows_the_memory_better_than_this_machine() -> None:
     def available(share: int | None, **workers: Any) -> int | None:
-        return make_plan(
-            config(workers=workers), manifest(), FACTS, TODAY, memory_bytes_available=share
-        ).memory_bytes_available
+        return plan_of(config(workers=workers), manifest(), cpu_worker_bytes=share).memory_bytes_available
 
     assert available(2**30, use_gpu=False) == 2**30
     assert available(2**30, use_gpu=False, memory_gib_per_worker=1.5) == 3 * 2**29
@@ -186,7 +184,7 @@ def test_a_split_without_rows(split: str) -> None:
 
 def test_what_needs_a_negative() -> None:
     pairs = manifest(columns=("anchor", "positive"))
-    assert make_plan(config(), pairs, FACTS, TODAY).columns == ("anchor", "positive")
+    assert plan_of(config(), pairs).columns == ("anchor", "positive")
     loss = refused(pairs, loss={"name": "TripletLoss"}).message
     assert loss.startswith("loss.name=TripletLoss needs a column `negative`;")
     assert loss.endswith("has anchor, positive")
@@ -225,7 +223,7 @@ def test_columns_that_the_loss_does_not_take(
 
 def test_several_negatives() -> None:
     columns = ("anchor", "positive", "negative_1", "negative_2")
-    assert make_plan(config(), manifest(columns=columns), FACTS, TODAY).columns == columns
+    assert plan_of(config(), manifest(columns=columns)).columns == columns
 
 
 def test_every_problem_is_listed() -> None:
@@ -247,7 +245,7 @@ def test_the_run_id_is_stable_and_names_day_recipe_and_data() -> None:
     assert make_run_id(config(), [version], TODAY + datetime.timedelta(days=1)) != first
     assert make_run_id(config(training={"seed": 7}), [version], TODAY) != first
     assert make_run_id(config(), [manifest(train=106).version], TODAY) != first
-    assert make_plan(config(), manifest(), FACTS, TODAY, run_id="mine").run_id == "mine"
+    assert plan_of(config(), manifest(), run_id="mine").run_id == "mine"
 
 
 def test_the_run_id_names_the_versions_of_a_mix() -> None:
@@ -301,10 +299,10 @@ def test_max_train_rows_is_for_each_dataset() -> None:
 def test_a_mix_counts_for_memory_and_time() -> None:
     workers = {"use_gpu": False}
     pairs = manifest(columns=("anchor", "positive"))
-    alone = make_plan(config(workers=workers), pairs, FACTS, TODAY)
+    alone = plan_of(config(workers=workers), pairs)
     triplets = manifest(50, dataset="docs")
     recipe = config(workers=workers, mix=[{"name": "docs"}])
-    mixed = make_plan(recipe, pairs, FACTS, TODAY, mix=[triplets])
+    mixed = plan_of(recipe, pairs, triplets)
     assert mixed.memory == plan(workers=workers).memory != alone.memory  # the larger batch decides
     assert mixed.training_seconds == pytest.approx(6 * 600 * 2 * 10 * (10 * 24 + 5 * 36) / 30e9)
 
@@ -313,7 +311,7 @@ def test_problems_of_a_mix() -> None:
     recipe = config(loss={"name": "TripletLoss"}, mix=[{"name": "docs"}, {"name": "faq", "weight": 0.05}])
     mix = [mixed_manifest("docs", 9), manifest(dataset="faq")]
     with pytest.raises(PlanError) as caught:
-        make_plan(recipe, manifest(), FACTS, TODAY, mix=mix)
+        plan_of(recipe, manifest(), *mix)
     assert caught.value.message.splitlines() == [
         "9 train rows of docs do not fill one global batch of 10",
         f"loss.name=TripletLoss needs a column `negative`; docs {mix[0].version} has anchor, positive",

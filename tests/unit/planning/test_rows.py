@@ -17,7 +17,7 @@ from tercet.data.order import subset
 from tercet.data.text_stats import estimated_tokens
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError
-from tercet.planning.plan import TrainPlan, make_plan
+from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import concatenate, load_splits, load_train_rows
 from tercet.storage import Storage, open_storage
 
@@ -55,8 +55,7 @@ def plan(tmp_path: Path, storage: Storage, publish: Publish) -> Callable[..., Tr
     def plan(*mix: str, **training: Any) -> TrainPlan:
         sections: dict[str, Any] = {"workers": {"cache_dir": str(tmp_path / "cache")}, "training": training}
         config = builders.config(mix=[{"name": name} for name in mix], **sections)
-        manifest, *others = [read_manifest(storage, name) for name in ("poems", *mix)]
-        return make_plan(config, manifest, None, builders.TODAY, mix=others)
+        return builders.plan_of(config, *(read_manifest(storage, name) for name in ("poems", *mix)), model=None)
 
     return plan
 

@@ -20,7 +20,7 @@ from tercet.data.build import build_version
 from tercet.data.order import DatasetRows, mixed_batches
 from tercet.data.versions import read_manifest
 from tercet.errors import CorruptObject, TrainingError
-from tercet.planning.plan import TrainPlan, make_plan
+from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal
 from tercet.training import ledger
@@ -49,7 +49,7 @@ def plan(tmp_path: Path, storage: Storage) -> Callable[..., TrainPlan]:
         sections: dict[str, Any] = {"workers": {"cache_dir": str(tmp_path / "cache")}, "training": training}
         config = builders.config(mix=[{"name": name} for name in mix], **sections)
         manifests = [read_manifest(storage, name) for name in ("poems", *mix)]
-        return make_plan(config, manifests[0], None, builders.TODAY, run_id="r", mix=manifests[1:])
+        return builders.plan_of(config, *manifests, run_id="r", model=None)
 
     return plan
 
