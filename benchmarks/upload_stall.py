@@ -39,7 +39,8 @@ RESULT = "upload-stall "
 def work(plan: str) -> None:
     """The worker, with a clock at each place. Prints what it measured."""
     from tercet.artifacts.uploader import Uploader
-    from tercet.training import callbacks, trainer, worker
+    from tercet.cli.main import main
+    from tercet.training import callbacks, trainer
 
     submits, saves, steps = [], [], []
 
@@ -63,8 +64,7 @@ def work(plan: str) -> None:
     callbacks.RunRecorder = Clocked
     trainer.TercetTrainer._save_checkpoint = timed(trainer.TercetTrainer._save_checkpoint, saves)
     Uploader.submit = timed(Uploader.submit, submits)
-    sys.argv = [sys.argv[0], plan]
-    worker.main()
+    main(["worker", plan])
     seconds = steps[-1] - steps[1]
     found = {"seconds": seconds, "steps": len(steps) - 2, "submits": submits, "saves": saves}
     print(RESULT + json.dumps(found), flush=True)

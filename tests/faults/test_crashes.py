@@ -19,7 +19,7 @@ from tercet.storage import open_storage
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL to one rank at a named place (see crash_point.py)."""
+    """SIGKILL to one rank at a named place (see failpoints.py)."""
 
     at: str
     step: int

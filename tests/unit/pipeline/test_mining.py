@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from support import tiny_model
-from tercet.cluster import train
+from tercet.cluster import session
 from tercet.config.recipe import Config
 from tercet.config.sections import MiningConfig
 from tercet.data.build import build_version
@@ -48,9 +48,9 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
         return {name: task() for name, task in tasks.items()}
 
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "start_ray", lambda _: None)
-    monkeypatch.setattr(train, "with_devices", lambda config: config)
-    monkeypatch.setattr(train, "in_fresh_processes", here)
+    monkeypatch.setattr(session, "start_ray", lambda _: None)
+    monkeypatch.setattr(session, "with_devices", lambda config: config)
+    monkeypatch.setattr(session, "in_fresh_processes", here)
     rows = []
     for number, row in enumerate(tiny_model.triplets(NUM_ROWS)):
         pair = {key: row[key] for key in ("anchor", "positive", "group")} | {"lang": "ab"[number % 2]}

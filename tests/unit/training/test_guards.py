@@ -329,7 +329,7 @@ hangs()
 STORAGE_HANGS_TOO = """
 import time
 from tercet.training import guards
-guards.SECONDS_TO_SAY_SO = 10.0
+guards.HANG_REPORT_SECONDS = 10.0
 guards.Deadline(1, 3, on_hang=lambda: time.sleep(60)).on_train_begin(None, None, None)
 def hangs():
     time.sleep(60)

@@ -35,7 +35,7 @@ def test_on_as_many_ranks_each_draws_on(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / f"rng_state_{rank}.pth").write_bytes(b"not looked at")
     loaded: list[Any] = []
     monkeypatch.setattr(Trainer, "_load_rng_state", lambda _, checkpoint: loaded.append(checkpoint))
-    trainer = TercetTrainer._(TercetTrainer)
+    trainer = TercetTrainer.__new__(TercetTrainer)
     trainer.args = SimpleNamespace(world_size=2, process_index=1, seed=7)
     trainer._load_rng_state(str(tmp_path))
     trainer._load_rng_state(None)
