@@ -4,5 +4,6 @@
 - `sections`: the sections of a recipe, with defaults and their meaning
 - `losses`: the losses of a recipe, by their names in sentence-transformers
 - `examples`: the example recipes that are installed with tercet
-- `recipe`: the whole recipe, read and checked; its hash; the world sizes it allows
+- `experiment`: the values that decide the result, and the hash over them that names runs
+- `recipe`: the whole recipe, read and checked; the world sizes it allows
 """

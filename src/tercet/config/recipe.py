@@ -7,8 +7,6 @@ nearest known one. `--set section.key=value` changes a value from the command li
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
@@ -17,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tercet.config import recipe_yaml
+from tercet.config.experiment import experiment_hash
 from tercet.config.losses import LEFT_OUT, GuidedLossConfig, LossConfig
 from tercet.config.sections import (
     CheckpointConfig,
@@ -32,9 +31,6 @@ from tercet.config.sections import (
 )
 from tercet.errors import ConfigError
 from tercet.storage.base import expand_home
-
-NON_EXPERIMENT_SECTIONS = ("storage", "workers", "checkpoint", "gate", "nightly")
-"""Sections that say where and how a run happens, and what becomes of its model."""
 
 
 class Config(Section):
@@ -72,21 +68,8 @@ class Config(Section):
         return self
 
     def experiment_hash(self) -> str:
-        """Eight hex digits over what decides the result. Storage, workers, checkpoints, the gate and the night are left
-        out: a run that moves to more workers is the same run, and resumes. So are, at their defaults, the mix, the
-        weight of the dataset, replay and the start, which earlier versions did not have: their runs keep their hash."""
-        content = self.model_dump(mode="json", exclude=set(NON_EXPERIMENT_SECTIONS))
-        for part in (content["dataset"], *content["mix"]):
-            part.pop("version")
-            if part["replay"] is None:
-                del part["replay"]
-        if content["model"]["start_from"] == "base":
-            del content["model"]["start_from"]
-        if not content["mix"]:
-            del content["mix"]
-        if content["dataset"]["weight"] == 1:
-            del content["dataset"]["weight"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        """Return eight hex digits over what decides the result (see experiment.py)."""
+        return experiment_hash(self)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -16,7 +16,8 @@ from tercet.artifacts.layout import evaluation_key, plan_key, training_key
 from tercet.artifacts.lease import read_attempts
 from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
 from tercet.cluster import session, train
-from tercet.config.recipe import NON_EXPERIMENT_SECTIONS, Config, as_yaml
+from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
+from tercet.config.recipe import Config, as_yaml
 from tercet.errors import LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.pipeline.model_card import model_card
 from tercet.planning.plan import TrainPlan
