@@ -24,10 +24,10 @@ import uuid
 from pathlib import Path
 
 from cpu import machine_cpu_seconds
-from tercet.artifacts.layout import training_key
 from tercet.cli.main import main as tercet_main
 from tercet.config.recipe import load_config
 from tercet.planning.survey import survey
+from tercet.storage.layout import training_key
 
 BIN = Path(sys.executable).parent
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tercet
+from tercet.storage import layout
 
 SOURCE = Path(tercet.__file__).parent
 
@@ -123,6 +124,25 @@ def test_the_command_line_alone_prints_and_exits(module: str) -> None:
 def test_what_the_driver_loads_does_not_import_torch_at_the_top(module: str) -> None:
     heavy = {"torch", "transformers", "sentence_transformers", "accelerate", "deepspeed", "peft"}
     assert top_imports(MODULES[module]) & heavy == set()
+
+
+def docstrings(tree: ast.Module) -> set[int]:
+    """The ids of the nodes that are docstrings, or strings that describe the field above them."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "tercet.storage.layout"])
+def test_keys_are_built_in_layout_alone(module: str) -> None:
+    folders = tuple(f"{folder}/" for folder in (layout.RUNS, layout.DATASETS, layout.MODELS))
+    names = {pattern.rpartition("/")[2] for pattern, _ in layout.PATTERNS}
+    endings = tuple(f"/{name}" for name in names if "<" not in name)
+    texts = [
+        node.value
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if id(node) not in docstrings(MODULES[module])
+    ]
+    assert [text for text in texts if text.startswith(folders) or text.endswith(endings)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

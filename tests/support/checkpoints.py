@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from tercet.artifacts.checkpoint import Commit, commit_step, upload_part
-from tercet.artifacts.layout import attempt_folder
 from tercet.artifacts.lease import Attempt
+from tercet.storage.layout import attempt_folder
 from tercet.storage.local import LocalStorage
 
 RUN = "r1"

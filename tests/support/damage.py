@@ -22,7 +22,6 @@ from support.workers import make_plan
 from tercet.artifacts.best import best_whole, publish_best, read_best
 from tercet.artifacts.checkpoint import Commit, commit_step, fetch, fetch_newest, read_commits, upload_part
 from tercet.artifacts.journal import Events
-from tercet.artifacts.layout import attempt_folder
 from tercet.artifacts.lease import Lease
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
@@ -35,6 +34,7 @@ from tercet.planning.survey import check_same_experiment, read_plan, survey
 from tercet.storage import Storage, open_storage
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import seal
+from tercet.storage.layout import attempt_folder
 from tercet.training.ledger import verify_rows
 
 OUTCOMES = ("refused", "fell back", "unaffected", "LOADED DAMAGED", "NO TYPED ERROR")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tercet.artifacts.checkpoint import Commit, upload_files
 from tercet.artifacts.decision import GateDecision, Origin, Verdict
-from tercet.artifacts.layout import COMMIT, best_prefix
 from tercet.artifacts.lease import Attempt
 from tercet.artifacts.registry import Lineage
 from tercet.config.sections import GateConfig
 from tercet.storage import Storage
 from tercet.storage.documents import seal
+from tercet.storage.layout import COMMIT, best_prefix
 
 
 def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage:

@@ -1,6 +1,5 @@
 """What runs leave in storage.
 
-- `layout`: every key of a run, a dataset and a model
 - `lease`: one attempt at a time may commit
 - `checkpoint`: what a checkpoint is, and when it counts
 - `best`: the best checkpoint of a run, and how long the others are kept

@@ -1,8 +1,5 @@
 """The best checkpoint of a run, and its model where others load it.
 
-    runs/<run_id>/best/…        its servable files: SentenceTransformer(".../best") loads them
-    runs/<run_id>/best/COMMIT   written last: now it exists
-
 A copy, so that the checkpoint may be deleted and the model not.
 """
 
@@ -14,11 +11,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tercet.artifacts.checkpoint import Commit, damage_of, fetch, read_commit, read_commits, upload_files
-from tercet.artifacts.layout import COMMIT, best_prefix, checkpoints_prefix, step_of, step_prefix
 from tercet.errors import CorruptObject, ObjectNotFound
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.documents import seal
+from tercet.storage.layout import (
+    COMMIT,
+    best_commit_key,
+    best_prefix,
+    checkpoints_prefix,
+    commit_key,
+    step_of,
+    step_prefix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +57,14 @@ def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Co
         (Path(local) / "README.md").write_text(card, encoding="utf-8")
         best = commit.model_copy(update={"folder": folder, "files": upload_files(storage, Path(local), folder)})
     crash_point("before_publish")
-    storage.put(f"{folder}/{COMMIT}", seal(best))
+    storage.put(best_commit_key(run_id), seal(best))
     return best
 
 
 def read_best(storage: Storage, run_id: str) -> Commit | None:
     """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
     try:
-        return read_commit(storage, f"{best_prefix(run_id)}/{COMMIT}")
+        return read_commit(storage, best_commit_key(run_id))
     except (ObjectNotFound, CorruptObject):
         return None
 
@@ -73,7 +78,7 @@ def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
     kept = {commit.folder for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None}
     for commit in commits:
         if commit.folder not in kept:
-            storage.delete(f"{step_prefix(run_id, commit.step)}/{COMMIT}")
+            storage.delete(commit_key(run_id, commit.step))
             crash_point("mid_retention", commit.step)
     keys = storage.list(checkpoints_prefix(run_id))
     kept_steps = {folder.rpartition("/")[0] for folder in kept}

@@ -1,8 +1,5 @@
 """The pointer that serving reads: which version of a model is the champion, and every champion before it.
 
-    models/<name>/champion.json                 the champion; changed by compare-and-swap alone
-    models/<name>/champions/<generation>.json   every champion there was, byte for byte as it stood in champion.json
-
 A promotion happens in one moment, the swap of champion.json. Nobody replaces a champion before it is filed below
 champions/, so whoever dies at whatever moment, every generation but perhaps the newest is there, and the newest is
 champion.json itself. Each bears the sha256 of the one before: the chain can be proved, and it is a line.
@@ -11,19 +8,17 @@ docs/decisions/0011-the-champion.md has the reasons.
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
-from tercet.errors import AlreadyExists, ChampionMoved, ConfigError, Conflict, CorruptObject, ObjectNotFound
+from tercet.errors import AlreadyExists, ChampionMoved, Conflict, CorruptObject, ObjectNotFound
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.documents import Document, as_bytes, parse, sha256
-
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # that of a recipe
+from tercet.storage.layout import champion_key, generation_key
 
 Kind = Literal["gated", "by hand", "rollback"]
 
@@ -52,17 +47,10 @@ class Champion(Document):
     """Makes two documents of equal content different, so that a writer knows its own."""
 
 
-def model_prefix(name: str) -> str:
-    """Where a model lies. Raises ConfigError for a name that cannot be one."""
-    if not MODEL_NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} cannot name a model", "Use letters, digits, '.', '_' and '-', 64 at most.")
-    return f"models/{name}"
-
-
 def read_champion(storage: Storage, name: str) -> Champion | None:
     """The present champion, or None. Raises CorruptObject."""
     data, _ = _read(storage, name)
-    return None if data is None else parse(Champion, data, storage.uri_of(_key(name)))
+    return None if data is None else parse(Champion, data, storage.uri_of(champion_key(name)))
 
 
 def move_champion(
@@ -83,7 +71,7 @@ def move_champion(
     Raises ChampionMoved when another one is the champion by now; then this changed nothing. After StorageUnavailable it
     is open whether it was done: look again."""
     data, token = _read(storage, name)
-    present = None if data is None else parse(Champion, data, storage.uri_of(_key(name)))
+    present = None if data is None else parse(Champion, data, storage.uri_of(champion_key(name)))
     if present != expected:
         raise _moved(name, present)
     if present is not None and data is not None:
@@ -103,7 +91,7 @@ def move_champion(
     )
     crash_point("before_champion", champion.generation)
     try:
-        storage.compare_and_swap(_key(name), as_bytes(champion), token)
+        storage.compare_and_swap(champion_key(name), as_bytes(champion), token)
     except Conflict:
         if not _was_champion(storage, champion):  # or it was this swap, and the answer got lost
             raise _moved(name, read_champion(storage, name)) from None
@@ -122,28 +110,21 @@ def history(storage: Storage, name: str) -> list[Champion]:
         data = _parent(storage, chain[-1])
     if [champion.generation for champion in chain] != list(range(len(chain), 0, -1)):
         raise CorruptObject(
-            f"the generations of {name} are not 1, 2, 3, …", hint=f"somebody changed {storage.uri_of(_key(name))}"
+            f"the generations of {name} are not 1, 2, 3, …",
+            hint=f"somebody changed {storage.uri_of(champion_key(name))}",
         )
     return chain
 
 
-def _key(name: str) -> str:
-    return f"{model_prefix(name)}/champion.json"
-
-
-def _generation_key(name: str, generation: int) -> str:
-    return f"{model_prefix(name)}/champions/{generation:08d}.json"
-
-
 def _read(storage: Storage, name: str) -> tuple[bytes | None, str | None]:
     try:
-        return storage.read_versioned(_key(name))
+        return storage.read_versioned(champion_key(name))
     except ObjectNotFound:
         return None, None
 
 
 def _file(storage: Storage, champion: Champion, data: bytes) -> None:
-    key = _generation_key(champion.name, champion.generation)
+    key = generation_key(champion.name, champion.generation)
     try:
         storage.put_if_absent(key, data)
     except AlreadyExists:
@@ -159,7 +140,7 @@ def _was_champion(storage: Storage, champion: Champion) -> bool:
     if present == as_bytes(champion):
         return True
     try:
-        return storage.read(_generation_key(champion.name, champion.generation)) == as_bytes(champion)
+        return storage.read(generation_key(champion.name, champion.generation)) == as_bytes(champion)
     except ObjectNotFound:
         return False
 
@@ -167,7 +148,7 @@ def _was_champion(storage: Storage, champion: Champion) -> bool:
 def _parent(storage: Storage, champion: Champion) -> bytes | None:
     if champion.parent_sha256 is None:
         return None
-    key = _generation_key(champion.name, champion.generation - 1)
+    key = generation_key(champion.name, champion.generation - 1)
     try:
         data = storage.read(key)
     except ObjectNotFound:

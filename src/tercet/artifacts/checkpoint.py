@@ -1,9 +1,5 @@
 """What a checkpoint is, and when it counts.
 
-    runs/<run_id>/checkpoints/<step>/<attempt>/…            files, each written by the rank that owns it
-    runs/<run_id>/checkpoints/<step>/<attempt>/rank-0.json  what rank 0 wrote, with sha256: its part
-    runs/<run_id>/checkpoints/<step>/COMMIT                 written last, by compare-and-swap: now it exists
-
 Every attempt (a start of the worker group) writes to a folder of its own, so a late upload of a dead attempt can never
 mix with another's. Without COMMIT there is no checkpoint, whatever lies there. Every file is checked by its hash in
 COMMIT, and COMMIT by its own (sealed.py) and by where it lies.
@@ -20,13 +16,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from tercet.artifacts.layout import COMMIT, attempt_folder, checkpoints_prefix, step_of, step_prefix
 from tercet.artifacts.lease import Attempt, is_fenced, read_attempts
 from tercet.errors import Conflict, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import seal, unseal
+from tercet.storage.layout import COMMIT, attempt_folder, checkpoints_prefix, commit_key, part_key, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +86,7 @@ def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> No
     """Upload every file below `local_dir`, then this rank's part document."""
     records = upload_files(storage, local_dir, folder)
     crash_point("mid_upload", int(folder.split("/")[-2]))
-    storage.put(f"{folder}/rank-{rank}.json", seal(Part(folder=folder, rank=rank, files=records)))
+    storage.put(part_key(folder, rank), seal(Part(folder=folder, rank=rank, files=records)))
 
 
 def upload_files(storage: Storage, local_dir: Path, folder: str) -> dict[str, FileRecord]:
@@ -123,7 +119,7 @@ def commit_step(
     for rank in range(lineage[-1].world_size):
         files.update(_wait_for_part(storage, folder, rank, deadline).files)
     commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
-    key = f"{step_prefix(run_id, step)}/{COMMIT}"
+    key = commit_key(run_id, step)
     token: str | None = None
     while True:
         try:
@@ -175,7 +171,7 @@ def _commit_of(storage: Storage, key: str, data: bytes) -> Commit:
 
 
 def _wait_for_part(storage: Storage, folder: str, rank: int, deadline: float) -> Part:
-    key = f"{folder}/rank-{rank}.json"
+    key = part_key(folder, rank)
     pause_seconds = 0.05
     while True:
         try:
@@ -242,7 +238,7 @@ def fetch_newest(
         try:
             fetch(storage, commit, local_dir)
         except (CorruptObject, ObjectNotFound) as error:
-            if not storage.exists(f"{step_prefix(run_id, commit.step)}/{COMMIT}"):
+            if not storage.exists(commit_key(run_id, commit.step)):
                 # An attempt that does not know yet that it lost the run has pruned it, after it committed newer ones.
                 shutil.rmtree(local_dir, ignore_errors=True)
                 return fetch_newest(storage, run_id, local_dir, on_skip)

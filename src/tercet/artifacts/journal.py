@@ -1,10 +1,8 @@
-"""What went wrong on the way, a small document each, counted by kind in the report.
+"""The incidents of a run, one small document each, counted by kind in the report; and its events.
 
-    runs/<run_id>/incidents/<generation>-end.json         how an attempt ended that did not finish
-    runs/<run_id>/incidents/<generation>-skipped-<step>.json, driver-<n>.json
-
-Each is written once. Who dies by SIGKILL cannot say so: the driver does, or else the attempt that takes over. So an
-attempt has one end, told by whoever was nearest to it.
+Each incident is written once: `<generation>-end` says how an unfinished attempt ended; others are
+`<generation>-skipped-<step>` and `driver-<n>`. A process killed by SIGKILL cannot report its end: the driver does, or
+else the attempt that takes over. So each attempt has one end, reported by the process nearest to it.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from tercet.errors import (
     TercetError,
     first_line,
 )
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 
 logger = logging.getLogger("tercet")
 
@@ -104,7 +102,7 @@ def report_incident(storage: Storage, run_id: str, name: str, kind: str, message
     """Write an incident down, unless one of that name is known. Where storage fails too, a warning must do."""
     incident = Incident(kind=kind, message=message, unix_seconds=round(time.time(), 3))
     try:
-        storage.put_if_absent(_key(run_id, name), incident.model_dump_json(indent=1).encode())
+        storage.put_if_absent(layout.incident_key(run_id, name), incident.model_dump_json(indent=1).encode())
     except AlreadyExists:
         pass
     except StorageError as error:
@@ -114,7 +112,7 @@ def report_incident(storage: Storage, run_id: str, name: str, kind: str, message
 def counts(storage: Storage, run_id: str) -> dict[str, int]:
     """The incidents of a run by kind, in the order of the alphabet."""
     kinds = Counter(
-        _read_kind(storage, key) for key in storage.list(f"runs/{run_id}/incidents") if key.endswith(".json")
+        _read_kind(storage, key) for key in storage.list(layout.incidents_prefix(run_id)) if key.endswith(".json")
     )
     return dict(sorted(kinds.items()))
 
@@ -126,10 +124,6 @@ def _read_kind(storage: Storage, key: str) -> str:
         return "unreadable"
 
 
-def _key(run_id: str, name: str) -> str:
-    return f"runs/{run_id}/incidents/{name}.json"
-
-
 _LAST_EVENTS = ("run finished", "run failed")
 
 
@@ -138,7 +132,7 @@ class Events:
     object storage has no append."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
-        self._storage, self._key = storage, f"runs/{run_id}/events.jsonl"
+        self._storage, self._key = storage, layout.events_key(run_id)
         self.seconds: dict[str, float] = {}
         self.stage = "plan"
         try:

@@ -1,10 +1,9 @@
 """One attempt at a time may commit for a run; what a dead or cut-off one still writes does not count.
 
-    runs/<run_id>/LEASE.json    who holds the run, how often that was renewed, and every attempt with its first step
-
-It is changed by compare-and-swap alone. Each attempt has a generation, one higher than the attempt before, and writes
-down the step that it goes on from before it trains. From then on, a checkpoint of an older generation counts only up to
-that step (`is_fenced`), so it does not matter how late an upload comes, or whether its sender knows.
+The lease, `LEASE.json` in the run's folder, names the holder of the run, the number of renewals, and every attempt with
+its first step. It is changed by compare-and-swap alone. Each attempt has a generation, one higher than the attempt
+before, and records the step that it resumes from before it trains. From then on, a checkpoint of an older generation
+counts only up to that step (`is_fenced`), however late its upload arrives and whether or not its sender knows.
 
 The lease itself only keeps two living attempts from taking a run from each other. It expires when it was not renewed
 for its length, as measured by who waits: clocks of two machines are never compared.
@@ -23,10 +22,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from tercet.artifacts.layout import lease_key
 from tercet.errors import Conflict, CorruptObject, LeaseLost, ObjectNotFound, RunIsTaken, StorageError
 from tercet.storage import Storage
 from tercet.storage.documents import seal, unseal
+from tercet.storage.layout import lease_key
 
 logger = logging.getLogger("tercet")
 

@@ -1,8 +1,5 @@
 """Published models: numbered versions, what serving loads, and how a candidate becomes the champion.
 
-    models/<name>/versions/<number>.json    immutable: the model's files with their sha256, and where it comes from
-    models/<name>/decisions/<sha256>.json   what the gate decided of a candidate, promoted or not
-
 The files themselves stay in the run's folder, `runs/<run_id>/best`. champion.py says which version serves.
 """
 
@@ -19,11 +16,11 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from tercet.artifacts.best import read_best
-from tercet.artifacts.champion import Champion, Kind, history, model_prefix, move_champion, read_champion
+from tercet.artifacts.champion import Champion, Kind, history, move_champion, read_champion
 from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.artifacts.decision import GateDecision
 from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNotFound
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import Document, as_bytes, parse, sha256
 
@@ -87,7 +84,7 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
             nonce=nonce,
         )
         try:
-            storage.put_if_absent(_version_key(name, number), as_bytes(version))
+            storage.put_if_absent(layout.model_version_key(name, number), as_bytes(version))
         except AlreadyExists:
             if read_version(storage, name, number) != version:  # or it was this one, and the answer got lost
                 number += 1
@@ -137,7 +134,7 @@ def serve(
         instead_of,
         name=version.name,
         version=version.number,
-        version_sha256=sha256(storage.read(_version_key(version.name, version.number))),
+        version_sha256=sha256(storage.read(layout.model_version_key(version.name, version.number))),
         kind=kind,
         reason=reason,
         who=who,
@@ -152,7 +149,7 @@ def resolve(storage: Storage, name: str) -> tuple[Champion, Version]:
     if champion is None:
         known = ", ".join(list_models(storage)) or "none"
         raise ObjectNotFound(f"model {name} has no champion in {storage.uri}", hint=f"models there: {known}")
-    key = _version_key(name, champion.version)
+    key = layout.model_version_key(name, champion.version)
     data = storage.read(key)
     if sha256(data) != champion.version_sha256:
         raise CorruptObject(
@@ -183,7 +180,7 @@ def download(storage: Storage, version: Version, folder: Path) -> Path:
 
 def read_version(storage: Storage, name: str, number: int) -> Version:
     """Raises ObjectNotFound, CorruptObject."""
-    key = _version_key(name, number)
+    key = layout.model_version_key(name, number)
     try:
         return parse(Version, storage.read(key), storage.uri_of(key))
     except ObjectNotFound:
@@ -200,13 +197,12 @@ def read_decision(storage: Storage, key: str) -> GateDecision:
 
 def list_models(storage: Storage) -> list[str]:
     """Models with a version, sorted."""
-    return sorted({key.split("/")[1] for key in storage.list("models") if "/versions/" in key})
+    return layout.model_names(storage.list(layout.MODELS))
 
 
 def list_versions(storage: Storage, name: str) -> list[int]:
     """Numbers of a model's versions, the oldest first."""
-    names = [key.rpartition("/")[2].removesuffix(".json") for key in storage.list(f"{model_prefix(name)}/versions")]
-    return sorted(int(name) for name in names if name.isdecimal())  # what a file manager left there is none
+    return layout.model_version_numbers(storage.list(layout.model_versions_prefix(name)), name)
 
 
 def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
@@ -215,13 +211,9 @@ def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
     return [version for version in versions if version.lineage.run_id == run_id]
 
 
-def _version_key(name: str, number: int) -> str:
-    return f"{model_prefix(name)}/versions/{number:08d}.json"
-
-
 def _keep(storage: Storage, name: str, decision: GateDecision) -> str:
     data = decision.model_dump_json(indent=1).encode()
-    key = f"{model_prefix(name)}/decisions/{sha256(data)}.json"
+    key = layout.decision_key(name, sha256(data))
     with contextlib.suppress(AlreadyExists):  # of this very content
         storage.put_if_absent(key, data)
     return key

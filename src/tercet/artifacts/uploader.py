@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tercet.artifacts.checkpoint import Commit, commit_step, upload_part
-from tercet.artifacts.layout import attempt_folder
 from tercet.artifacts.lease import Attempt
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
+from tercet.storage.layout import attempt_folder
 
 
 class Uploader:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tercet.artifacts.report import Metrics, RunReport, verdict
 from tercet.planning.estimates import size_text
 from tercet.planning.plan import TrainPlan
+from tercet.storage.layout import REPORT_PAGE
 
 
 def plan_text(plan: TrainPlan) -> str:
@@ -125,7 +126,7 @@ def next_commands(report: RunReport, recipe: str) -> list[tuple[str, str]]:
     return [
         (
             "look at the report",
-            f"{report.run_uri}/report.html" if local else f"aws s3 cp {report.run_uri}/report.html .",
+            f"{report.run_uri}/{REPORT_PAGE}" if local else f"aws s3 cp {report.run_uri}/{REPORT_PAGE} .",
         ),
         ("load the model", f"{python} -c '{load}'" if local else f"aws s3 cp --recursive {report.best_uri} ./model"),
         (

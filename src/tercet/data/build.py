@@ -22,14 +22,12 @@ from tercet.data.manifest import (
     Manifest,
     SplitRule,
     content_id,
-    dataset_prefix,
-    version_prefix,
 )
 from tercet.data.row_checks import MAX_TEXT_CHARS, RepeatCounter, row_hash
 from tercet.data.shard_writer import SplitWriters, upload
 from tercet.data.versions import publish, read_head, read_manifest
 from tercet.errors import ConfigError
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def build_version(
     wanted = wanted_columns(columns, group, slices)
     check_sources(sources, max_bad_rows)
     _check_arguments(rows_per_shard, fractions, max_text_chars)
-    dataset_prefix(name)
+    layout.dataset_prefix(name)  # refuse an impossible name before any row is read
     rule = SplitRule(by="group" if group else "anchor", salt=SPLIT_SALT, fractions=fractions)
     with tempfile.TemporaryDirectory(prefix="tercet-build-") as temporary, ExitStack() as stack:
         leaked: dict[str, set[int]] = {}
@@ -100,7 +98,7 @@ def build_version(
         quarantine.close()
         splits = writers.finish()
         version = content_id(tuple(wanted), rule, splits)
-        already_published = storage.exists(f"{version_prefix(name, version)}/manifest.json")
+        already_published = storage.exists(layout.manifest_key(name, version))
         if already_published:
             manifest = read_manifest(storage, name, version)
         else:

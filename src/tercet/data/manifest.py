@@ -1,10 +1,5 @@
 """A dataset version: what it holds, how it is named, how it becomes visible.
 
-    datasets/<name>/versions/<version>/shards/<split>-00000-of-00003.parquet
-    datasets/<name>/versions/<version>/quarantine.jsonl      bad rows, if there were any
-    datasets/<name>/versions/<version>/manifest.json         written last: without it there is no such version
-    datasets/<name>/HEAD.json                                the newest version, moved by compare-and-swap
-
 A version is named by what is in it (`content_id`), so building the same rows twice gives the same version.
 """
 
@@ -12,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Literal
@@ -21,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tercet import __version__
 from tercet.data.row_checks import is_text, normalise
-from tercet.errors import DataError
+from tercet.storage.layout import version_prefix
 
 SPLITS = ("train", "eval", "test")
 
@@ -56,9 +50,6 @@ class SplitRule(BaseModel):
         if position < train + evaluation or not test:
             return "eval" if evaluation else "train"
         return "test"
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Frozen(BaseModel):
@@ -163,19 +154,3 @@ def content_id(columns: tuple[str, ...], rule: SplitRule, splits: Mapping[str, t
     shards = {split: [shard.model_dump(exclude_none=True) for shard in splits[split]] for split in sorted(splits)}
     canonical = {"columns": columns, "split_rule": rule.model_dump(), "splits": shards}
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def dataset_prefix(name: str) -> str:
-    """The key prefix of a dataset, without a slash at its end. Raises DataError for a name that cannot be one."""
-    return f"datasets/{_checked(name, 'dataset')}"
-
-
-def version_prefix(name: str, version: str) -> str:
-    """The key prefix of a version. Raises DataError for a name or version that cannot be one."""
-    return f"{dataset_prefix(name)}/versions/{_checked(version, 'version')}"
-
-
-def _checked(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise DataError(f"{name!r} cannot name a {what}", "Use letters, digits, '.', '_' and '-', 128 at most.")
-    return name

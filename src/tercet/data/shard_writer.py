@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tercet.data.ingest import GoodRow, Progress
-from tercet.data.manifest import SPLITS, Manifest, Shard, SplitRule, version_prefix
+from tercet.data.manifest import SPLITS, Manifest, Shard, SplitRule
 from tercet.data.row_checks import is_text
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.base import sha256_of
 
 ROW_GROUP_ROWS = 8_192
@@ -55,7 +55,7 @@ class ShardWriter:
             self._end_shard()
         shards = []
         for index, (path, num_rows) in enumerate(self._written):
-            key = f"shards/{self._split}-{index:05d}-of-{len(self._written):05d}.parquet"
+            key = layout.shard_path(self._split, index, len(self._written))
             self.paths[key] = path
             shards.append(Shard(path=key, num_rows=num_rows, num_bytes=path.stat().st_size, sha256=sha256_of(path)))
         return tuple(shards)
@@ -132,7 +132,7 @@ def upload(
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     """Bring a version's shards to storage, and the quarantine in `folder` where there is something in it."""
-    prefix, quarantine = version_prefix(manifest.dataset, manifest.version), folder / "quarantine.jsonl"
+    prefix, quarantine = layout.version_prefix(manifest.dataset, manifest.version), folder / "quarantine.jsonl"
     with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
         uploads = [pool.submit(storage.upload, path, f"{prefix}/{key}") for key, path in paths.items()]
         try:
@@ -144,4 +144,4 @@ def upload(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if quarantine.stat().st_size:
-        storage.upload(quarantine, f"{prefix}/quarantine.jsonl")
+        storage.upload(quarantine, layout.quarantine_key(manifest.dataset, manifest.version))

@@ -9,9 +9,9 @@ import time
 from datetime import UTC, datetime
 from typing import NoReturn
 
-from tercet.data.manifest import Manifest, dataset_prefix, version_prefix
+from tercet.data.manifest import Manifest
 from tercet.errors import AlreadyExists, Conflict, CorruptObject, DataError, DatasetNotFound, ObjectNotFound
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.documents import seal, unseal
 
 _HEAD_ATTEMPTS = 20
@@ -19,12 +19,12 @@ _HEAD_ATTEMPTS = 20
 
 def list_datasets(storage: Storage) -> list[str]:
     """The names of the datasets that have a published version, sorted."""
-    return _names(storage, "datasets/", "/HEAD.json")
+    return layout.dataset_names(storage.list(layout.DATASETS))
 
 
 def list_versions(storage: Storage, name: str) -> list[str]:
     """The versions that have a manifest, sorted by id (which says nothing about their age)."""
-    return _names(storage, f"{dataset_prefix(name)}/versions/", "/manifest.json")
+    return layout.dataset_version_ids(storage.list(layout.dataset_versions_prefix(name)), name)
 
 
 def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manifest:
@@ -35,10 +35,10 @@ def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manif
     if version == "latest":
         version = read_head(storage, name) or _not_found(storage, name, None)
     try:
-        data = storage.read(f"{version_prefix(name, version)}/manifest.json")
+        data = storage.read(layout.manifest_key(name, version))
     except ObjectNotFound:
         _not_found(storage, name, version)
-    uri = storage.uri_of(f"{version_prefix(name, version)}/manifest.json")
+    uri = storage.uri_of(layout.manifest_key(name, version))
     hint = "Build the version again, or use another one."
     manifest = unseal(Manifest, data, uri, hint)
     if (manifest.dataset, manifest.content) != (name, version):
@@ -65,7 +65,7 @@ def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> M
         raise DataError(f"version {manifest.version} describes content {manifest.content}", "Use content_id().")
     if after is not None:
         _check_newest(read_head(storage, manifest.dataset), manifest, after)
-    key = f"{version_prefix(manifest.dataset, manifest.version)}/manifest.json"
+    key = layout.manifest_key(manifest.dataset, manifest.version)
     try:
         storage.put_if_absent(key, seal(manifest))
     except AlreadyExists:
@@ -84,7 +84,7 @@ def _check_newest(newest: str | None, manifest: Manifest, after: str) -> None:
 
 
 def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
-    key, version = f"{dataset_prefix(manifest.dataset)}/HEAD.json", manifest.version
+    key, version = layout.head_key(manifest.dataset), manifest.version
     for attempt in range(_HEAD_ATTEMPTS):
         head, token = _read_head(storage, manifest.dataset)
         if head is not None and head["version"] == version:
@@ -107,7 +107,7 @@ def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
 
 
 def _read_head(storage: Storage, name: str) -> tuple[dict[str, str | int] | None, str | None]:
-    key = f"{dataset_prefix(name)}/HEAD.json"
+    key = layout.head_key(name)
     try:
         data, token = storage.read_versioned(key)
     except ObjectNotFound:
@@ -119,11 +119,6 @@ def _read_head(storage: Storage, name: str) -> tuple[dict[str, str | int] | None
         raise CorruptObject(
             f"{storage.uri_of(key)} is not a HEAD: {error}", "Delete it and publish a version again."
         ) from error
-
-
-def _names(storage: Storage, prefix: str, suffix: str) -> list[str]:
-    keys = (key[len(prefix) : -len(suffix)] for key in storage.list(prefix) if key.endswith(suffix))
-    return sorted(name for name in keys if name and "/" not in name)
 
 
 def _not_found(storage: Storage, name: str, version: str | None) -> NoReturn:

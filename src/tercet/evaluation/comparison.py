@@ -18,7 +18,7 @@ from tercet.evaluation.gate import decide
 from tercet.evaluation.measurement import TEST, Measurement, groups_of, read_table
 from tercet.evaluation.paired import Paired, slices_of
 from tercet.planning.plan import TrainPlan
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -131,7 +131,8 @@ def weights_sha256(measured: Measurement) -> str | None:
 def _table(storage: Storage, run_id: str, measured: Measurement, data: str, kind: str) -> pa.Table:
     table = read_table(storage, run_id, measured, data, kind)
     if table is None:
-        raise CorruptObject(f"runs/{run_id}/comparison/{measured.request.who}: no {data}-{kind}", hint="start again")
+        key = layout.row_results_key(run_id, measured.request.who, data, kind)
+        raise CorruptObject(f"{storage.uri_of(key)} does not exist", hint="start again")
     return table
 
 

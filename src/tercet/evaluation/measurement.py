@@ -1,9 +1,5 @@
 """A model measured row by row for a comparison, kept in storage: measured once, whoever compares.
 
-    runs/<run_id>/comparison/<who>/<data>-queries.parquet     see row_results.py
-    runs/<run_id>/comparison/<who>/<data>-triplets.parquet
-    runs/<run_id>/comparison/<who>/MEASURED                   written last, with sha256 of every file
-
 The model is what storage holds, verified, in a process that has seen nothing of training. `who` is base, candidate or
 champion-<generation>; `data` is `test`, or the name of a dataset out of domain.
 """
@@ -25,7 +21,7 @@ from tercet.evaluation.evaluate import load_reloaded
 from tercet.model.libraries import import_quietly
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits, load_train_rows
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
 from tercet.storage.documents import seal, unseal
 
 if TYPE_CHECKING:
@@ -89,18 +85,18 @@ def measure(plan: TrainPlan, request: Request) -> None:
             _write(folder, name, found.queries, found.triplets)
         measured = Measurement(
             request=request,
-            files=upload_files(storage, folder, _prefix(plan.run_id, request.who)),
+            files=upload_files(storage, folder, layout.comparison_prefix(plan.run_id, request.who)),
             num_corpus_texts=results.num_corpus_texts,
             seconds_per_text=results.seconds_per_text,
             num_non_finite_weights=sum(int((~values.isfinite()).sum()) for values in model.parameters()),
             num_leaked_rows=num_leaked_rows,
         )
-    storage.put(_key(plan.run_id, request.who), seal(measured))
+    storage.put(layout.measured_key(plan.run_id, request.who), seal(measured))
 
 
 def read_measured(storage: Storage, run_id: str, request: Request) -> Measurement | None:
     """What was measured, if it was of this very model on this very data. A damaged document counts for none."""
-    key = _key(run_id, request.who)
+    key = layout.measured_key(run_id, request.who)
     try:
         measured = unseal(Measurement, storage.read(key), storage.uri_of(key))
     except (ObjectNotFound, CorruptObject):
@@ -118,7 +114,7 @@ def read_table(storage: Storage, run_id: str, measured: Measurement, data: str, 
         return None
     with tempfile.TemporaryDirectory(prefix="tercet-results-") as folder:
         path = Path(folder) / name
-        storage.download(f"{_prefix(run_id, measured.request.who)}/{name}", path, sha256=record.sha256)
+        storage.download(layout.row_results_key(run_id, measured.request.who, data, kind), path, sha256=record.sha256)
         return pq.read_table(path)
 
 
@@ -149,11 +145,3 @@ def _num_leaked_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Datase
         for batch in rows.select_columns(["anchor", "positive"]).iter(batch_size=1000)
         for pair in zip(batch["anchor"], batch["positive"], strict=True)
     )
-
-
-def _prefix(run_id: str, who: str) -> str:
-    return f"runs/{run_id}/comparison/{who}"
-
-
-def _key(run_id: str, who: str) -> str:
-    return f"{_prefix(run_id, who)}/MEASURED"

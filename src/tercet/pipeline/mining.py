@@ -3,8 +3,6 @@
 Candidates for a row are the positives of its own split, so that no eval or test text gets into train: those of a pool
 of rows that lie together. Pools are mined apart from each other, each in a process with a worker's resources. A
 candidate that is nearly as near as the positive is probably another right answer, and is left out.
-
-    datasets/<into>/mined/<version>-<hash>.json     what was made of a version, by the hash of how it was mined
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ from tercet.config.recipe import Config
 from tercet.config.sections import MiningConfig
 from tercet.data.build import BuildResult, build_version
 from tercet.data.cache import cache_dir_of, load_split
-from tercet.data.manifest import SPLITS, Manifest, dataset_prefix
+from tercet.data.manifest import SPLITS, Manifest
 from tercet.data.row_checks import is_text
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError, ObjectNotFound
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
 from tercet.storage.documents import seal, unseal
 
 logger = logging.getLogger("tercet")
@@ -86,7 +84,7 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
     manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
     if into == manifest.dataset:
         raise ConfigError(f"{into} is the dataset that is mined", hint="name another one")
-    dataset_prefix(into)
+    layout.dataset_prefix(into)  # refuse an impossible name before anything is mined
     commit = None
     if config.model.start_from == "champion" and read_champion(storage, config.name) is not None:
         commit = resolve(storage, config.name)[1].commit
@@ -135,7 +133,7 @@ def read_mined(storage: Storage, into: str, source: str, mining: MiningConfig) -
 
 def _key(into: str, source: str, mining: MiningConfig) -> str:
     digest = hashlib.sha256(mining.model_dump_json().encode()).hexdigest()[:8]
-    return f"{dataset_prefix(into)}/mined/{source}-{digest}.json"
+    return layout.mined_key(into, source, digest)
 
 
 def mine_pool(

@@ -1,7 +1,5 @@
 """One night: new rows in, a run, a comparison with the champion, and the champion kept or replaced.
 
-    models/<name>/nights/<run_id>.json      what came of it, written last
-
 A night is named by its run, and that by date, recipe and data. So two starts of one night are one run; a night that
 died goes on when it is started again; one that is over says what came of it.
 """
@@ -18,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from tercet.artifacts.best import read_best
-from tercet.artifacts.champion import Champion, model_prefix
+from tercet.artifacts.champion import Champion
 from tercet.artifacts.decision import GateDecision, Verdict
 from tercet.artifacts.registry import Promotion, promote, read_version
 from tercet.cluster import session
@@ -36,7 +34,7 @@ from tercet.pipeline.publishers import notify
 from tercet.pipeline.run import run
 from tercet.planning.plan import TrainPlan
 from tercet.planning.survey import survey
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
 from tercet.storage.documents import Document, seal, unseal
 
 Outcome = Literal["promoted", "kept", "undecided", "refused", "nothing_to_do"]
@@ -98,7 +96,7 @@ def nightly(config: Config, who: str, say: Say, now: datetime.datetime | None = 
         run(_pinned(config, plan), plan.run_id)
         night = _gate_candidate(storage, plan, date, began, who, say)
         with contextlib.suppress(AlreadyExists):  # of another start of this night
-            storage.put_if_absent(_key(plan.config.name, plan.run_id), seal(night))
+            storage.put_if_absent(layout.night_key(plan.config.name, plan.run_id), seal(night))
     notify(storage, config, say)
     return night
 
@@ -135,7 +133,7 @@ def _with_mined_negatives(config: Config, storage: Storage, say: Say) -> Config:
 
 def read_night(storage: Storage, name: str, run_id: str) -> Night | None:
     """What came of a night; None while it is not over. Raises CorruptObject."""
-    key = _key(name, run_id)
+    key = layout.night_key(name, run_id)
     try:
         return unseal(Night, storage.read(key), storage.uri_of(key), hint="delete it, and start the night again")
     except ObjectNotFound:
@@ -144,8 +142,7 @@ def read_night(storage: Storage, name: str, run_id: str) -> Night | None:
 
 def list_nights(storage: Storage, name: str) -> list[str]:
     """Run ids of the nights that are over, the newest first."""
-    keys = storage.list(f"{model_prefix(name)}/nights")
-    return sorted((key.rpartition("/")[2].removesuffix(".json") for key in keys), reverse=True)
+    return layout.night_run_ids(storage.list(layout.nights_prefix(name)), name)[::-1]
 
 
 def _identical_night(storage: Storage, plan: TrainPlan) -> Night | None:
@@ -261,7 +258,3 @@ def _night(plan: TrainPlan, date: datetime.date, began: float, outcome: Outcome,
         unix_seconds=time.time(),
         seconds=time.monotonic() - began,
     )
-
-
-def _key(name: str, run_id: str) -> str:
-    return f"{model_prefix(name)}/nights/{run_id}.json"

@@ -1,8 +1,5 @@
 """A published version as one ONNX file, from tokens to embedding, which counts only once it was measured again.
 
-    models/<name>/onnx/<number>/model.onnx, tokenizer.json
-    models/<name>/onnx/<number>/EXPORTED        written last: sha256 of both, and the metrics of both models
-
 sentence-transformers exports through optimum, which needs transformers below 4.58; torch's own exporter does without.
 """
 
@@ -18,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from tercet.artifacts.champion import model_prefix
 from tercet.artifacts.checkpoint import FileRecord, upload_files
 from tercet.artifacts.registry import Version
 from tercet.errors import ConfigError, CorruptObject
 from tercet.evaluation.evaluate import evaluate
 from tercet.planning.rows import load_splits
 from tercet.planning.survey import read_plan
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.documents import seal
 
 if TYPE_CHECKING:
@@ -69,10 +65,10 @@ def export(storage: Storage, version: Version, model_dir: Path, work_dir: Path) 
             f"version {version.number} as ONNX is another model: {changes}", hint="it was not published"
         )
     model.tokenizer.backend_tokenizer.save(str(work_dir / "tokenizer.json"))
-    folder = f"{model_prefix(version.name)}/onnx/{version.number:08d}"
+    folder = layout.onnx_prefix(version.name, version.number)
     files = upload_files(storage, work_dir, folder)
     exported = Exported(version=version.number, inputs=inputs, files=files, metrics=after, metrics_before=before)
-    storage.put(f"{folder}/EXPORTED", seal(exported))
+    storage.put(layout.exported_key(version.name, version.number), seal(exported))
     return storage.uri_of(folder)
 
 

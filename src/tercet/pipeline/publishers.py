@@ -1,7 +1,5 @@
 """After the pointer moved: an ONNX export, and others are told: a webhook, the Hugging Face Hub, an MLflow registry.
 
-    models/<name>/told/<publisher>/<generation>.json     that this publisher knows of this champion
-
 Each may fail without undoing anything. What failed is tried again on the next night, also on one with nothing to do.
 """
 
@@ -16,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tercet.artifacts.champion import Champion, model_prefix, read_champion
+from tercet.artifacts.champion import Champion, read_champion
 from tercet.artifacts.registry import Version, download, resolve
 from tercet.config.recipe import Config
 from tercet.errors import ConfigError, first_line
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.documents import Document, as_bytes
 
 TIMEOUT_SECONDS = 30
@@ -74,7 +72,7 @@ def notify(storage: Storage, config: Config, say: Callable[[str], None]) -> dict
     with tempfile.TemporaryDirectory(prefix="tercet-publish-") as folder:
         news = Announcement(champion, version, storage.uri_of(version.commit.folder), storage, Path(folder))
         for name, target in wanted.items():
-            key = f"{model_prefix(config.name)}/told/{name}/{champion.generation:08d}.json"
+            key = layout.notification_key(config.name, name, champion.generation)
             if storage.exists(key):
                 continue
             try:

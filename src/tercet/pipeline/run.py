@@ -12,7 +12,6 @@ from tercet.artifacts import journal
 from tercet.artifacts.best import best_whole, publish_best
 from tercet.artifacts.checkpoint import Commit, read_commits
 from tercet.artifacts.journal import Events
-from tercet.artifacts.layout import evaluation_key, plan_key, training_key
 from tercet.artifacts.lease import read_attempts
 from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
 from tercet.cluster import session, train
@@ -22,7 +21,7 @@ from tercet.errors import LearnedNothing, ObjectNotFound, StorageError, Training
 from tercet.pipeline.model_card import model_card
 from tercet.planning.plan import TrainPlan
 from tercet.planning.survey import check_same_experiment, read_report, survey
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.base import retries as storage_retries
 from tercet.storage.documents import as_json, seal
 
@@ -37,25 +36,25 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     check_same_experiment(storage, plan)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
-    storage.put(plan_key(plan.run_id), seal(plan))
+    storage.put(layout.plan_key(plan.run_id), seal(plan))
     events = Events(storage, plan.run_id)
     try:
         with events.timed("start"):
             session.start_ray(plan.config.workers)
             plan = plan.model_copy(update={"config": session.with_devices(plan.config)})
         with events.timed("train"):
-            if not storage.exists(training_key(plan.run_id)):  # written last by the workers
+            if not storage.exists(layout.training_key(plan.run_id)):  # written last by the workers
                 train.train(plan)
         with events.timed("test"):
             best = _best(storage, plan, events)
             test = train.evaluate_test(plan, best)
         with events.timed("publish"):
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
-            log_history = json.loads(storage.read(training_key(plan.run_id)))["log_history"]
+            log_history = json.loads(storage.read(layout.training_key(plan.run_id)))["log_history"]
             # Where it was stored and on what it ran is not a reader's business: a card may become public.
             public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
-            storage.put(f"runs/{plan.run_id}/metrics.json", as_json(metrics))
+            storage.put(layout.metrics_key(plan.run_id), as_json(metrics))
         report = _report(storage, plan, events, metrics=metrics)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
@@ -85,7 +84,7 @@ def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
 
 
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:
-    return [json.loads(storage.read(evaluation_key(plan.run_id, step))) for step in plan.evaluation_steps]
+    return [json.loads(storage.read(layout.evaluation_key(plan.run_id, step))) for step in plan.evaluation_steps]
 
 
 def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
@@ -134,8 +133,8 @@ def _report(
         num_steps=plan.num_steps,
         metrics=metrics,
         seconds={stage: round(seconds, 2) for stage, seconds in events.seconds.items()},
-        run_uri=storage.uri_of(f"runs/{plan.run_id}"),
-        best_uri=None if metrics is None else storage.uri_of(f"runs/{plan.run_id}/best"),
+        run_uri=storage.uri_of(layout.run_prefix(plan.run_id)),
+        best_uri=None if metrics is None else storage.uri_of(layout.best_prefix(plan.run_id)),
     )
 
 
@@ -144,11 +143,11 @@ def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
     found = journal.counts(storage, run_id)
     retries = Counter(storage_retries)
     with contextlib.suppress(ObjectNotFound):
-        retries.update(json.loads(storage.read(training_key(run_id)))["storage_retries"])
+        retries.update(json.loads(storage.read(layout.training_key(run_id)))["storage_retries"])
     return {**found, **({"storage_retried": retries.total()} if retries else {})}
 
 
 def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:
     page = html(report, log_history, as_yaml(plan.config))
-    storage.put(f"runs/{plan.run_id}/report.html", page.encode())
-    storage.put(f"runs/{plan.run_id}/report.json", as_json(report))
+    storage.put(layout.report_page_key(plan.run_id), page.encode())
+    storage.put(layout.report_key(plan.run_id), as_json(report))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.artifacts.champion import read_champion
-from tercet.artifacts.layout import plan_key
 from tercet.artifacts.registry import resolve
 from tercet.artifacts.report import RunReport
 from tercet.config.recipe import Config
@@ -21,7 +20,7 @@ from tercet.planning.dataset_plan import FoundDataset
 from tercet.planning.model_files import locate, read_facts
 from tercet.planning.packing import read_packing_facts
 from tercet.planning.plan import Findings, PlannedChampion, TrainPlan, make_plan, make_run_id
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
 from tercet.storage.documents import unseal
 
 logger = logging.getLogger("tercet")
@@ -69,7 +68,7 @@ def unfinished_run(
     midnight UTC is resumed after it. None where the newest has one, or a damaged plan, or there is none."""
     for num_days in range(RESUMED_FOR_DAYS + 1):
         run_id = make_run_id(config, dataset_versions, today - datetime.timedelta(days=num_days))
-        if storage.exists(plan_key(run_id)):
+        if storage.exists(layout.plan_key(run_id)):
             if not _can_go_on(storage, run_id):
                 return None
             if num_days > 0:
@@ -93,7 +92,7 @@ def planned_champion(storage: Storage, config: Config, run_id: str) -> PlannedCh
     parts = (config.dataset, *config.mix)
     if config.model.start_from == "base" and all(part.replay is None for part in parts):
         return None
-    if storage.exists(plan_key(run_id)):
+    if storage.exists(layout.plan_key(run_id)):
         return read_plan(storage, run_id).champion
     if read_champion(storage, config.name) is None:
         return None
@@ -120,15 +119,15 @@ def _bytes_per_worker(num_workers: int) -> int | None:
 
 def list_runs(storage: Storage) -> list[str]:
     """The ids of all runs that were started, newest first."""
-    return sorted({key.split("/")[1] for key in storage.list("runs") if key.endswith("/plan.json")}, reverse=True)
+    return layout.run_ids(storage.list(layout.RUNS))[::-1]
 
 
 def read_plan(storage: Storage, run_id: str) -> TrainPlan:
     """The plan of a run that was started. Raises ConfigError when there is no such run, CorruptObject when its plan is
     damaged, or of another run or version of tercet."""
-    uri = storage.uri_of(plan_key(run_id))
+    uri = storage.uri_of(layout.plan_key(run_id))
     try:
-        plan = unseal(TrainPlan, storage.read(plan_key(run_id)), uri, hint="choose a new --run-id")
+        plan = unseal(TrainPlan, storage.read(layout.plan_key(run_id)), uri, hint="choose a new --run-id")
     except ObjectNotFound:
         raise unknown_run(storage, run_id) from None
     if plan.run_id != run_id:
@@ -154,14 +153,14 @@ def unknown_run(storage: Storage, run_id: str) -> ConfigError:
 def read_report(storage: Storage, run_id: str) -> RunReport | None:
     """The report of a run that ended, or None. A damaged one is None too: repeating the run writes it anew."""
     try:
-        return RunReport.model_validate_json(storage.read(f"runs/{run_id}/report.json"))
+        return RunReport.model_validate_json(storage.read(layout.report_key(run_id)))
     except (ObjectNotFound, CorruptObject, ValueError):
         return None
 
 
 def check_same_experiment(storage: Storage, plan: TrainPlan) -> None:
     """Raises ConfigError when the run id belongs to another recipe, or to another version of one of its datasets."""
-    if not storage.exists(plan_key(plan.run_id)):
+    if not storage.exists(layout.plan_key(plan.run_id)):
         return
     earlier = read_plan(storage, plan.run_id)
     same = earlier.config.experiment_hash() == plan.config.experiment_hash()

@@ -5,6 +5,7 @@
 - `s3`: any S3 server
 - `s3_errors`: what S3 servers and clients answer, as tercet errors
 - `documents`: JSON documents sealed with their own sha256
+- `layout`: every key in storage
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tercet.errors import AlreadyExists, PlanError
 from tercet.planning.engine_settings import deepspeed_settings, fsdp_settings
 from tercet.planning.parallelism import is_zero
 from tercet.planning.plan import TrainPlan
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.storage.documents import seal, unseal
 
 
@@ -113,7 +113,7 @@ def resolve_precision(plan: TrainPlan, storage: Storage, on_cpu: bool) -> TrainP
     """The plan with its precision named. Raises CorruptObject where what was chosen before is damaged."""
     if plan.config.training.precision != "auto":
         return plan
-    key = f"runs/{plan.run_id}/precision.json"
+    key = layout.precision_key(plan.run_id)
     if not storage.exists(key):
         device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         with contextlib.suppress(AlreadyExists):

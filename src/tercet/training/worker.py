@@ -22,7 +22,6 @@ from typing import Any
 from tercet.artifacts import journal
 from tercet.artifacts.best import retain
 from tercet.artifacts.checkpoint import Commit, fetch, fetch_newest
-from tercet.artifacts.layout import evaluation_key, training_key
 from tercet.artifacts.lease import Attempt, Lease
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import Preempted, StorageError
@@ -30,7 +29,7 @@ from tercet.model.libraries import import_quietly
 from tercet.planning.engine_settings import environment
 from tercet.planning.parallelism import shards_weights
 from tercet.planning.plan import TrainPlan
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
 from tercet.storage.base import retries
 from tercet.training.arguments import column_prompts, gathers, resolve_precision, training_arguments, use_cpu
 
@@ -134,7 +133,7 @@ def run_worker(
             if rank == 0:
                 confirm()
                 entry = {"step": step, "epoch": epoch, **metrics}
-                storage.put(evaluation_key(plan.run_id, step), json.dumps(entry).encode())
+                storage.put(layout.evaluation_key(plan.run_id, step), json.dumps(entry).encode())
                 logger.info("step %d/%d  eval  %s", step, plan.num_steps, show_metrics(metrics))
             if report is not None:
                 report({"step": step, "epoch": epoch, **metrics})
@@ -190,7 +189,7 @@ def run_worker(
                 "first_step_unix_seconds": record.first_step_unix_seconds,
                 "log_history": trainer.state.log_history,
             }
-            storage.put(training_key(plan.run_id), json.dumps(log, indent=1).encode())
+            storage.put(layout.training_key(plan.run_id), json.dumps(log, indent=1).encode())
         wait_for_all_ranks()
 
 

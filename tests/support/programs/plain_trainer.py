@@ -20,10 +20,10 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch.utils.data import BatchSampler
 
-from tercet.data.manifest import version_prefix
 from tercet.data.order import global_batches
 from tercet.data.versions import read_manifest
 from tercet.storage import open_storage
+from tercet.storage.layout import version_prefix
 
 SEED, NUM_EPOCHS, BATCH_SIZE = 42, 2, 16
 

@@ -13,10 +13,10 @@ from support.checkpoints import FILES, MODEL_FILES, RUN, Recording, committed, l
 from tercet.artifacts import checkpoint
 from tercet.artifacts.best import best_commit, best_whole, publish_best, read_best, retain
 from tercet.artifacts.checkpoint import Commit, FileRecord, commit_step, fetch, fetch_newest, read_commits, upload_part
-from tercet.artifacts.layout import COMMIT, attempt_folder, lease_key
 from tercet.artifacts.lease import Lease
 from tercet.errors import CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.storage.documents import seal
+from tercet.storage.layout import COMMIT, attempt_folder, lease_key
 from tercet.storage.local import LocalStorage
 
 

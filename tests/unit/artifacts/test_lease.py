@@ -12,11 +12,11 @@ import pytest
 
 from support.waiting import wait_until
 from tercet.artifacts import lease as module
-from tercet.artifacts.layout import lease_key
 from tercet.artifacts.lease import Attempt, Holder, Lease, is_fenced, read_attempts
 from tercet.errors import CorruptObject, LeaseLost, RunIsTaken, StorageUnavailable
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal, unseal
+from tercet.storage.layout import lease_key
 from tercet.storage.local import LocalStorage
 
 SECONDS = 2.0

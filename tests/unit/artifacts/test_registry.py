@@ -12,7 +12,6 @@ import pytest
 from support.published import decision, finished_run
 from tercet.artifacts.champion import Champion, history, read_champion
 from tercet.artifacts.decision import GateDecision
-from tercet.artifacts.layout import best_prefix
 from tercet.artifacts.registry import (
     Version,
     download,
@@ -28,6 +27,7 @@ from tercet.artifacts.registry import (
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import as_bytes, sha256
+from tercet.storage.layout import best_prefix
 from tercet.storage.local import LocalStorage
 
 

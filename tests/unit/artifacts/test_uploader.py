@@ -10,9 +10,9 @@ import pytest
 from support.checkpoints import RUN, Recording, lineage, trained
 from support.waiting import wait_until
 from tercet.artifacts.checkpoint import read_commits
-from tercet.artifacts.layout import attempt_folder
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import LeaseLost, StorageError
+from tercet.storage.layout import attempt_folder
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 
 from tercet.data.build import BuildResult, build_version
 from tercet.data.ingest import Progress
-from tercet.data.manifest import SPLIT_SALT, SPLITS, Manifest, SplitRule, version_prefix
+from tercet.data.manifest import SPLIT_SALT, SPLITS, Manifest, SplitRule
 from tercet.data.versions import list_datasets, list_versions, read_head, read_manifest
 from tercet.errors import ConfigError, DataError, StorageUnavailable, TercetError, TooManyBadRows
 from tercet.storage import Storage, open_storage
+from tercet.storage.layout import version_prefix
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ import pytest
 
 from tercet.data.build import build_version
 from tercet.data.cache import default_cache_dir, load_split
-from tercet.data.manifest import Manifest, version_prefix
+from tercet.data.manifest import Manifest
 from tercet.errors import ConfigError, CorruptObject, DiskFull
 from tercet.storage import Storage, open_storage
+from tercet.storage.layout import version_prefix
 
 NUM_ROWS = 400
 

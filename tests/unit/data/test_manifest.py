@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from tercet.data import versions
-from tercet.data.manifest import Manifest, Shard, SplitRule, content_id, dataset_prefix, version_prefix
+from tercet.data.manifest import Manifest, Shard, SplitRule, content_id
 from tercet.data.versions import list_datasets, list_versions, publish, read_head, read_manifest
 from tercet.errors import Conflict, CorruptObject, DataError, DatasetNotFound, StorageUnavailable
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal
+from tercet.storage.layout import dataset_prefix, version_prefix
 
 RULE = SplitRule(by="anchor", salt="s", fractions=(0.8, 0.1, 0.1))
 

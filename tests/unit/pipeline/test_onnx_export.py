@@ -14,7 +14,6 @@ from sentence_transformers import SentenceTransformer
 
 from support import tiny_model
 from support.published import as_best_model
-from tercet.artifacts.layout import plan_key
 from tercet.artifacts.registry import Lineage, register, serve
 from tercet.config.recipe import Config
 from tercet.data.build import build_version
@@ -24,6 +23,7 @@ from tercet.pipeline.publishers import notify
 from tercet.planning.survey import survey
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal, unseal
+from tercet.storage.layout import plan_key
 
 
 @pytest.fixture(scope="module")

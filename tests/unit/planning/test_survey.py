@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from support import builders
-from tercet.artifacts.layout import plan_key
 from tercet.config.recipe import Config
 from tercet.data.versions import publish
 from tercet.errors import ConfigError
@@ -17,6 +16,7 @@ from tercet.planning.plan import make_run_id
 from tercet.planning.survey import plan_of_file, survey, unfinished_run
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal
+from tercet.storage.layout import plan_key
 
 VERSIONS = [builders.manifest().version]
 

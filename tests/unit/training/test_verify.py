@@ -12,7 +12,6 @@ import pytest
 
 from support import builders
 from tercet.artifacts.checkpoint import commit_step, upload_part
-from tercet.artifacts.layout import attempt_folder
 from tercet.artifacts.lease import Attempt
 from tercet.cli.main import main
 from tercet.data import order
@@ -23,6 +22,7 @@ from tercet.errors import CorruptObject, TrainingError
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal
+from tercet.storage.layout import attempt_folder
 from tercet.training import ledger
 from tercet.training.ledger import Ledger, file_name, verify_rows
 
