@@ -1,4 +1,4 @@
-"""What `ray job submit`, cron or Kubernetes starts every night: new rows in, a run, the champion kept or replaced.
+"""Entry point for `ray job submit` every night: new rows, a run, the champion kept or replaced.
 
 ray job submit --working-dir . -- python ray_jobs/nightly.py my.yaml
 """

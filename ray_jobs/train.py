@@ -1,4 +1,4 @@
-"""What `ray job submit` starts: run a recipe.
+"""Entry point for `ray job submit`: run a recipe.
 
 ray job submit --working-dir . -- python ray_jobs/train.py my.yaml
 """

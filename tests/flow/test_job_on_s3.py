@@ -153,7 +153,7 @@ def test_the_result_is_in_s3(bucket: Bucket) -> None:
 def test_a_second_submission_returns_the_result_at_once(cluster: Cluster, bucket: Bucket, finished: Path) -> None:
     before = bucket.storage.read("runs/well/events.jsonl")
     done = check(run_command(_submit(cluster, finished, "well"), cluster.environment, bucket.tmp))
-    assert "well finished before; this is its result" in done.stdout
+    assert "well has already finished; this is its result" in done.stdout
     assert bucket.storage.read("runs/well/events.jsonl") == before
 
 

@@ -1,4 +1,4 @@
-"""`python -m tercet.cli`, where no `tercet` is on the PATH."""
+"""`python -m tercet.cli`: the command line where `tercet` is not on the PATH."""
 
 from __future__ import annotations
 

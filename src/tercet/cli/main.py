@@ -1,4 +1,4 @@
-"""The command line: the only place that prints or exits."""
+"""The commands, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from tercet.config.recipe import Config
 
 DEFAULT_STORAGE = "./tercet-store"
+JOB_SERVER = "http://127.0.0.1:8265"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or that of the error (see errors.py); 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, the error's own (see errors.py), or 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.call(arguments) or 0
@@ -38,11 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # of a file: what storage does has errors of its own
+    except OSError as error:  # from a local file; storage raises errors of its own
         if arguments.debug or error.filename is None:
             raise
         print(f"tercet: {error.filename}: {error.strerror}", file=sys.stderr)
-        print("  → check the path, who may use it, and the disk", file=sys.stderr)
+        print("  → check the path, its permissions and the disk", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tercet: interrupted; the same command resumes", file=sys.stderr)
@@ -57,60 +58,62 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     changes = argparse.ArgumentParser(add_help=False, parents=[common])
     changes.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value"
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a value of the recipe"
     )
     recipe = argparse.ArgumentParser(add_help=False, parents=[changes])
     recipe.add_argument("recipe", type=Path, help="a YAML file; `tercet recipe` prints an example")
     named = argparse.ArgumentParser(add_help=False)
-    named.add_argument("--run-id", help="instead of the one made from date, recipe and data")
+    named.add_argument("--run-id", help="instead of the id derived from date, recipe and data")
     store = argparse.ArgumentParser(add_help=False, parents=[common])
     store.add_argument("--storage", default=DEFAULT_STORAGE, help="local folder or s3://bucket/prefix (%(default)s)")
-    store.add_argument("--endpoint-url", help="of an S3 server other than AWS")
+    store.add_argument("--endpoint-url", help="address of an S3 server other than AWS")
 
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add_datasets(verbs, common, recipe, store, DEFAULT_STORAGE)
-    plan = verbs.add_parser("plan", parents=[recipe, named], help="everything derived from a recipe; starts nothing")
-    plan.add_argument("--json", action="store_true", help="the whole plan, as the workers get it")
+    plan = verbs.add_parser(
+        "plan", parents=[recipe, named], help="show everything derived from a recipe; start nothing"
+    )
+    plan.add_argument("--json", action="store_true", help="print the whole plan, as the workers read it")
     plan.set_defaults(call=_plan)
     train = verbs.add_parser(
-        "train", parents=[recipe, named], help="run a recipe, here or on the cluster of RAY_ADDRESS"
+        "train", parents=[recipe, named], help="run a recipe, here or on the cluster at RAY_ADDRESS"
     )
     train.set_defaults(call=_train)
     submit = verbs.add_parser("submit", parents=[recipe, named], help="run a recipe on a cluster, as a Ray job")
     submit.add_argument(
-        "--address", default=os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"), help="(%(default)s)"
+        "--address", default=os.environ.get("RAY_ADDRESS", JOB_SERVER), help="of the Ray job server (%(default)s)"
     )
-    submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    submit.add_argument("--no-wait", action="store_true", help="return once the job is submitted")
     submit.set_defaults(call=_submit)
 
-    worker = verbs.add_parser(
-        "worker", parents=[common], help="train one rank of a plan without Ray, as torchrun starts it"
-    )
-    worker.add_argument("plan", type=Path, help="what `tercet plan --json` printed")
+    worker = verbs.add_parser("worker", parents=[common], help="train one rank of a plan without Ray, under torchrun")
+    worker.add_argument("plan", type=Path, help="the output of `tercet plan --json`")
     worker.set_defaults(call=_worker)
 
-    runs = verbs.add_parser("runs", help="what runs there are").add_subparsers(required=True, metavar="VERB")
-    listing = runs.add_parser("list", parents=[store], help="every run and its result")
+    runs = verbs.add_parser("runs", help="list, show and verify runs").add_subparsers(required=True, metavar="VERB")
+    listing = runs.add_parser("list", parents=[store], help="list every run with its result")
     listing.set_defaults(call=_runs_list)
-    show = runs.add_parser("show", parents=[store], help="one run")
+    show = runs.add_parser("show", parents=[store], help="show the report of one run")
     show.add_argument("run_id")
-    show.add_argument("--json", action="store_true")
+    show.add_argument("--json", action="store_true", help="print report.json")
     show.set_defaults(call=_runs_show)
 
-    verify = runs.add_parser("verify", parents=[store], help="prove that each pass consumed each row once")
+    verify = runs.add_parser(
+        "verify", parents=[store], help="prove that each pass over the data consumed each row once"
+    )
     verify.add_argument("run_id")
     verify.set_defaults(call=_runs_verify)
 
     add_nightly(verbs, recipe, store)
     add_models(verbs, store)
-    demo = verbs.add_parser("demo", parents=[changes], help="the whole way on data that every machine has")
-    demo.add_argument("--recipe", type=Path, default=example_path("demo"), help="(%(default)s)")
+    demo = verbs.add_parser("demo", parents=[changes], help="end-to-end demo on built-in data")
+    demo.add_argument("--recipe", type=Path, default=example_path("demo"), help="another recipe (%(default)s)")
     demo.set_defaults(call=_demo)
     example = verbs.add_parser("recipe", parents=[common], help="print an example recipe to start from")
     example.add_argument("name", nargs="?", default="demo", choices=example_names(), help="%(choices)s (%(default)s)")
     example.set_defaults(call=_recipe)
-    schema = verbs.add_parser("schema", parents=[common], help="the JSON Schema of a recipe, for editors")
+    schema = verbs.add_parser("schema", parents=[common], help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(call=_schema)
     return parser
 
@@ -165,7 +168,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     if report is None or report.status != "finished":
         submit(plan, config, arguments.address, lambda text: print(text, flush=True), follow=not arguments.no_wait)
     else:
-        print(f"{plan.run_id} finished before; this is its result")
+        print(f"{plan.run_id} has already finished; this is its result")
         _print_report(report, arguments.recipe)
 
 
@@ -178,7 +181,7 @@ def _runs_list(arguments: argparse.Namespace) -> None:
     for run_id in run_ids:
         report = read_report(storage, run_id)
         if report is None:
-            print(f"{run_id}  not ended")
+            print(f"{run_id}  not finished")
         elif report.metrics is None:
             print(f"{run_id}  failed in {report.failed_stage}: {first_line(report.error)}")
         else:
@@ -199,7 +202,9 @@ def _runs_show(arguments: argparse.Namespace) -> None:
     if report is None:
         if arguments.run_id not in list_runs(storage):
             raise unknown_run(storage, arguments.run_id)
-        raise ConfigError(f"run {arguments.run_id} has not ended in {storage.uri}", hint="the same command resumes it")
+        raise ConfigError(
+            f"run {arguments.run_id} has not finished in {storage.uri}", hint="the command that started it resumes it"
+        )
     print(report.model_dump_json(indent=1) if arguments.json else screen(report, []))
 
 
@@ -238,7 +243,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         result = build_version([str(source)], storage, config.dataset.name, group="group")
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
     print_manifest(result.manifest)
-    print("starting Ray and its workers; the first line of training comes in about half a minute", flush=True)
+    print("starting Ray and its workers; training begins in about half a minute", flush=True)
     _print_report(run(config), arguments.recipe)
     print(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
 
@@ -247,7 +252,7 @@ def _recipe(arguments: argparse.Namespace) -> None:
     print(example_path(arguments.name).read_text(encoding="utf-8"), end="")
 
 
-def _schema(arguments: argparse.Namespace) -> None:  # noqa: ARG001 - every command has this form
+def _schema(arguments: argparse.Namespace) -> None:  # noqa: ARG001 - every command has this signature
     from tercet.config.recipe import Config
 
     print(json.dumps(Config.model_json_schema(), indent=1))

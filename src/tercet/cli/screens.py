@@ -1,4 +1,4 @@
-"""What people read on the screen: plans, reports, sizes."""
+"""Plans and reports as text for the screen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tercet.storage.layout import REPORT_PAGE
 
 
 def plan_text(plan: TrainPlan) -> str:
-    """What `tercet plan` prints."""
+    """The plan as `tercet plan` prints it: one line for each fact, its name first."""
     training, workers, rows = plan.config.training, plan.config.workers, plan.num_rows
-    unknown = "not known before the model is on this machine"
+    unknown = "unknown until the model is on this machine"
     lines = {
         "run": plan.run_id,
         "data": f"{plan.config.dataset.name} {plan.dataset_version}: train {rows['train']:,}  eval {rows['eval']:,}  "
@@ -24,17 +24,17 @@ def plan_text(plan: TrainPlan) -> str:
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
         "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
-        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass left out (they fill no batch)",
+        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass excluded (they fill no batch)",
         "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
         f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
         **({"workers": _workers(plan)} if workers.min is not None else {}),
         "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
-        "each with a checkpoint but the first",
+        "each but the first with a checkpoint",
         "storage": _storage(plan) or unknown,
         "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
         "forward": plan.forward or unknown,
         "memory": unknown if plan.memory is None else plan.memory.text(),
-        "time": "not known for a GPU"
+        "time": "unknown for a GPU"
         if plan.training_seconds is None
         else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
     }
@@ -51,7 +51,7 @@ def _steps(steps: tuple[int, ...]) -> str:
 def _workers(plan: TrainPlan) -> str:
     sizes = [str(size) for size in plan.world_sizes]
     several = " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
-    return f"{several}: as many of these as there is room for; each shares the batch evenly"
+    return f"{several}: as many as there is room for; each number shares the batch evenly"
 
 
 def _storage(plan: TrainPlan) -> str | None:
@@ -60,13 +60,13 @@ def _storage(plan: TrainPlan) -> str | None:
     checkpoint = plan.config.checkpoint
     more = f", and one every {checkpoint.every_steps:,} steps" if checkpoint.every_steps else ""
     return (
-        f"{size_text(plan.checkpoint_bytes)} a checkpoint{more}; the last {checkpoint.keep_last} and the best stay: "
+        f"{size_text(plan.checkpoint_bytes)} a checkpoint{more}; the last {checkpoint.keep_last} and the best kept: "
         f"{size_text(plan.stored_bytes)} at most, in {plan.config.storage.uri}"
     )
 
 
 def screen(report: RunReport, next_commands: list[tuple[str, str]]) -> str:
-    """What a person sees at the end: the metrics, the verdict, where everything lies, and what comes next."""
+    """The report as a run prints it at its end: metrics, verdict, where everything is stored, and what to do next."""
     lines = [f"Run {report.run_id}  {report.status}", ""]
     rows = report.num_rows
     lines.append(
@@ -119,7 +119,7 @@ def _cells(before: Metrics, after: Metrics, name: str) -> str:
 
 
 def next_commands(report: RunReport, recipe: str) -> list[tuple[str, str]]:
-    """What a person may want next of a run that finished, and the command that does it, for `screen`."""
+    """(purpose, command) of what a user may do next with a finished run, for `screen`."""
     tercet, python = _program("tercet"), _program("python")
     load = f'from sentence_transformers import SentenceTransformer as S; print(S("{report.best_uri}"))'
     local = "://" not in report.run_uri
@@ -137,7 +137,7 @@ def next_commands(report: RunReport, recipe: str) -> list[tuple[str, str]]:
 
 
 def _program(name: str) -> str:
-    """How to call a program of this environment from the reader's shell, which may not have it activated."""
+    """How to call a program of this environment from the user's shell, where it may not be activated."""
     path = Path(sys.executable).with_name(name)
     if shutil.which(name) == str(path) or not path.exists():
         return name

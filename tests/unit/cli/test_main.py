@@ -1,4 +1,4 @@
-"""The command line: what it prints, and the exit code of each kind of error. No Ray, no torch."""
+"""The command line: what it prints, and the exit code of each kind of error. Without Ray and torch."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_shard_then_list_then_show(tmp_path: Path, store: str, capsys: pytest.Ca
     assert f"source     {source}  200 rows" in shown
 
 
-def test_append_adds_what_is_new(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_append_adds_new_rows(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shard", rows(tmp_path / "rows.jsonl", 200), "--to", store, "--name", "poems"]) == 0
     capsys.readouterr()
     more = ["append", rows(tmp_path / "more.jsonl", 260), "--to", store, "--name", "poems"]
@@ -161,7 +161,7 @@ def test_append_adds_what_is_new(tmp_path: Path, store: str, capsys: pytest.Capt
     assert capsys.readouterr().out.endswith("nothing new; 1 files were read before\n")
 
 
-def test_bad_rows_that_were_added_can_be_taken_back(
+def test_rollback_removes_bad_rows_that_were_added(
     tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = open_storage(store)
@@ -180,7 +180,7 @@ def test_bad_rows_that_were_added_can_be_taken_back(
 
 
 @pytest.mark.parametrize("margin", ["1.5", "-1"])
-def test_mine_refuses_what_cannot_work(recipe: str, capsys: pytest.CaptureFixture[str], margin: str) -> None:
+def test_mine_refuses_an_impossible_margin(recipe: str, capsys: pytest.CaptureFixture[str], margin: str) -> None:
     assert main(["mine", recipe, "--into", "x", "--relative-margin", margin]) == 2
     assert "relative_margin" in capsys.readouterr().err
 
@@ -256,12 +256,12 @@ def test_shard_of_too_many_bad_rows(tmp_path: Path, store: str, capsys: pytest.C
     assert "bad rows   10 " in capsys.readouterr().out
 
 
-def test_shard_of_what_is_not_there(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard_of_a_missing_file(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shard", str(tmp_path / "none.jsonl"), "--to", store, "--name", "p"]) in (3, 5)
     assert "none.jsonl" in capsys.readouterr().err
 
 
-def test_an_unknown_dataset_is_told_what_there_is(
+def test_an_unknown_dataset_names_the_nearest_one(
     dataset: Manifest, store: str, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["datasets", "show", "poem", "--storage", store]) == 3
@@ -277,7 +277,7 @@ def test_plan(dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str]
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["run"] == "mine"
     assert shown["data"].startswith(f"poems {dataset.version}: train 105  eval 20  test 30 rows;")
-    assert shown["steps"].startswith("20 = 2 epochs × 10; warm-up 2; 5 rows of each pass left out")  # noqa: RUF001
+    assert shown["steps"].startswith("20 = 2 epochs × 10; warm-up 2; 5 rows of each pass excluded")  # noqa: RUF001
     assert shown["evaluation"].startswith("by ndcg@10 after steps 0, 10, 20,")
     assert "mix" not in shown
     assert main(["plan", recipe, "--json"]) == 0
@@ -306,7 +306,7 @@ def test_plan_of_memory_and_parallelism(
         assert main(["plan", recipe, *(word for text in overrides for word in ("--set", f"workers.{text}"))]) == 0
         return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
-    assert shown()["memory"] == shown()["storage"] == "not known before the model is on this machine"
+    assert shown()["memory"] == shown()["storage"] == "unknown until the model is on this machine"
     assert shown()["parallelism"].startswith("ddp  (auto: how much memory the model needs is not known")
     monkeypatch.setattr(survey, "locate", lambda _: Path("somewhere"))
     monkeypatch.setattr(survey, "read_facts", lambda _: builders.FACTS)
@@ -319,11 +319,11 @@ def test_plan_of_memory_and_parallelism(
     assert tight["memory"].endswith(" a worker; host memory 23.4 KiB")
     assert tight["warning"].startswith("zero3_offload needs ")
     on_cpu = shown("use_gpu=false", "num_workers=2")
-    monkeypatch.setattr(survey, "_physical_memory_bytes", lambda: 6 * 2**30)
+    monkeypatch.setattr(survey, "_bytes_per_worker", lambda num_workers: 6 * 2**30 // num_workers)
     assert shown("use_gpu=false", "num_workers=2").keys() == on_cpu.keys()
     fits = shown("use_gpu=false", "num_workers=2")["parallelism"]
     assert fits == "ddp  (auto: it fits, with 3.0 GiB a worker, and nothing is faster)"
-    monkeypatch.setattr(survey, "_physical_memory_bytes", lambda: None)
+    monkeypatch.setattr(survey, "_bytes_per_worker", lambda _: None)
     assert "the memory of a worker is not known" in shown("use_gpu=false")["parallelism"]
     assert dataset.num_rows
 
@@ -335,7 +335,7 @@ def test_plan_starts_and_writes_nothing(dataset: Manifest, recipe: str, store: s
     assert dataset.num_rows
 
 
-def test_plan_of_what_cannot_work(dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_cannot_work(dataset: Manifest, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe, "--set", "workers.num_workers=3", "--set", "training.max_train_rows=5"]) == 4
     shown = capsys.readouterr().err
     assert "cannot be shared by 3 workers" in shown
@@ -371,7 +371,7 @@ def test_runs(store: str, capsys: pytest.CaptureFixture[str]) -> None:
             storage.put(f"runs/{run_id}/report.json", as_json(report))
     assert main(["runs", "list", "--storage", store]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "r3  not ended",
+        "r3  not finished",
         "r2  failed in train: boom",
         "r1  finished  test ndcg@10 0.7500 (+0.2500)",
     ]
@@ -380,10 +380,10 @@ def test_runs(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "show", "r1", "--json", "--storage", store]) == 0
     assert json.loads(capsys.readouterr().out)["run_id"] == "r1"
     assert main(["runs", "show", "r3", "--storage", store]) == 2
-    assert "run r3 has not ended" in capsys.readouterr().err
+    assert "run r3 has not finished" in capsys.readouterr().err
 
 
-def test_train_prints_the_report_and_what_comes_next(
+def test_train_prints_the_report_and_the_next_commands(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "run", lambda *_: builders.report())

@@ -1,4 +1,4 @@
-"""The plan in words."""
+"""The plan as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tercet.planning.packing import Facts
 
 
 def lines(**sections: object) -> dict[str, str]:
-    """By the name that stands first."""
+    """The lines of a plan, by the name that each begins with."""
     return {line[:13].strip(): line[13:] for line in plan_text(builders.plan(**sections)).splitlines()}
 
 
@@ -18,15 +18,15 @@ def test_every_line() -> None:
         *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism"),
         *("forward", "memory", "time"),
     ]
-    assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass left out (they fill no batch)"
-    assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each with a checkpoint but the first"
+    assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass excluded (they fill no batch)"
+    assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each but the first with a checkpoint"
 
 
 def test_what_stays_in_storage() -> None:
     """A checkpoint of 1,000 weights is 4 KB, and 8 KB of Adam's moments."""
-    assert lines()["storage"].startswith("11.7 KiB a checkpoint; the last 2 and the best stay: 27.3 KiB at most")
+    assert lines()["storage"].startswith("11.7 KiB a checkpoint; the last 2 and the best kept: 27.3 KiB at most")
     often = lines(checkpoint={"every_steps": 3, "keep_last": 3})["storage"]
-    assert often.startswith("11.7 KiB a checkpoint, and one every 3 steps; the last 3 and the best stay: 62.5 KiB")
+    assert often.startswith("11.7 KiB a checkpoint, and one every 3 steps; the last 3 and the best kept: 62.5 KiB")
     assert (
         "27.3 KiB at most" in lines(checkpoint={"every_steps": 10})["storage"]
     )  # those at the end of an epoch are one
@@ -37,7 +37,7 @@ def test_many_evaluations_are_not_all_named() -> None:
 
 
 def test_how_texts_share_a_forward_pass() -> None:
-    assert lines()["forward"] == "not known before the model is on this machine"
+    assert lines()["forward"] == "unknown until the model is on this machine"
     facts = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
     packed, other = (
         builders.plan_of(builders.config(), builders.manifest(), packing=facts._replace(model_type=kind))
