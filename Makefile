@@ -1,12 +1,13 @@
 # make demo   the whole way on data that every machine has; sets itself up first
-# make test   every test; sets itself up first
+# make test   each promise once, in minutes; sets itself up first
+# make soak   the tests that `make test` leaves out: more combinations, a real S3 server, lost machines
 # make check  ruff and mypy
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 .DELETE_ON_ERROR:
 
 # One environment for everything, made anew when a requirement changes.
@@ -19,10 +20,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/tercet demo
 
-# Whole runs use all cores by themselves, and some watch the clock: two files at a time, fault tests first: they last longest.
+# Whole runs use all cores by themselves, and some watch the clock: two files at a time. Fault tests last longest, so
+# they go first.
+WHOLE_RUNS := -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/flow tests/gpu
+OTHERS := -n auto --dist loadfile tests/architecture tests/unit tests/contract
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/architecture tests/unit tests/contract
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/flow tests/gpu
+	$(BIN)/python -m pytest $(OTHERS)
+	$(BIN)/python -m pytest $(WHOLE_RUNS)
+
+soak: $(VENV)/ready
+	$(BIN)/python -m pytest -m soak $(OTHERS)
+	$(BIN)/python -m pytest -m soak $(WHOLE_RUNS)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check src tests ray_jobs benchmarks

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from support.s3_server import CannotStart, Gateway, S3Server, moto
+from support.s3_server import CannotStart, Gateway, S3Server, moto, use
 from tercet.storage import Storage, open_storage
 
 pytest_plugins = ["support.fixtures"]
 
-AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the real S3 server to `make soak`, but for tests that are marked `on_rgw`: moto is quicker."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        on_rgw = any(isinstance(value, str) and value == "rgw" for value in parameters.values())
+        if on_rgw and item.get_closest_marker("on_rgw") is None:
+            item.add_marker("soak")
 
 
 @pytest.fixture(scope="session")
@@ -54,18 +62,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """Set what a person would set in the shell to work with this server."""
-    for name in AWS_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return server
 
 
 @pytest.fixture(params=["moto", "rgw"])

@@ -169,3 +169,17 @@ def test_a_wing_names_each_of_its_files(wing: str) -> None:
     listed = re.findall(r"^- `(\w+)`: ", docstring, re.MULTILINE)
     names = [path.stem for path in (SOURCE / wing).glob("*.py") if not path.stem.startswith("__")]
     assert sorted(listed) == sorted(names)
+
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_imports_another_test(path: Path) -> None:
+    """What several tests use is in `support`, and the fixtures are in a conftest.py."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    tests = {folder.name for folder in TESTS.iterdir() if folder.is_dir()} - {"support"} | {"conftest"}
+    found = {name for name in imported if name.split(".")[0] in tests or name.split(".")[-1].startswith("test_")}
+    assert found == set()

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tercet.s3
 
+import tercet.storage.s3
 from support.s3_server import FaultyProxy, S3Server, silent_address
 from tercet.errors import (
     AccessDenied,
@@ -51,6 +51,7 @@ def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
 
 
 class TestReadAndWrite:
+    @pytest.mark.on_rgw
     def test_what_was_put_is_read_and_replaced(self, storage: Storage) -> None:
         storage.put("runs/r1/plan.json", b"one")
         assert storage.read("runs/r1/plan.json") == b"one"
@@ -128,6 +129,7 @@ class TestReadAndWrite:
 
 
 class TestListAndDelete:
+    @pytest.mark.on_rgw
     def test_list_is_recursive_sorted_and_by_folder(self, storage: Storage) -> None:
         for key in ("r/10/b", "r/1/z", "r/1/a/deep", "r/1.json", "q"):
             storage.put(key, b"")
@@ -165,6 +167,7 @@ class TestListAndDelete:
 
 
 class TestConditions:
+    @pytest.mark.on_rgw
     def test_put_if_absent(self, storage: Storage) -> None:
         storage.put_if_absent("a", b"1")
         with pytest.raises(AlreadyExists, match="/a already exists"):
@@ -184,6 +187,7 @@ class TestConditions:
         outcome = at_once([lambda: storage.put_if_absent("lock", b"same")] * 8)
         assert outcome.count(None) == 1
 
+    @pytest.mark.on_rgw
     def test_compare_and_swap(self, storage: Storage) -> None:
         first = storage.compare_and_swap("head", b"1", None)
         assert storage.read_versioned("head") == (b"1", first)
@@ -198,6 +202,7 @@ class TestConditions:
             storage.compare_and_swap("head", b"x", second)
         assert not storage.exists("head")
 
+    @pytest.mark.on_rgw
     def test_swaps_lose_no_update(self, storage: Storage) -> None:
         storage.put("counter", b"0")
 
@@ -247,9 +252,7 @@ class TestFiles:
 
 class TestLocalOnly:
     def writers(self, root: Path, body: str, count: int) -> list[str]:
-        script = (
-            f"import sys\nfrom tercet.storage.base import *\nfrom tercet.errors import *\nn = int(sys.argv[1])\n{body}"
-        )
+        script = f"import sys\nfrom tercet.storage import *\nfrom tercet.errors import *\nn = int(sys.argv[1])\n{body}"
         head = [sys.executable, "-c", script.replace("ROOT", repr(str(root)))]
         processes = [subprocess.Popen([*head, str(n)], stdout=subprocess.PIPE, text=True) for n in range(count)]
         return [process.communicate(timeout=400)[0].strip() for process in processes]
@@ -341,6 +344,7 @@ def behind(s3: S3Server, proxy: FaultyProxy) -> Storage:
 
 
 class TestFaults:
+    @pytest.mark.on_rgw
     def test_a_lost_reply_of_put_if_absent_is_a_success(self, behind: Storage, proxy: FaultyProxy) -> None:
         proxy.fail("PUT", "lose_reply")
         behind.put_if_absent("a", b"1")
@@ -349,6 +353,7 @@ class TestFaults:
         with pytest.raises(AlreadyExists):
             behind.put_if_absent("a", b"1")
 
+    @pytest.mark.on_rgw
     def test_a_lost_reply_of_a_swap_is_a_success(self, behind: Storage, proxy: FaultyProxy) -> None:
         token = behind.compare_and_swap("a", b"1", None)
         proxy.fail("PUT", "lose_reply")
@@ -363,6 +368,7 @@ class TestFaults:
         with pytest.raises(Conflict):
             behind.compare_and_swap("a", b"2", token)
 
+    @pytest.mark.on_rgw
     def test_a_lost_reply_to_the_end_of_a_large_upload(
         self, behind: Storage, proxy: FaultyProxy, tmp_path: Path
     ) -> None:
@@ -463,6 +469,7 @@ class TestMistakes:
             with pytest.raises(BucketNotFound, match="there-is-none"):
                 call()
 
+    @pytest.mark.on_rgw
     @pytest.mark.parametrize("s3", ["rgw"], indirect=True)  # moto accepts any
     @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
     def test_wrong_credentials(self, s3: S3Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from support.commands import check, run_command
 from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
+from support.tiers import in_soak
 from support.workers import commits, training_log, worker_command, write_plan
 from tercet.artifacts import journal
 from tercet.failpoints import VARIABLE
@@ -38,18 +39,20 @@ def kill(at: str, step: int, goes_on_from: int, rank: int = 0, num_workers: int 
 
 IN_UPLOADER = {"before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention"}
 KILLS = [
-    kill("before_step", step=1, goes_on_from=0),  # there is no checkpoint yet
     kill("after_backward", step=7, goes_on_from=4, rank=1, num_workers=2),
-    kill("before_upload", step=8, goes_on_from=4, rank=1, num_workers=2),
     kill("before_commit", step=12, goes_on_from=11),
+    kill("mid_retention", step=4, goes_on_from=11),
+]
+MORE_KILLS = [
+    kill("before_step", step=1, goes_on_from=0),  # there is no checkpoint yet
+    kill("before_upload", step=8, goes_on_from=4, rank=1, num_workers=2),
     kill("after_commit", step=16, goes_on_from=16, num_workers=2),
     kill("in_evaluation", step=11, goes_on_from=8),
-    kill("mid_retention", step=4, goes_on_from=11),
     kill("after_commit", step=22, goes_on_from=22),  # nothing is left to train, only to clean up
 ]
 
 
-@pytest.mark.parametrize("crash", KILLS, ids=str)
+@pytest.mark.parametrize("crash", [*KILLS, *in_soak(MORE_KILLS)], ids=str)
 def test_a_kill_changes_nothing(
     crash: Kill, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -74,7 +77,7 @@ def test_a_kill_changes_nothing(
     assert len(attempts) == (1 if resumed_from_step in (0, NUM_STEPS) else 2)  # of those that made the last checkpoint
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [*in_soak([1]), 2])
 def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     num_workers: int, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -113,6 +116,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.soak
 def test_a_disk_that_fills_up(
     small_disk: Path, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

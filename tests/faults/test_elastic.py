@@ -7,14 +7,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from faults.test_ray_cluster import PATIENCE_SECONDS, Run, cluster, new_cluster, new_run, shared
+import pytest
+
 from support import tiny_model
 from support.interrupted_run import NUM_STEPS, proof, settings, what_counts
-from support.ray_cluster import RayCluster
+from support.ray_cluster import PATIENCE_SECONDS, RayCluster, Run
 from support.workers import commits, training_log, wait_until
 from tercet.training.ledger import read as read_ledger
 
-__all__ = ["cluster", "new_cluster", "new_run", "shared"]
+pytestmark = pytest.mark.soak
 
 
 def rows(store: Path, run_id: str) -> list[int]:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
 from support import tiny_model
@@ -42,6 +43,7 @@ def test_ray_starts_dead_workers_again_and_nothing_changes(
     assert len(proof(store, recipe, "ray").attempts) == 2
 
 
+@pytest.mark.soak
 def test_a_driver_that_is_interrupted_says_so(
     model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_driver_that_dies_while_it_publishes(
     assert load_file(store / best.folder / "model.safetensors").keys()
 
 
+@pytest.mark.soak
 def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """Of a run whose training has ended: the next best is measured and published, and that is said."""
     sections = settings()

@@ -4,104 +4,20 @@ On a cluster of machines of its own (see machines.py), so these tests need root 
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support import tiny_model
-from support.commands import tercet
-from support.interrupted_run import proof, settings, what_counts
-from support.machines import CannotIsolate
-from support.ray_cluster import CONTROLLER, RayCluster, ray_cluster
+from support.interrupted_run import proof, what_counts
+from support.ray_cluster import CONTROLLER, PATIENCE_SECONDS, RayCluster, Run
 from support.workers import training_log, wait_until
-from tercet.artifacts.lease import Attempt, read_attempts
 from tercet.failpoints import VARIABLE
-from tercet.storage import open_storage
 
-# How long anything is waited for. With a lease of ten minutes, a command that waits for one does not end in time.
-PATIENCE_SECONDS = 400
-
-
-@pytest.fixture(scope="module")
-def new_cluster(environment: dict[str, str]) -> Iterator[Callable[..., RayCluster]]:
-    """Makes clusters, all gone in the end. Skips where there are no namespaces, unless TERCET_REQUIRE_NETNS=1."""
-    with ExitStack() as made:
-
-        def make(dashboard: bool = False) -> RayCluster:
-            try:
-                return made.enter_context(ray_cluster(environment, dashboard))
-            except CannotIsolate as error:
-                if os.environ.get("TERCET_REQUIRE_NETNS") == "1":
-                    raise
-                pytest.skip(f"no network namespaces here: {error}")
-
-        yield make
-
-
-@pytest.fixture(scope="module")
-def shared(new_cluster: Callable[..., RayCluster]) -> RayCluster:
-    """A cluster that loses nodes, and gets new ones."""
-    return new_cluster()
-
-
-@pytest.fixture
-def cluster(shared: RayCluster) -> Iterator[RayCluster]:
-    """The shared one; drivers are killed at the end of each test."""
-    yield shared
-    shared.end_drivers()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run, and its command: on a head, or from a laptop as a job."""
-
-    run_id: str
-    recipe: Path
-    store: Path
-
-    def train(self, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
-        """Start `tercet train`."""
-        command = tercet("train", self.recipe, "--run-id", self.run_id)
-        return cluster.start(command, self.recipe.with_suffix(".log"), {VARIABLE: armed} if armed else {})
-
-    def ends(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
-        """Exit code, and what was printed since the run began."""
-        code = process.wait(timeout=PATIENCE_SECONDS)
-        return code, self.recipe.with_suffix(".log").read_text()
-
-    def ends_well(self, process: subprocess.Popen[bytes]) -> str:
-        code, output = self.ends(process)
-        assert code == 0, output[-6000:]
-        return output
-
-    def rank_0(self) -> int:
-        """The process id that the lease was taken with last."""
-        pid: int = json.loads((self.store / "runs" / self.run_id / "LEASE.json").read_text())["pid"]
-        return pid
-
-    def attempts(self) -> tuple[Attempt, ...]:
-        return read_attempts(open_storage(str(self.store)), self.run_id)
-
-
-@pytest.fixture
-def new_run(model: Path, store: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Writes the recipe of a run."""
-
-    def make(run_id: str, num_workers: int = 2, lease_seconds: float = 600) -> Run:
-        sections = settings(num_workers, lease_seconds)
-        sections["workers"] = {**sections["workers"], "max_failures": 2}
-        recipe = tiny_model.write_recipe(tmp_path / f"{run_id}.yaml", model, store, **sections)
-        return Run(run_id, recipe, store)
-
-    return make
+pytestmark = pytest.mark.soak
 
 
 def test_a_node_is_lost(

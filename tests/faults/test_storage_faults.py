@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import use
 from support import tiny_model
 from support.commands import check, run_command
 from support.interrupted_run import proof, settings, what_counts
@@ -24,17 +23,17 @@ SHARE = 0.1  # of all requests
 
 
 @pytest.fixture
-def proxy(rgw_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(use(rgw_s3, monkeypatch))
+def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def storage(rgw_s3: S3Server, proxy: FaultyProxy, triplets_file: Path) -> Storage:
+def storage(s3: S3Server, proxy: FaultyProxy, triplets_file: Path) -> Storage:
     """With the dataset; the test itself does not go through the proxy."""
     assert proxy.requests == []
-    storage = open_storage(f"{rgw_s3.new_bucket()}/p")
+    storage = open_storage(f"{s3.new_bucket()}/p")
     build_version([triplets_file], storage, "tiny", group="group")
     return storage
 
@@ -65,7 +64,7 @@ def on_this_disk(storage: Storage, run_id: str, folder: Path) -> Path:
 
 def test_a_killed_run_through_a_bad_network_changes_nothing(
     whole: dict[int, str],
-    rgw_s3: S3Server,
+    s3: S3Server,
     storage: Storage,
     proxy: FaultyProxy,
     model: Path,
@@ -90,7 +89,7 @@ def test_a_killed_run_through_a_bad_network_changes_nothing(
 
     recipe = write_recipe(tmp_path, model, storage, proxy)
     command = command_of(recipe, "bad-network")
-    there = environment_of(rgw_s3, environment, tmp_path / "cache")
+    there = environment_of(s3, environment, tmp_path / "cache")
     proxy.decide = decide
     armed = {VARIABLE: f"at=before_commit step=12 once={tmp_path / 'fired'}"}
     died = run_command(command, {**there, **armed}, tmp_path)
@@ -108,7 +107,7 @@ def test_a_killed_run_through_a_bad_network_changes_nothing(
 
 def test_credentials_that_expire_amid_a_run(
     whole: dict[int, str],
-    rgw_s3: S3Server,
+    s3: S3Server,
     storage: Storage,
     proxy: FaultyProxy,
     model: Path,
@@ -118,7 +117,7 @@ def test_credentials_that_expire_amid_a_run(
 ) -> None:
     """The run ends at once and says why, and goes on with new ones."""
     command = command_of(write_recipe(tmp_path, model, storage, proxy), "expired")
-    there = environment_of(rgw_s3, environment, tmp_path / "cache")
+    there = environment_of(s3, environment, tmp_path / "cache")
     expired = []
 
     def decide(_: str, path: str) -> str | None:

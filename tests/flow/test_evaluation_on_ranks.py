@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
+from support.tiers import in_soak
 from support.workers import torchrun
 from tercet.evaluation.evaluate import make_evaluator
 
@@ -79,7 +80,7 @@ def _num_texts(case: Case) -> list[int]:
     return [len(set(case["eval"]["anchor"])), len(corpus), len(negatives)]
 
 
-@pytest.mark.parametrize(("mode", "num_ranks"), [("guarded", 2), ("guarded", 3), ("sharded", 2)])
+@pytest.mark.parametrize(("mode", "num_ranks"), [*in_soak([("guarded", 2)]), ("guarded", 3), ("sharded", 2)])
 def test_ranks_share_an_evaluation(
     mode: str,
     num_ranks: int,

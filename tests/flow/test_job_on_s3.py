@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from conftest import use
 from support import tiny_model
 from support.commands import REPOSITORY, check, run_command, tercet
-from support.s3_server import S3Server, free_port
+from support.s3_server import S3Server, free_port, use
 from tercet.artifacts.checkpoint import read_commits
 from tercet.storage import Storage, open_storage
+
+pytestmark = pytest.mark.soak
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def test_what_was_measured_is_what_the_run_measured(nights: Nights, first: str) 
         assert tables[0].column_names[:3] == ["anchor", "positive", "group"]
 
 
+@pytest.mark.soak
 def test_a_poisoned_night_changes_nothing(nights: Nights, second: str) -> None:
     night = nights.last()
     assert night.outcome in ("kept", "undecided"), second
@@ -143,6 +144,7 @@ def test_a_poisoned_night_changes_nothing(nights: Nights, second: str) -> None:
     assert "short" in "".join(path.read_text() for path in (nights.store / "models/tiny/decisions").iterdir())
 
 
+@pytest.mark.soak
 def test_it_trains_from_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: Nights, second: str) -> None:  # noqa: ARG001
     storage, night = open_storage(str(nights.store)), nights.last()
     plan = read_plan(storage, night.run_id)
@@ -166,6 +168,7 @@ def test_it_trains_from_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: 
     )
 
 
+@pytest.mark.soak
 def test_a_night_that_is_over_is_not_done_again(nights: Nights, second: str) -> None:
     again = nights.start()
     assert again.splitlines()[-1:] == second.splitlines()[-1:]
@@ -173,6 +176,7 @@ def test_a_night_that_is_over_is_not_done_again(nights: Nights, second: str) -> 
     assert len(list_nights(open_storage(str(nights.store)), "tiny")) == 2
 
 
+@pytest.mark.soak
 def test_a_night_with_nothing_new_ends_at_once(nights: Nights, second: str) -> None:  # noqa: ARG001
     tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
     night = nightly(load_config(nights.recipe), "a test", lambda _: None, tomorrow)
@@ -180,6 +184,7 @@ def test_a_night_with_nothing_new_ends_at_once(nights: Nights, second: str) -> N
     assert "nothing is new since the night of" in night.sentence
 
 
+@pytest.mark.soak
 def test_a_damaged_night_is_not_believed(nights: Nights, second: str) -> None:  # noqa: ARG001
     night = nights.last()
     path = nights.store / f"models/tiny/nights/{night.run_id}.json"
@@ -194,6 +199,7 @@ def test_a_damaged_night_is_not_believed(nights: Nights, second: str) -> None:  
         path.write_bytes(whole)
 
 
+@pytest.mark.soak
 def test_what_a_person_asks_in_the_morning(nights: Nights, second: str) -> None:
     assert second.count("test      ") == 3
     listed = check(run_command(tercet("nights", "tiny", "--storage", nights.store), nights.environment, nights.folder))

@@ -3,15 +3,24 @@ What runs on it can be killed one by one, and nodes can be cut off."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from support.commands import tercet
 from support.machines import INTERFACE, Machine, Network, network
+from tercet.artifacts.lease import Attempt, read_attempts
+from tercet.failpoints import VARIABLE
+from tercet.storage import open_storage
+
+# How long anything is waited for. With a lease of ten minutes, a command that waits for one does not end in time.
+PATIENCE_SECONDS = 400
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 CONTROLLER = "ray::TrainController"  # the title of Ray Train's controller, an actor on the driver's machine
@@ -115,3 +124,35 @@ def ray_cluster(environment: Mapping[str, str], dashboard: bool = False) -> Iter
             yield RayCluster(machines, folder, environment, dashboard)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, and its command: on a head, or from a laptop as a job."""
+
+    run_id: str
+    recipe: Path
+    store: Path
+
+    def train(self, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
+        """Start `tercet train`."""
+        command = tercet("train", self.recipe, "--run-id", self.run_id)
+        return cluster.start(command, self.recipe.with_suffix(".log"), {VARIABLE: armed} if armed else {})
+
+    def ends(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
+        """Exit code, and what was printed since the run began."""
+        code = process.wait(timeout=PATIENCE_SECONDS)
+        return code, self.recipe.with_suffix(".log").read_text()
+
+    def ends_well(self, process: subprocess.Popen[bytes]) -> str:
+        code, output = self.ends(process)
+        assert code == 0, output[-6000:]
+        return output
+
+    def rank_0(self) -> int:
+        """The process id that the lease was taken with last."""
+        pid: int = json.loads((self.store / "runs" / self.run_id / "LEASE.json").read_text())["pid"]
+        return pid
+
+    def attempts(self) -> tuple[Attempt, ...]:
+        return read_attempts(open_storage(str(self.store)), self.run_id)

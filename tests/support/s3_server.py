@@ -1,7 +1,7 @@
 """S3 servers for tests, all on loopback: moto (quick, forgiving), Ceph's RADOS gateway (real), and a faulty proxy.
 
-    python tests/s3_server.py start DIR [--port N]    start a gateway that outlives this command; prints its endpoint
-    python tests/s3_server.py stop DIR                end its three daemons; DIR keeps its objects
+    python tests/support/s3_server.py start DIR [--port N]    start a gateway that outlives this command
+    python tests/support/s3_server.py stop DIR                end its three daemons; DIR keeps its objects
 
 The gateway comes from Debian's packages: installed ones if there are any, else unpacked into a cache folder, without
 a system-wide install. It takes about 10 s to start and 1 GB of memory. It checks signatures, honours If-None-Match
@@ -31,10 +31,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+if TYPE_CHECKING:
+    import pytest
+
+AWS_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet-tests" / "ceph"
@@ -70,6 +74,18 @@ class S3Server:
 
 
 # --- Ceph's gateway -------------------------------------------------------------------------------------------------
+
+
+def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """Set what a user sets in a shell to work with this server; return the server."""
+    for name in AWS_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return server
 
 
 class Gateway:
