@@ -89,13 +89,13 @@ def calibrate(metric: str, gain: float, trade: bool, seed: int) -> float:
     for _ in range(14):
         shift = (low + high) / 2
         paired = night(split, shift, trade, np.random.default_rng([seed, 2]))[metric]
-        low, high = (low, shift) if paired.candidate.mean() - paired.champion.mean() > gain else (shift, high)
+        low, high = (low, shift) if paired.candidate.mean() - paired.reference.mean() > gain else (shift, high)
     return shift
 
 
 def rows_differ(paired: Paired, alpha: float) -> bool:
     """A test that takes rows for independent."""
-    difference = paired.candidate - paired.champion
+    difference = paired.candidate - paired.reference
     if paired.metric == TRIPLET_ACCURACY:
         better = int((difference > 0).sum())
         return float(stats.binom.sf(better - 1, better + int((difference < 0).sum()), 0.5)) <= alpha
@@ -122,7 +122,7 @@ def simulate(
         results = night(split, shift, trade, rng)
         config = GateConfig(num_resamples=999, seed=int(rng.integers(2**32)))
         decision = decide(results, metric, config)
-        effect = float((results[metric].candidate - results[metric].champion).mean())
+        effect = float((results[metric].candidate - results[metric].reference).mean())
         hits["gate"] += decision.verdict == "promote"
         hits["at alpha 0.005"] += decision.verdict == "promote" and decision.p_better <= 0.005
         hits["its test alone"] += decision.p_better <= config.alpha

@@ -39,7 +39,7 @@ def bootstraps(sums: Floats, sizes: Floats, rng: np.random.Generator) -> tuple[f
 
 def p_values(paired: Paired, rng: np.random.Generator) -> list[float]:
     """Of the five, in the order above."""
-    difference = paired.candidate - paired.champion
+    difference = paired.candidate - paired.reference
     found = Comparison(paired, NUM_RESAMPLES, int(rng.integers(2**32)))
     sums, sizes = np.bincount(paired.groups, weights=difference), np.bincount(paired.groups).astype(float)
     by_groups = stats.t.sf(found.effect / found.standard_error, found.num_groups - 1)

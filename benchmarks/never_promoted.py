@@ -28,7 +28,7 @@ from support import tiny_model  # noqa: E402
 from support.published import as_best_model  # noqa: E402
 from tercet.artifacts.champion import Champion, read_champion  # noqa: E402
 from tercet.artifacts.checkpoint import Commit  # noqa: E402
-from tercet.artifacts.decision import GateDecision  # noqa: E402
+from tercet.artifacts.decision import CANDIDATE, GateDecision, Role  # noqa: E402
 from tercet.artifacts.registry import Lineage, promote, register, serve  # noqa: E402
 from tercet.config.recipe import Config  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
@@ -98,8 +98,8 @@ class Trial:
         save_file(weights, local / "model.safetensors", metadata={"format": "pt"})
         return as_best_model(self.storage, run_id, local)
 
-    def measured(self, who: str, commit: Commit) -> Measurement:
-        request = Request(who=who, commit=commit, out_of_domain={})
+    def measured(self, role: Role, commit: Commit) -> Measurement:
+        request = Request(role=role, commit=commit, out_of_domain={})
         measure(self.plan, request)
         found = read_measured(self.storage, self.plan.run_id, request)
         assert found is not None
@@ -109,8 +109,8 @@ class Trial:
         """What becomes of a candidate, as a night does it."""
 
         def decide(_: Champion | None) -> GateDecision:
-            other = self.measured("champion-1", champion_commit)
-            return compare(self.storage, self.plan, other, self.measured("candidate", commit), "champion")
+            reference = self.measured(Role("champion", 1), champion_commit)
+            return compare(self.storage, self.plan, reference, self.measured(CANDIDATE, commit))
 
         try:
             decision = promote(self.storage, "tiny", self.lineage("candidate"), decide, "benchmark").decision
@@ -143,7 +143,7 @@ def main() -> None:
                     }
                     commit = trial.store("candidate", make.get(kind, lambda: better)())
                     champion_commit = trial.store("champion", trial.weights)
-                    num_leaked = trial.measured("candidate", commit).num_leaked_rows if kind == "leaked" else None
+                    num_leaked = trial.measured(CANDIDATE, commit).num_leaked_rows if kind == "leaked" else None
                     if num_leaked == 0:  # no twin fell into train
                         continue
                     outcomes[kind][trial.outcome(commit, champion_commit)] += 1

@@ -41,7 +41,7 @@ def decision(verdict: Verdict = "promote", sentence: str = "It is better.") -> G
         verdict=verdict,
         reasons=("better",) if verdict == "promote" else ("not_better",),
         sentence=sentence,
-        against="champion",
+        reference="champion",
         metric="ndcg@10",
         estimate=None,
         p_better=0.001,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from tercet.config.sections import GateConfig
 
@@ -26,9 +27,55 @@ Reason = Literal[
     "non_finite",
 ]
 
+ReferenceKind = Literal["champion", "base model"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """Part that a model plays in a comparison: the candidate, or the reference that the candidate is compared with.
+
+    The reference is the champion, or the base model where there is no champion yet."""
+
+    kind: Literal["candidate"] | ReferenceKind
+    generation: int | None = None
+    """Generation of the champion; None for the other kinds."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "champion") != (self.generation is not None):
+            raise ValueError(f"a champion has a generation, and nothing else has one: {self}")
+
+    @property
+    def key(self) -> str:
+        """Name of the role in storage: `candidate`, `base` or `champion-<generation>`."""
+        return {"candidate": "candidate", "base model": "base", "champion": f"champion-{self.generation}"}[self.kind]
+
+    @staticmethod
+    def from_key(key: str) -> Role:
+        """Inverse of `key`. Raises ValueError for any other text."""
+        if key in ("candidate", "base"):
+            return CANDIDATE if key == "candidate" else BASE_MODEL
+        kind, _, generation = key.partition("-")
+        if kind != "champion" or not generation.isdecimal():
+            raise ValueError(f"{key!r} is no role: expected candidate, base or champion-<generation>")
+        return Role("champion", int(generation))
+
+
+CANDIDATE = Role("candidate")
+BASE_MODEL = Role("base model")
+
+# A role in a document is stored as its key.
+StoredRole = Annotated[
+    Role,
+    BeforeValidator(lambda value: Role.from_key(value) if isinstance(value, str) else value),
+    PlainSerializer(lambda role: role.key, return_type=str),
+]
+
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Some fields are stored under an older name, which is their alias: what is stored keeps its names.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
+    )
 
 
 class Estimate(_Frozen):
@@ -41,10 +88,10 @@ class Estimate(_Frozen):
     num_better: int
     """Rows on which the candidate is better; of triplets, those that only it has right."""
     num_worse: int
-    champion: float
+    reference: float = Field(validation_alias="champion", serialization_alias="champion")
     candidate: float
     effect: float
-    """Candidate less champion."""
+    """Candidate less reference."""
     lower: float | None
     """The effect is above this, with `confidence`. None where the rows say nothing of it."""
     upper: float | None
@@ -72,8 +119,9 @@ class Origin(_Frozen):
     """What is known of a candidate before its results are looked at."""
 
     weights_sha256: str | None = None
-    other_weights_sha256: str | None = None
-    """Of the model that it is compared with."""
+    reference_weights_sha256: str | None = Field(
+        default=None, validation_alias="other_weights_sha256", serialization_alias="other_weights_sha256"
+    )
     num_leaked_rows: int = 0
     """Rows of its training data that give away answers of the test split."""
     learned_nothing: bool = False
@@ -87,7 +135,7 @@ class GateDecision(_Frozen):
     verdict: Verdict
     reasons: tuple[Reason, ...]
     sentence: str
-    against: Literal["champion", "base model"]
+    reference: ReferenceKind = Field(validation_alias="against", serialization_alias="against")
     metric: str
     estimate: Estimate | None
     p_better: float
@@ -106,10 +154,10 @@ class GateDecision(_Frozen):
 
 def sentence(decision: GateDecision) -> str:
     """The verdict and why, for a person."""
-    name = {"champion": "the champion", "base model": "the base model"}[decision.against]
+    name = f"the {decision.reference}"
     head = {
         "promote": "Promote",
-        "keep": f"Keep {name}" if decision.against == "champion" else "Publish nothing",
+        "keep": f"Keep {name}" if decision.reference == "champion" else "Publish nothing",
         "undecided": "Undecided, so nothing changes",
         "refused": "Refused",
     }[decision.verdict]
@@ -161,7 +209,7 @@ def _change(decision: GateDecision) -> str:
     estimate = decision.estimate
     assert estimate is not None
     lower = "" if estimate.lower is None else f", at least {_points(estimate.lower)} at {estimate.confidence:.0%}"
-    values = f"{decision.metric} {estimate.champion:.4f} → {estimate.candidate:.4f}"
+    values = f"{decision.metric} {estimate.reference:.4f} → {estimate.candidate:.4f}"
     return f"{values} ({_points(estimate.effect)}{lower}, p = {decision.p_better:.2g})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +30,16 @@ TEXTS = ("anchor", "positive", "negative")
 def compare(
     storage: Storage,
     plan: TrainPlan,
-    other: Measurement,
+    reference: Measurement,
     candidate: Measurement,
-    against: Literal["champion", "base model"],
 ) -> GateDecision:
-    """Gate the candidate against `other`. Both must be measured on the same data. Raises CorruptObject otherwise."""
-    config, run_id = plan.config.gate, plan.run_id
-    results = paired_results(storage, run_id, TEST, other, candidate, config.slices)
+    """Gate the candidate against the reference. Raises CorruptObject unless both were measured on the same rows."""
+    config, run_id, kind = plan.config.gate, plan.run_id, reference.request.role.kind
+    if kind == "candidate":
+        raise ValueError("a candidate is compared with the champion or the base model")
+    results = paired_results(storage, run_id, TEST, reference, candidate, config.slices)
     far = {
-        name: paired_results(storage, run_id, name, other, candidate, {})
+        name: paired_results(storage, run_id, name, reference, candidate, {})
         for name in sorted(candidate.request.out_of_domain)
     }
     return decide(
@@ -49,21 +50,21 @@ def compare(
         out_of_domain={name: found.get(plan.metric, found["ndcg@10"]) for name, found in far.items()},
         origin=Origin(
             weights_sha256=weights_sha256(candidate),
-            other_weights_sha256=weights_sha256(other),
+            reference_weights_sha256=weights_sha256(reference),
             num_leaked_rows=candidate.num_leaked_rows,
             num_non_finite_weights=candidate.num_non_finite_weights,
         ),
-        against=against,
+        reference=kind,
     )
 
 
-def impact(storage: Storage, plan: TrainPlan, other: Measurement, candidate: Measurement) -> IndexImpact:
-    """What it means for an index that was built with `other`."""
-    before, after = (_table(storage, plan.run_id, measured, TEST, "queries") for measured in (other, candidate))
+def impact(storage: Storage, plan: TrainPlan, reference: Measurement, candidate: Measurement) -> IndexImpact:
+    """What it means for an index that was built with the reference."""
+    before, after = (_table(storage, plan.run_id, measured, TEST, "queries") for measured in (reference, candidate))
     return index_impact(
-        champion_ids=np.array(before["neighbours"].to_pylist(), dtype=np.int64),
+        reference_ids=np.array(before["neighbours"].to_pylist(), dtype=np.int64),
         candidate_ids=np.array(after["neighbours"].to_pylist(), dtype=np.int64),
-        champion_scores=np.array(before["scores"].to_pylist(), dtype=np.float64),
+        reference_scores=np.array(before["scores"].to_pylist(), dtype=np.float64),
         candidate_scores=np.array(after["scores"].to_pylist(), dtype=np.float64),
         num_rows=plan.config.nightly.index_rows or candidate.num_corpus_texts,
         seconds_per_row=candidate.seconds_per_text,
@@ -74,14 +75,14 @@ def paired_results(
     storage: Storage,
     run_id: str,
     data: str,
-    other: Measurement,
+    reference: Measurement,
     candidate: Measurement,
     rules: Mapping[str, SliceConfig],
 ) -> dict[str, Paired]:
-    """By metric, what the gate looks at. `other` is what `Paired` calls the champion."""
+    """By metric, what the gate looks at."""
     found: dict[str, Paired] = {}
     for kind, metrics in METRICS.items():
-        before, after = (read_table(storage, run_id, measured, data, kind) for measured in (other, candidate))
+        before, after = (read_table(storage, run_id, measured, data, kind) for measured in (reference, candidate))
         if before is not None and after is not None:
             found.update({metric: pair(metric, before, after, rules) for metric in metrics})
     return found
@@ -131,8 +132,10 @@ def weights_sha256(measured: Measurement) -> str | None:
 def _table(storage: Storage, run_id: str, measured: Measurement, data: str, kind: str) -> pa.Table:
     table = read_table(storage, run_id, measured, data, kind)
     if table is None:
-        key = layout.row_results_key(run_id, measured.request.who, data, kind)
-        raise CorruptObject(f"{storage.uri_of(key)} does not exist", hint="start again")
+        key = layout.row_results_key(run_id, measured.request.role.key, data, kind)
+        raise CorruptObject(
+            f"{storage.uri_of(key)} does not exist", hint="delete the run's comparison/ and start again"
+        )
     return table
 
 
@@ -146,11 +149,11 @@ class IndexImpact(BaseModel):
 
     num_queries: int
     overlap_at_10: float
-    """Share of the champion's ten neighbours that are among the candidate's, on average over queries."""
+    """Share of the reference's ten neighbours that are among the candidate's, on average over queries."""
     num_queries_with_other_first: int
     """Queries whose nearest neighbour is another."""
     mean_score_shift: float
-    """Of the similarity of the neighbours, candidate less champion: a threshold on scores has to move by about that."""
+    """Mean change of the neighbours' similarity, candidate less reference. Move a threshold on scores by about that."""
     score_shift_quantiles: dict[float, float]
     """Of the shift of each query's mean score."""
     num_rows: int
@@ -159,32 +162,32 @@ class IndexImpact(BaseModel):
 
 
 def index_impact(
-    champion_ids: NDArray[np.int64],
+    reference_ids: NDArray[np.int64],
     candidate_ids: NDArray[np.int64],
-    champion_scores: NDArray[np.float64],
+    reference_scores: NDArray[np.float64],
     candidate_scores: NDArray[np.float64],
     num_rows: int,
     seconds_per_row: float,
 ) -> IndexImpact:
     """Ids and similarity scores of each query's neighbours, best first, all of shape (num_queries, 10); negative ids
     stand for no neighbour. Raises ValueError for other shapes, no queries, or an id twice in a row."""
-    arrays = (champion_ids, candidate_ids, champion_scores, candidate_scores)
-    if {array.shape for array in arrays} != {(len(champion_ids), 10)} or not len(champion_ids):
+    arrays = (reference_ids, candidate_ids, reference_scores, candidate_scores)
+    if {array.shape for array in arrays} != {(len(reference_ids), 10)} or not len(reference_ids):
         raise ValueError(f"neighbours must be of shape (num_queries, 10), not {[array.shape for array in arrays]}")
-    for ids in (champion_ids, candidate_ids):
+    for ids in (reference_ids, candidate_ids):
         ordered = np.sort(ids, axis=1)
         if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
             raise ValueError("a query has the same neighbour twice")
-    same = (champion_ids[:, :, None] == candidate_ids[:, None, :]) & (champion_ids >= 0)[:, :, None]
-    num_neighbours = np.maximum((champion_ids >= 0).sum(axis=1), 1)
+    same = (reference_ids[:, :, None] == candidate_ids[:, None, :]) & (reference_ids >= 0)[:, :, None]
+    num_neighbours = np.maximum((reference_ids >= 0).sum(axis=1), 1)
     before, after = (
         np.where(ids >= 0, scores, 0).sum(axis=1) / np.maximum((ids >= 0).sum(axis=1), 1)
-        for ids, scores in ((champion_ids, champion_scores), (candidate_ids, candidate_scores))
+        for ids, scores in ((reference_ids, reference_scores), (candidate_ids, candidate_scores))
     )
     return IndexImpact(
-        num_queries=len(champion_ids),
+        num_queries=len(reference_ids),
         overlap_at_10=float((same.sum(axis=(1, 2)) / num_neighbours).mean()),
-        num_queries_with_other_first=int((champion_ids[:, 0] != candidate_ids[:, 0]).sum()),
+        num_queries_with_other_first=int((reference_ids[:, 0] != candidate_ids[:, 0]).sum()),
         mean_score_shift=float((after - before).mean()),
         score_shift_quantiles={q: float(np.quantile(after - before, q)) for q in QUANTILES},
         num_rows=num_rows,

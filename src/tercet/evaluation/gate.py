@@ -1,4 +1,4 @@
-"""Pure: the results of two models on the same rows → whether the candidate takes the champion's place.
+"""Pure: the results of two models on the same rows → whether the candidate replaces the reference.
 
     decide(results, metric, config) -> GateDecision
 
@@ -13,9 +13,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Literal
 
-from tercet.artifacts.decision import Estimate, GateDecision, Guard, Origin, Reason, State, Verdict, sentence
+from tercet.artifacts.decision import (
+    Estimate,
+    GateDecision,
+    Guard,
+    Origin,
+    Reason,
+    ReferenceKind,
+    State,
+    Verdict,
+    sentence,
+)
 from tercet.config.sections import GateConfig
 from tercet.evaluation.paired import TOLERANCE, Comparison, Paired
 
@@ -26,11 +35,15 @@ def decide(
     config: GateConfig,
     out_of_domain: Mapping[str, Paired] | None = None,
     origin: Origin | None = None,
-    against: Literal["champion", "base model"] = "champion",
+    reference: ReferenceKind = "champion",
 ) -> GateDecision:
-    """`results`: by metric, `metric` among them, which is the recipe's `evaluation.metric`; in `Paired`, the champion
-    is the model that `against` names. `out_of_domain`: by the name of the data. Neither order nor names of rows and
-    groups change the decision. Raises KeyError when there are no results of `metric`."""
+    """Decide whether the candidate replaces the reference.
+
+    results: the test split's results by metric. metric: the recipe's `evaluation.metric`, which decides.
+    out_of_domain: results by name of the dataset. reference: what the reference model is.
+
+    Neither the order nor the names of rows and groups change the decision. Raises KeyError if `results` lacks `metric`.
+    """
     far, origin = out_of_domain or {}, origin or Origin()
     everything = {**results, **{f"out of domain/{name}": paired for name, paired in far.items()}}
     refusals = _refusals(origin, all(paired.is_finite() for paired in everything.values()))
@@ -44,7 +57,7 @@ def decide(
         verdict=_verdict(reasons),
         reasons=reasons,
         sentence="",
-        against=against,
+        reference=reference,
         metric=metric,
         estimate=None if comparison is None else _estimate(comparison, config.alpha),
         p_better=1.0 if comparison is None else comparison.p_better(),
@@ -64,7 +77,7 @@ def _refusals(origin: Origin, finite: bool) -> tuple[Reason, ...]:
     found: dict[Reason, bool] = {
         "leaked": origin.num_leaked_rows > 0,
         "learned_nothing": origin.learned_nothing,
-        "no_op": origin.weights_sha256 is not None and origin.weights_sha256 == origin.other_weights_sha256,
+        "no_op": origin.weights_sha256 is not None and origin.weights_sha256 == origin.reference_weights_sha256,
         "non_finite": origin.num_non_finite_weights > 0 or not finite,
     }
     return tuple(reason for reason, holds in found.items() if holds)

@@ -1,7 +1,7 @@
 """A model measured row by row for a comparison, kept in storage: measured once, whoever compares.
 
-The model is what storage holds, verified, in a process that has seen nothing of training. `who` is base, candidate or
-champion-<generation>; `data` is `test`, or the name of a dataset out of domain.
+The model is read from storage, verified, in a process that has seen nothing of training. `<data>` in a file's name is
+`test`, or the name of a dataset out of domain.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tercet.artifacts.checkpoint import Commit, FileRecord, upload_files
+from tercet.artifacts.decision import CANDIDATE, StoredRole
 from tercet.data.cache import cache_dir_of, load_split
 from tercet.data.row_checks import row_hash
 from tercet.data.versions import read_manifest
@@ -35,9 +36,11 @@ KINDS = ("queries", "triplets")
 class Request(BaseModel):
     """Which model to measure, and on what beside the test split."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
+    )
 
-    who: str
+    role: StoredRole = Field(validation_alias="who", serialization_alias="who")
     commit: Commit | None
     """Of the model; None for the recipe's base model."""
     out_of_domain: dict[str, str]
@@ -47,7 +50,7 @@ class Request(BaseModel):
 class Measurement(BaseModel):
     """The document that makes a measurement count."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
     request: Request
     files: dict[str, FileRecord]
@@ -73,7 +76,7 @@ def measure(plan: TrainPlan, request: Request) -> None:
     with tempfile.TemporaryDirectory(prefix="tercet-measure-") as temporary:
         model = load_reloaded(plan, storage, request.commit, Path(temporary) / "model")
         splits = load_splits(plan, storage)
-        num_leaked_rows = _num_leaked_rows(plan, storage, splits) if request.who == "candidate" else 0
+        num_leaked_rows = _num_leaked_rows(plan, storage, splits) if request.role == CANDIDATE else 0
         splits[TEST] = _with_labels(plan, storage, plan.datasets[0].name, plan.dataset_version, TEST)
         folder = Path(temporary) / "results"
         folder.mkdir()
@@ -85,18 +88,18 @@ def measure(plan: TrainPlan, request: Request) -> None:
             _write(folder, name, found.queries, found.triplets)
         measured = Measurement(
             request=request,
-            files=upload_files(storage, folder, layout.comparison_prefix(plan.run_id, request.who)),
+            files=upload_files(storage, folder, layout.comparison_prefix(plan.run_id, request.role.key)),
             num_corpus_texts=results.num_corpus_texts,
             seconds_per_text=results.seconds_per_text,
             num_non_finite_weights=sum(int((~values.isfinite()).sum()) for values in model.parameters()),
             num_leaked_rows=num_leaked_rows,
         )
-    storage.put(layout.measured_key(plan.run_id, request.who), seal(measured))
+    storage.put(layout.measured_key(plan.run_id, request.role.key), seal(measured))
 
 
 def read_measured(storage: Storage, run_id: str, request: Request) -> Measurement | None:
     """What was measured, if it was of this very model on this very data. A damaged document counts for none."""
-    key = layout.measured_key(run_id, request.who)
+    key = layout.measured_key(run_id, request.role.key)
     try:
         measured = unseal(Measurement, storage.read(key), storage.uri_of(key))
     except (ObjectNotFound, CorruptObject):
@@ -114,7 +117,9 @@ def read_table(storage: Storage, run_id: str, measured: Measurement, data: str, 
         return None
     with tempfile.TemporaryDirectory(prefix="tercet-results-") as folder:
         path = Path(folder) / name
-        storage.download(layout.row_results_key(run_id, measured.request.who, data, kind), path, sha256=record.sha256)
+        storage.download(
+            layout.row_results_key(run_id, measured.request.role.key, data, kind), path, sha256=record.sha256
+        )
         return pq.read_table(path)
 
 

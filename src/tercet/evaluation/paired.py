@@ -36,7 +36,7 @@ class Paired:
     wrong 0) or a query (its nDCG@10 or MRR@10)."""
 
     metric: str
-    champion: Floats
+    reference: Floats
     candidate: Floats
     groups: NDArray[np.int64]
     """Which rows belong together, as numbers from 0 on."""
@@ -46,40 +46,40 @@ class Paired:
     @staticmethod
     def of(
         metric: str,
-        champion: ArrayLike,
+        reference: ArrayLike,
         candidate: ArrayLike,
         groups: ArrayLike | None = None,
         slices: Mapping[str, ArrayLike] | None = None,
     ) -> Paired:
         """From anything that numpy takes. `groups`: a label a row, without which each row is a group of its own.
         `slices`: a truth value a row, by name. Raises ValueError when lengths differ."""
-        labels = np.arange(len(np.asarray(champion))) if groups is None else np.asarray(groups)
+        labels = np.arange(len(np.asarray(reference))) if groups is None else np.asarray(groups)
         paired = Paired(
             metric=metric,
-            champion=np.asarray(champion, dtype=np.float64),
+            reference=np.asarray(reference, dtype=np.float64),
             candidate=np.asarray(candidate, dtype=np.float64),
             groups=np.unique(labels, return_inverse=True)[1].astype(np.int64),
             slices={name: np.asarray(mask, dtype=np.bool_) for name, mask in (slices or {}).items()},
         )
-        shapes = {array.shape for array in (paired.champion, paired.candidate, labels, *paired.slices.values())}
-        if shapes != {(len(paired.champion),)}:
+        shapes = {array.shape for array in (paired.reference, paired.candidate, labels, *paired.slices.values())}
+        if shapes != {(len(paired.reference),)}:
             raise ValueError(f"{metric}: results, groups and slices must have one value a row, not {sorted(shapes)}")
         return paired
 
     def is_finite(self) -> bool:
         """Whether all results are numbers."""
-        return bool(np.isfinite(self.champion).all() and np.isfinite(self.candidate).all())
+        return bool(np.isfinite(self.reference).all() and np.isfinite(self.candidate).all())
 
     def only(self, rows: NDArray[np.bool_]) -> Paired:
         """The rows of a slice."""
         return Paired(
-            self.metric, self.champion[rows], self.candidate[rows], np.unique(self.groups[rows], False, True)[1]
+            self.metric, self.reference[rows], self.candidate[rows], np.unique(self.groups[rows], False, True)[1]
         )
 
     def sha256(self) -> str:
-        """Of everything that was compared."""
+        """Hash of all that was compared. Stored decisions hold it, so it still names the reference `champion`."""
         digest = hashlib.sha256(self.metric.encode())
-        named = {"champion": self.champion, "candidate": self.candidate, "groups": self.groups, **self.slices}
+        named = {"champion": self.reference, "candidate": self.candidate, "groups": self.groups, **self.slices}
         for name, values in named.items():
             digest.update(
                 f"\n{name} {values.dtype.str} {values.shape}\n".encode() + np.ascontiguousarray(values).tobytes()
@@ -99,10 +99,10 @@ class Comparison:
     def __init__(self, paired: Paired, num_resamples: int, seed: int) -> None:
         """num_resamples: random subsets of the groups; a p value is a multiple of 1 / (num_resamples + 1)."""
         self.metric = paired.metric
-        difference = paired.candidate - paired.champion
+        difference = paired.candidate - paired.reference
         self.num_rows = len(difference)
         self.num_better, self.num_worse = int((difference > 0).sum()), int((difference < 0).sum())
-        self.champion, self.candidate = float(paired.champion.mean()), float(paired.candidate.mean())
+        self.reference, self.candidate = float(paired.reference.mean()), float(paired.candidate.mean())
         sums = np.bincount(paired.groups, weights=difference)
         sizes = np.bincount(paired.groups).astype(np.float64)
         order = np.lexsort((sizes, sums))  # so that neither the order of the rows nor the groups' names matter
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def effect(self) -> float:
-        """The candidate's mean over rows less the champion's."""
+        """The candidate's mean over rows less the reference's."""
         return float(self._sums.sum() / self.num_rows)
 
     @property
@@ -184,4 +184,4 @@ class Comparison:
     def facts(self) -> dict[str, Any]:
         """What was counted, for a document."""
         names = ("metric", "num_rows", "num_groups", "num_different_groups", "num_better", "num_worse")
-        return {name: getattr(self, name) for name in (*names, "champion", "candidate", "effect")}
+        return {name: getattr(self, name) for name in (*names, "reference", "candidate", "effect")}

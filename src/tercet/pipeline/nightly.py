@@ -17,7 +17,7 @@ from pydantic import Field
 
 from tercet.artifacts.best import read_best
 from tercet.artifacts.champion import Champion
-from tercet.artifacts.decision import GateDecision, Verdict
+from tercet.artifacts.decision import BASE_MODEL, CANDIDATE, GateDecision, Role, Verdict
 from tercet.artifacts.registry import Promotion, promote, read_version
 from tercet.cluster import session
 from tercet.config.recipe import Config
@@ -161,20 +161,19 @@ def _gate_candidate(storage: Storage, plan: TrainPlan, date: datetime.date, bega
     assert best is not None  # run() has published it
     sets = plan.config.gate.out_of_domain
     far = {found.name: read_manifest(storage, found.name, found.version).version for found in sets}
-    candidate = Request(who="candidate", commit=best, out_of_domain=far)
-    base = Request(who="base", commit=None, out_of_domain=far)
-    compared: list[tuple[Champion | None, dict[str, Measurement]]] = []
+    candidate = Request(role=CANDIDATE, commit=best, out_of_domain=far)
+    base = Request(role=BASE_MODEL, commit=None, out_of_domain=far)
+    compared: list[tuple[Champion | None, dict[Role, Measurement]]] = []
 
     def decide(present: Champion | None) -> GateDecision:
         requests = [base, candidate]
         if present is not None:
             commit = read_version(storage, present.name, present.version).commit
-            requests.append(Request(who=_who(present), commit=commit, out_of_domain=far))
-        say("comparison: " + ", ".join(request.who for request in requests))
+            requests.append(Request(role=_reference(present), commit=commit, out_of_domain=far))
+        say("comparison: " + ", ".join(request.role.key for request in requests))
         measured = _measured(storage, plan, requests)
         compared.append((present, measured))
-        against: Literal["champion", "base model"] = "champion" if present else "base model"
-        return compare(storage, plan, measured[_who(present)], measured["candidate"], against)
+        return compare(storage, plan, measured[_reference(present)], measured[CANDIDATE])
 
     promotion = promote(storage, plan.config.name, plan.lineage, decide, who)
     outcome, sentence = _outcome(storage, promotion, plan.run_id)
@@ -184,11 +183,11 @@ def _gate_candidate(storage: Storage, plan: TrainPlan, date: datetime.date, bega
     present, measured = compared[-1]
     return night.model_copy(
         update={
-            "warning": _warning(storage, plan, measured[_who(present)]),
+            "warning": _warning(storage, plan, measured[_reference(present)]),
             "champion_before": present and present.generation,
             "champion": promotion.champion and promotion.champion.generation,
-            "metrics": {name: means(storage, plan.run_id, found) for name, found in measured.items()},
-            "index_impact": impact(storage, plan, measured[_who(present)], measured["candidate"]),
+            "metrics": {role.key: means(storage, plan.run_id, found) for role, found in measured.items()},
+            "index_impact": impact(storage, plan, measured[_reference(present)], measured[CANDIDATE]),
         }
     )
 
@@ -211,9 +210,9 @@ def _version_before(storage: Storage, plan: TrainPlan) -> str | None:
     return read_manifest(storage, dataset, plan.dataset_version).parent
 
 
-def _who(champion: Champion | None) -> str:
-    """Whom a candidate is compared with."""
-    return "base" if champion is None else f"champion-{champion.generation}"
+def _reference(champion: Champion | None) -> Role:
+    """Role of the model that a candidate is compared with."""
+    return BASE_MODEL if champion is None else Role("champion", champion.generation)
 
 
 def _outcome(storage: Storage, promotion: Promotion, run_id: str) -> tuple[Outcome, str]:
@@ -226,15 +225,15 @@ def _outcome(storage: Storage, promotion: Promotion, run_id: str) -> tuple[Outco
     return "kept", "This run was the champion before, and another one was put in its place."
 
 
-def _measured(storage: Storage, plan: TrainPlan, requests: list[Request]) -> dict[str, Measurement]:
+def _measured(storage: Storage, plan: TrainPlan, requests: list[Request]) -> dict[Role, Measurement]:
     """What was measured before is not measured again."""
-    missing = {request.who: request for request in requests if read_measured(storage, plan.run_id, request) is None}
+    missing = [request for request in requests if read_measured(storage, plan.run_id, request) is None]
     if missing:
         session.start_ray(plan.config.workers)
-        tasks = {name: partial(measure, plan, request) for name, request in missing.items()}
+        tasks = {request.role.key: partial(measure, plan, request) for request in missing}
         session.in_fresh_processes(session.with_devices(plan.config).workers, tasks)
-    found = {request.who: read_measured(storage, plan.run_id, request) for request in requests}
-    return {name: measured for name, measured in found.items() if measured is not None}
+    found = {request.role: read_measured(storage, plan.run_id, request) for request in requests}
+    return {role: measured for role, measured in found.items() if measured is not None}
 
 
 def _pinned(config: Config, plan: TrainPlan) -> Config:

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from support import tiny_model
 from support.published import as_best_model
 from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.decision import BASE_MODEL, CANDIDATE, Role
 from tercet.config.recipe import Config
 from tercet.config.sections import SliceConfig
 from tercet.data.build import build_version
@@ -75,8 +76,8 @@ def changed(model_dir: Path, tmp_path: Path) -> Callable[[str, float], Path]:
     return make
 
 
-def done(storage: Storage, made: TrainPlan, who: str, commit: Commit | None, **far: str) -> Measurement:
-    request = Request(who=who, commit=commit, out_of_domain=far)
+def done(storage: Storage, made: TrainPlan, role: Role, commit: Commit | None, **far: str) -> Measurement:
+    request = Request(role=role, commit=commit, out_of_domain=far)
     measure(made, request)
     found = read_measured(storage, made.run_id, request)
     assert found is not None
@@ -89,9 +90,9 @@ def test_another_model_is_compared_on_the_same_rows(
     rows = [{**row, "lang": "ab"[number % 2]} for number, row in enumerate(tiny_model.triplets(NUM_ROWS))]
     build(storage, tmp_path, rows, slices=["lang"])
     made = plan(storage, model_dir, slices={"short": {"max_chars": 13}})
-    base, other = done(storage, made, "base", None), as_best_model(storage, "b", changed("noisy", 0.5))
-    candidate = done(storage, made, "candidate", other)
-    decision = compare(storage, made, base, candidate, "base model")
+    base, other = done(storage, made, BASE_MODEL, None), as_best_model(storage, "b", changed("noisy", 0.5))
+    candidate = done(storage, made, CANDIDATE, other)
+    decision = compare(storage, made, base, candidate)
     assert decision.verdict != "promote"
     assert decision.estimate is not None
     num_rows = made.num_rows["test"]
@@ -100,7 +101,7 @@ def test_another_model_is_compared_on_the_same_rows(
     names = {guard.name for guard in decision.slices}
     metrics = ("ndcg@10", "mrr@10", "triplet_accuracy")
     assert names == {f"{metric}/{name}" for metric in metrics for name in ("lang=a", "lang=b", "short")}
-    assert decision.estimate.champion == pytest.approx(means(storage, made.run_id, base)["ndcg@10"])
+    assert decision.estimate.reference == pytest.approx(means(storage, made.run_id, base)["ndcg@10"])
     assert {guard.name for guard in decision.others} == {"mrr@10", "triplet_accuracy"}
     model = SentenceTransformer(str(model_dir), device="cpu")
     assert means(storage, made.run_id, base) == pytest.approx(evaluate(model, load_splits(made, storage), "test", 64))
@@ -121,9 +122,9 @@ def test_the_champion_itself_is_no_candidate(
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made, folder = plan(storage, model_dir), changed("noisy", 0.1)
-    champion = done(storage, made, "champion-1", as_best_model(storage, "a", folder))
-    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
-    decision = compare(storage, made, champion, candidate, "champion")
+    champion = done(storage, made, Role("champion", 1), as_best_model(storage, "a", folder))
+    candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", folder))
+    decision = compare(storage, made, champion, candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("no_op",))
 
 
@@ -144,12 +145,12 @@ def test_answers_of_the_test_split_among_the_rows_trained_on_are_found(
     ]
     build(storage, tmp_path, [*rows, *twins])
     made = plan(storage, model_dir)
-    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.1)))
+    candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("noisy", 0.1)))
     splits = {split: _pairs(storage, made, split) for split in ("train", "test")}
     expected = sum(found in set(splits["test"]) for found in splits["train"])
     assert expected > 0
     assert candidate.num_leaked_rows == expected
-    decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
+    decision = compare(storage, made, done(storage, made, BASE_MODEL, None), candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("leaked",))
 
 
@@ -166,9 +167,9 @@ def test_what_a_model_must_not_forget(
     build(storage, tmp_path, pairs, "far", columns={"anchor": "anchor", "positive": "positive"})
     made = plan(storage, model_dir, out_of_domain=[{"name": "far"}])
     far = {"far": read_manifest(storage, "far").version}
-    base = done(storage, made, "base", None, **far)
-    candidate = done(storage, made, "candidate", as_best_model(storage, "b", changed("noisy", 0.5)), **far)
-    decision = compare(storage, made, base, candidate, "base model")
+    base = done(storage, made, BASE_MODEL, None, **far)
+    candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("noisy", 0.5)), **far)
+    decision = compare(storage, made, base, candidate)
     [guard] = decision.out_of_domain
     assert guard.name == "far"
     assert guard.estimate is not None
@@ -181,7 +182,7 @@ def test_a_model_that_makes_nan_is_named(
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made = plan(storage, model_dir)
     with pytest.raises(NonFiniteError, match="embeddings of"):
-        done(storage, made, "candidate", as_best_model(storage, "b", changed("broken", float("nan"))))
+        done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("broken", float("nan"))))
 
 
 def test_nan_where_no_row_comes_by_is_found(
@@ -193,9 +194,9 @@ def test_nan_where_no_row_comes_by_is_found(
     weights = load_file(folder / "model.safetensors")
     weights["embeddings.position_embeddings.weight"][-1, :3] = float("inf")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    candidate = done(storage, made, "candidate", as_best_model(storage, "b", folder))
+    candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", folder))
     assert candidate.num_non_finite_weights == 3
-    decision = compare(storage, made, done(storage, made, "base", None), candidate, "base model")
+    decision = compare(storage, made, done(storage, made, BASE_MODEL, None), candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("non_finite",))
     assert "3 of its weights are NaN or infinite" in decision.sentence
 
@@ -205,19 +206,19 @@ def test_what_was_measured_is_kept_and_checked(
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made = plan(storage, model_dir)
-    base = done(storage, made, "base", None)
+    base = done(storage, made, BASE_MODEL, None)
     folder = tmp_path / "store" / "runs" / made.run_id / "comparison" / "base"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert done(storage, made, "base", None) == base
+    assert done(storage, made, BASE_MODEL, None) == base
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # not measured again
 
     commit = as_best_model(storage, "b", changed("noisy", 0.1))
-    assert read_measured(storage, made.run_id, Request(who="base", commit=commit, out_of_domain={})) is None
+    assert read_measured(storage, made.run_id, Request(role=BASE_MODEL, commit=commit, out_of_domain={})) is None
 
     whole = (folder / "MEASURED").read_bytes()
     (folder / "MEASURED").write_bytes(whole.replace(b'"num_leaked_rows": 0', b'"num_leaked_rows": 1'))
     assert read_measured(storage, made.run_id, base.request) is None
-    assert done(storage, made, "base", None).files == base.files
+    assert done(storage, made, BASE_MODEL, None).files == base.files
 
     table = folder / "test-queries.parquet"
     table.write_bytes(table.read_bytes()[:-1] + b"x")

@@ -22,16 +22,16 @@ HALVES = np.arange(NUM_ROWS) % 2 == 0
 
 def ndcg(gain: float, spread: float = 0.1, num_rows: int = NUM_ROWS, **more: Any) -> Paired:
     """Differences of exactly this mean; equal numbers of rows lie `spread` above and below it."""
-    champion = np.full(num_rows, 0.5)
-    return Paired.of(NDCG, champion, champion + gain + np.resize([spread, -spread], num_rows), **more)
+    reference = np.full(num_rows, 0.5)
+    return Paired.of(NDCG, reference, reference + gain + np.resize([spread, -spread], num_rows), **more)
 
 
 def triplets(num_better: int, num_worse: int, num_rows: int = NUM_ROWS, **more: Any) -> Paired:
-    champion = np.ones(num_rows)
-    candidate = champion.copy()
-    champion[:num_better] = 0
+    reference = np.ones(num_rows)
+    candidate = reference.copy()
+    reference[:num_better] = 0
     candidate[num_better : num_better + num_worse] = 0
-    return Paired.of(TRIPLET_ACCURACY, champion, candidate, **more)
+    return Paired.of(TRIPLET_ACCURACY, reference, candidate, **more)
 
 
 def gate(*results: Paired, metric: str = NDCG, config: GateConfig = CONFIG, **more: Any) -> GateDecision:
@@ -108,10 +108,10 @@ def test_the_minimum_is_met_by_what_equals_it() -> None:
 def test_groups_count_and_not_rows() -> None:
     """What is sure of 400 rows is not of 57 groups in which all rows move together."""
     block = np.arange(NUM_ROWS) // 7
-    champion = np.full(NUM_ROWS, 0.5)
-    candidate = champion + np.where(block % 5 < 3, 0.1, -0.1)
-    assert gate(Paired.of(NDCG, champion, candidate)).verdict == "promote"
-    decision = gate(Paired.of(NDCG, champion, candidate, block))
+    reference = np.full(NUM_ROWS, 0.5)
+    candidate = reference + np.where(block % 5 < 3, 0.1, -0.1)
+    assert gate(Paired.of(NDCG, reference, candidate)).verdict == "promote"
+    decision = gate(Paired.of(NDCG, reference, candidate, block))
     assert (decision.verdict, decision.reasons) == ("keep", ("not_better",))
 
 
@@ -156,8 +156,8 @@ def with_slices(**losses: float) -> Paired:
     for number, name in enumerate(losses):
         slices[name] = np.zeros(2_000 + 100 * len(parts), dtype=bool)
         slices[name][2_000 + 100 * number : 2_100 + 100 * number] = True
-    champion = np.concatenate([part.champion for part in (many, *parts)])
-    return Paired.of(NDCG, champion, np.concatenate([part.candidate for part in (many, *parts)]), None, slices)
+    reference = np.concatenate([part.reference for part in (many, *parts)])
+    return Paired.of(NDCG, reference, np.concatenate([part.candidate for part in (many, *parts)]), None, slices)
 
 
 def test_a_slice_that_is_shown_to_be_worse_is_a_veto() -> None:
@@ -228,18 +228,18 @@ def test_too_few_differences_decide_nothing() -> None:
         (Origin(num_leaked_rows=3), "leaked"),
         (Origin(num_non_finite_weights=1), "non_finite"),
         (Origin(learned_nothing=True), "learned_nothing"),
-        (Origin(weights_sha256="ab", other_weights_sha256="ab"), "no_op"),
+        (Origin(weights_sha256="ab", reference_weights_sha256="ab"), "no_op"),
     ],
 )
 def test_what_is_refused_whatever_its_results(origin: Origin, reason: str) -> None:
     decision = gate(ndcg(0.3), origin=origin)
     assert (decision.verdict, decision.reasons) == ("refused", (reason,))
     assert decision.sentence.startswith("Refused: ")
-    assert gate(ndcg(0.3), origin=Origin(weights_sha256="ab", other_weights_sha256="cd")).verdict == "promote"
+    assert gate(ndcg(0.3), origin=Origin(weights_sha256="ab", reference_weights_sha256="cd")).verdict == "promote"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("side", ["champion", "candidate"])
+@pytest.mark.parametrize("side", ["reference", "candidate"])
 @pytest.mark.parametrize("where", ["metric", "other", "far"])
 def test_a_result_that_is_no_number_is_refused(value: float, side: str, where: str) -> None:
     results = {"metric": ndcg(0.3), "other": triplets(50, 0), "far": ndcg(0.3)}
@@ -252,8 +252,8 @@ def test_a_result_that_is_no_number_is_refused(value: float, side: str, where: s
 
 def test_the_first_night() -> None:
     """Without a champion, the model that the training began with is to be beaten, by the same test."""
-    assert gate(ndcg(0.03), against="base model").verdict == "promote"
-    decision = gate(ndcg(0.0), against="base model")
+    assert gate(ndcg(0.03), reference="base model").verdict == "promote"
+    decision = gate(ndcg(0.0), reference="base model")
     assert decision.verdict == "keep"
     assert decision.sentence.startswith("Publish nothing: ")
     assert "not shown to be better than the base model" in decision.sentence

@@ -14,7 +14,7 @@ SCORES = np.tile(np.linspace(0.9, 0.0, 10), (2, 1))
 
 
 def impact(ids: Any = IDS, scores: Any = SCORES, **changed: Any) -> IndexImpact:
-    return index_impact(changed.get("champion", IDS), np.asarray(ids), SCORES, np.asarray(scores), 1_000_000, 0.002)
+    return index_impact(changed.get("reference", IDS), np.asarray(ids), SCORES, np.asarray(scores), 1_000_000, 0.002)
 
 
 def test_nothing_changes() -> None:
@@ -41,8 +41,8 @@ def test_scores() -> None:
 
 
 def test_fewer_than_ten_neighbours() -> None:
-    champion = np.where(np.arange(10) < 4, IDS, -1)
-    found = impact(np.where(np.arange(10) < 2, IDS, -1), champion=champion)
+    reference = np.where(np.arange(10) < 4, IDS, -1)
+    found = impact(np.where(np.arange(10) < 2, IDS, -1), reference=reference)
     assert found.overlap_at_10 == 0.5
     assert found.mean_score_shift == pytest.approx((0.9 + 0.8) / 2 - (0.9 + 0.8 + 0.7 + 0.6) / 4)
 
@@ -51,6 +51,6 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="shape"):
         impact(IDS[:, :5])
     with pytest.raises(ValueError, match="shape"):
-        impact(IDS[:0], SCORES[:0], champion=IDS[:0])
+        impact(IDS[:0], SCORES[:0], reference=IDS[:0])
     with pytest.raises(ValueError, match="same neighbour twice"):
         impact(np.zeros((2, 10), dtype=int))

@@ -11,6 +11,7 @@ import pytest
 
 from support import tiny_model
 from tercet.artifacts.checkpoint import upload_files
+from tercet.artifacts.decision import BASE_MODEL
 from tercet.config.recipe import Config
 from tercet.data.append import append
 from tercet.data.build import build_version
@@ -95,7 +96,7 @@ def test_new_rows_are_those_that_the_version_before_does_not_have(
     folder.mkdir()
     pq.write_table(pa.table({"anchor": anchors, "ndcg@10": values}), folder / "test-queries.parquet")
     measured = Measurement(
-        request=Request(who="base", commit=None, out_of_domain={}),
+        request=Request(role=BASE_MODEL, commit=None, out_of_domain={}),
         files=upload_files(storage, folder, "runs/a-run/comparison/base"),
         num_corpus_texts=1,
         seconds_per_text=1.0,

@@ -16,14 +16,14 @@ NDCG = "ndcg@10"
 def compare(
     difference: list[float] | np.ndarray, groups: object = None, metric: str = NDCG, num_resamples: int = 9_999
 ) -> Comparison:
-    """Of a champion that is 0 everywhere."""
+    """Compare with a reference that is 0 everywhere."""
     return Comparison(Paired.of(metric, np.zeros(len(difference)), difference, groups), num_resamples, seed=0)
 
 
 def triplets(num_better: int, num_worse: int, num_equal: int = 50) -> Comparison:
-    champion = [0] * num_better + [1] * (num_worse + num_equal)
+    reference = [0] * num_better + [1] * (num_worse + num_equal)
     candidate = [1] * num_better + [0] * num_worse + [1] * num_equal
-    return Comparison(Paired.of(TRIPLET_ACCURACY, champion, candidate), 99_999, seed=0)
+    return Comparison(Paired.of(TRIPLET_ACCURACY, reference, candidate), 99_999, seed=0)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (7, 0), (0, 7), (12, 3), (3, 12), (10, 10), (60, 40)])
@@ -94,7 +94,7 @@ def test_counts_and_means() -> None:
     found = Comparison(Paired.of(NDCG, [0.5, 1.0, 0.0, 0.3], [1.0, 0.5, 1.0, 0.3], list("aabc")), 999, 0)
     assert (found.num_rows, found.num_groups, found.num_different_groups) == (4, 3, 1)  # a evens out
     assert (found.num_better, found.num_worse) == (2, 1)
-    assert (found.champion, found.candidate, found.effect) == pytest.approx((0.45, 0.7, 0.25))
+    assert (found.reference, found.candidate, found.effect) == pytest.approx((0.45, 0.7, 0.25))
 
 
 def test_the_standard_error_is_of_groups() -> None:
@@ -117,8 +117,8 @@ def test_copies_of_rows_prove_nothing() -> None:
 
 def test_triplets_of_one_group_are_not_taken_for_independent() -> None:
     """40 of 50 changed triplets are better: McNemar is sure. They are in 5 groups, of which 4 are better."""
-    champion = np.repeat([0, 0, 0, 0, 1], 10)
-    found = Comparison(Paired.of(TRIPLET_ACCURACY, champion, 1 - champion, np.repeat(np.arange(5), 10)), 9_999, 0)
+    reference = np.repeat([0, 0, 0, 0, 1], 10)
+    found = Comparison(Paired.of(TRIPLET_ACCURACY, reference, 1 - reference, np.repeat(np.arange(5), 10)), 9_999, 0)
     assert found.mcnemar_p() < 0.001
     assert found.p_better() == found.p_above(0.0) == pytest.approx(6 / 32, abs=0.02)
 
@@ -176,13 +176,13 @@ def test_slices() -> None:
 
 def test_the_hash_is_of_all_that_was_compared() -> None:
     def paired(**changed: object) -> Paired:
-        values = {"metric": NDCG, "champion": [0.0, 1.0], "candidate": [1.0, 1.0], "groups": [0, 1], **changed}
+        values = {"metric": NDCG, "reference": [0.0, 1.0], "candidate": [1.0, 1.0], "groups": [0, 1], **changed}
         return Paired.of(**values)  # type: ignore[arg-type]
 
     assert paired().sha256() == paired(groups=["a", "b"]).sha256()
     others = [
         {"metric": "m"},
-        {"champion": [0, 0]},
+        {"reference": [0, 0]},
         {"candidate": [0, 1]},
         {"groups": [0, 0]},
         {"slices": {"a": [1, 0]}},
