@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
@@ -20,11 +19,9 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tercet.artifacts import journal
 from tercet.artifacts.lease import read_attempts
-from tercet.errors import StorageError, TercetError
+from tercet.cluster.failures import most_telling
+from tercet.errors import StorageError
 from tercet.storage import Storage
-
-# Of several workers that fail at once, the first of these tells most: where one dies, others lose their connection.
-_MOST_TELLING = ("out_of_memory", "node_lost", "worker_killed", "error")
 
 
 class EvenWorldSizes(ElasticScalingPolicy):  # type: ignore[misc]
@@ -95,36 +92,12 @@ class DeadWorkerReporter(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Called by Ray with the error of each rank that has one."""
-        told = {_kind(error): f"rank {rank}: {_line(error)}" for rank, error in sorted(worker_exceptions.items())}
-        kind = next((kind for kind in _MOST_TELLING if kind in told), None)
-        if kind is None:
-            return  # ranks lost their connection to one whose death is not known yet: whoever goes on tells that
+        if (incident := most_telling(worker_exceptions)) is None:
+            return  # a rank died whose death is not known yet: the next attempt records that this one was lost
         try:
             attempts = read_attempts(self._storage, self._run_id)
         except StorageError:
-            return  # whoever goes on tells that this attempt ended without a word
+            return  # likewise
         if attempts:
             name = journal.end_name(attempts[-1].generation)
-            journal.report_incident(self._storage, self._run_id, name, kind, told[kind])
-
-
-def _cause(error: Exception) -> Exception:
-    inner = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
-    return getattr(inner, "_base_exc", inner)
-
-
-def _kind(error: Exception) -> str:
-    cause = _cause(error)
-    if isinstance(cause, OutOfMemoryError):
-        return "out_of_memory"
-    if isinstance(cause, RayActorError):
-        # "The actor died because its node has died", "The actor's node was terminated unexpectedly"
-        node = cause.preempted or "node has died" in str(cause) or "node was terminated" in str(cause)
-        return "node_lost" if node else "worker_killed"
-    return "connection" if "onnection" in str(cause) else "error"
-
-
-def _line(error: Exception) -> str:
-    cause = _cause(error)
-    text = cause.message if isinstance(cause, TercetError) else str(cause)
-    return f"{type(cause).__name__}: {' '.join(text.split())[:500]}"
+            journal.report_incident(self._storage, self._run_id, name, *incident)

@@ -43,6 +43,7 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
+    from tercet.cluster.failures import as_tercet_error
     from tercet.cluster.policies import DeadWorkerReporter, ElasticTrainer
     from tercet.cluster.process_group import LazyTorchConfig
 
@@ -77,7 +78,7 @@ def _fit(plan: TrainPlan, owner: str) -> TercetError | None:
         try:
             result = run_while_head_alive(trainer.fit)
         except WorkerGroupError as error:
-            raise _cause(error.worker_failures) from error
+            raise as_tercet_error(error.worker_failures) from error
         except PreemptionError as error:
             raise Preempted(
                 f"machines were taken away more than {workers.max_preemptions} times",
@@ -125,20 +126,6 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
     except _FINAL_ERRORS as error:
         return error
     return None
-
-
-def _cause(failures: dict[int, Exception]) -> TercetError:
-    """What to tell a person about dead workers: tercet's own error where there is one."""
-    causes = {rank: getattr(error, "_base_exc", error) for rank, error in sorted(failures.items())}
-    for cause in causes.values():
-        if isinstance(cause, TercetError):
-            return cause
-    lines = [f"rank {rank}: {type(c).__name__}: {first_line(c)}" for rank, c in causes.items()]
-    return TrainingError(
-        "the workers failed more often than workers.max_failures allows:\n" + "\n".join(lines),
-        hint="the workers' logs tell more (--debug, or the Ray dashboard); "
-        "submitting again resumes from the last checkpoint",
-    )
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]]:
