@@ -30,7 +30,7 @@ from tercet.data.text_stats import text_ids
 from tercet.data.versions import publish, read_manifest
 from tercet.errors import TercetError, TrainingError
 from tercet.pipeline.run import _best
-from tercet.planning.survey import check_same_experiment, read_plan, survey
+from tercet.planning.survey import read_plan, survey
 from tercet.storage import Storage, open_storage
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import seal
@@ -157,8 +157,7 @@ def commit_again(run: Run, store: Path, scratch: Path) -> Any:
 
 def submit_again(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
     """What a second `tercet train` trains."""
-    storage, plan = survey(load_config(run.recipe, (f"storage.uri={store}",)), run.run_id)
-    check_same_experiment(storage, plan)
+    _, plan = survey(load_config(run.recipe, (f"storage.uri={store}",)), run.run_id)
     return plan.model_dump(exclude={"config"})
 
 

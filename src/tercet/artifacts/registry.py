@@ -149,14 +149,21 @@ def resolve(storage: Storage, name: str) -> tuple[Champion, Version]:
     if champion is None:
         known = ", ".join(list_models(storage)) or "none"
         raise ObjectNotFound(f"model {name} has no champion in {storage.uri}", hint=f"models there: {known}")
-    key = layout.model_version_key(name, champion.version)
+    return champion, version_of(storage, champion)
+
+
+def version_of(storage: Storage, champion: Champion) -> Version:
+    """Return the version that a champion is.
+
+    Raises ObjectNotFound if the version is gone, CorruptObject if it is not the one that was made the champion."""
+    key = layout.model_version_key(champion.name, champion.version)
     data = storage.read(key)
     if sha256(data) != champion.version_sha256:
         raise CorruptObject(
             f"{storage.uri_of(key)} is not what was made the champion",
             hint="roll back to another version: tercet models rollback",
         )
-    return champion, parse(Version, data, storage.uri_of(key))
+    return parse(Version, data, storage.uri_of(key))
 
 
 def download(storage: Storage, version: Version, folder: Path) -> Path:

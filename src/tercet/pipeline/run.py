@@ -20,7 +20,7 @@ from tercet.config.recipe import Config, as_yaml
 from tercet.errors import LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.pipeline.model_card import model_card
 from tercet.planning.plan import TrainPlan
-from tercet.planning.survey import check_same_experiment, read_report, survey
+from tercet.planning.survey import read_report, survey
 from tercet.storage import Storage, layout
 from tercet.storage.base import retries as storage_retries
 from tercet.storage.documents import as_json, seal
@@ -33,7 +33,6 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
 
     Raises what ended it, after a report of the failure is written."""
     storage, plan = survey(config, run_id)
-    check_same_experiment(storage, plan)
     if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
         return finished
     storage.put(layout.plan_key(plan.run_id), seal(plan))

@@ -24,7 +24,7 @@ class FoundDataset:
     manifest: Manifest
     """Manifest of the version to train on."""
     champion_manifest: Manifest | None = None
-    """Manifest of the version that the champion was trained on; None without a champion, or if it never used it."""
+    """Manifest of the version that the champion was trained on. Read for replay only, and None if there is none."""
 
 
 class PlannedDataset(BaseModel):

@@ -8,8 +8,9 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.registry import Lineage
@@ -34,6 +35,32 @@ from tercet.planning.model_files import ModelFacts
 from tercet.planning.parallelism import choose
 from tercet.planning.problems import data_problems, dataset_problems, loss_problems, worker_problems
 
+ENGINE = 1
+"""Number of the rules by which this code turns a plan into numbers.
+
+Raise it whenever the code would compute anything else for the same plan: other batches, another order, other rounding.
+Keep the old rules behind the old number, or remove that number from SUPPORTED_ENGINES. A run keeps the engine that it
+was started with. The engine is no part of the experiment: it changes neither the experiment hash nor the run id."""
+
+SUPPORTED_ENGINES = (1,)
+"""Engines whose rules this code can follow."""
+
+
+def check_engine(engine: int, run_id: str) -> None:
+    """Raise PlanError if this code cannot follow the rules by which the run was started."""
+    if engine in SUPPORTED_ENGINES:
+        return
+    supported = ", ".join(map(str, SUPPORTED_ENGINES))
+    if engine > ENGINE:
+        raise PlanError(
+            f"run {run_id} was planned by a newer tercet: its engine is {engine}, and this tercet supports {supported}",
+            hint="update tercet on this machine, or start another run with a new --run-id",
+        )
+    raise PlanError(
+        f"this tercet no longer supports engine {engine}, with which run {run_id} was started; it supports {supported}",
+        hint="use the version of tercet that started the run, or start another run with a new --run-id",
+    )
+
 
 class PlannedChampion(BaseModel):
     """The champion at the time when a run was planned."""
@@ -53,6 +80,8 @@ class TrainPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
+    engine: int = 1
+    """See ENGINE. A plan without it, as tercet wrote them at first, is of engine 1."""
     config: Config
     dataset_version: str
     """Version of the dataset that the model is measured on. `columns` and `num_rows` describe this version too."""
@@ -82,6 +111,15 @@ class TrainPlan(BaseModel):
     training_seconds: float | None
     champion: PlannedChampion | None = None
     """Present if the recipe needs it: for the weights to start from, or to know which rows are new."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_newer_engine(cls, values: Any) -> Any:
+        """A plan of a newer engine may have unknown fields. The user needs to hear of the engine, not of those."""
+        engine = values.get("engine") if isinstance(values, dict) else None
+        if isinstance(engine, int) and engine > ENGINE:
+            check_engine(engine, str(values.get("run_id")))
+        return values
 
     @property
     def starts_from(self) -> Commit | None:
@@ -183,6 +221,8 @@ class Findings:
     cpu_worker_bytes: int | None = None
     """A CPU worker's share of this machine's memory; None when unknown."""
     champion: PlannedChampion | None = None
+    engine: int = ENGINE
+    """Engine of the run: that of its stored plan if it was started before."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +272,7 @@ def make_plan(config: Config, findings: Findings) -> TrainPlan:
     measured = findings.datasets[0].manifest
     return TrainPlan(
         run_id=findings.run_id,
+        engine=findings.engine,
         config=config,
         dataset_version=measured.version,
         columns=measured.text_columns,

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from tercet.artifacts.checkpoint import Commit, fetch, read_commits
 from tercet.data.order import Rows, mixed_batches, splitmix64
 from tercet.errors import CorruptObject, ObjectNotFound, TrainingError
-from tercet.planning.plan import TrainPlan
+from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import Storage
 
 Digests = npt.NDArray[np.uint64]
@@ -148,7 +148,9 @@ class RowsProof(BaseModel):
 def verify_rows(storage: Storage, plan: TrainPlan) -> RowsProof:
     """Hold the ledger of a run's newest whole checkpoint against the order of rows, which is made again from the data.
 
-    Raises TrainingError while there is no checkpoint, CorruptObject when none can be read."""
+    Raises TrainingError while there is no checkpoint, CorruptObject when none can be read, PlanError for an engine that
+    is not supported."""
+    check_engine(plan.engine, plan.run_id)
     commit, digests = _newest_ledger(storage, plan)
     counts = _Counts(plan)
     wrong = []

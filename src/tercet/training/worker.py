@@ -28,7 +28,7 @@ from tercet.errors import Preempted, StorageError
 from tercet.model.libraries import import_quietly
 from tercet.planning.engine_settings import environment
 from tercet.planning.parallelism import shards_weights
-from tercet.planning.plan import TrainPlan
+from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import Storage, layout, open_storage
 from tercet.storage.base import retries
 from tercet.training.arguments import column_prompts, gathers, resolve_precision, training_arguments, use_cpu
@@ -49,8 +49,10 @@ def run_worker(
     machine is about to be taken away.
 
     Everything that matters is in storage when this returns: evaluations, committed checkpoints, the training log.
-    Raises Preempted after a notice, when the run is saved and there are steps left."""
+    Raises Preempted after a notice, when the run is saved and there are steps left; PlanError for an engine that is
+    not supported."""
     started = time.monotonic()
+    check_engine(plan.engine, plan.run_id)
     plan = plan.on(int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     import_quietly()
