@@ -1,12 +1,13 @@
-"""From a cold machine to the first batch: seconds beside the bare download of the same shards, and memory.
+"""Seconds from a cold machine to the first batch, beside the bare download of the same shards, and memory.
 
 python benchmarks/cold_data.py [--rows 1000000] [--rounds 3] [--local]
 
 Random triplets with the text lengths of a published triplet model, sharded into Ceph's gateway on loopback (or, with
-`--local`, a folder). Each measurement is a process of its own with an empty cache, interleaved. `download` is boto3
-with 8 threads. `first batch` is what a worker does: shards fetched, verified and laid down to be memory-mapped, texts
-numbered so that none is twice in a batch, the first 512 rows read. Memory: anonymous pages of that process (what is
-memory-mapped can be dropped at any time), their growth until 200 batches from all over the epoch were read.
+`--local`, into a folder). Each measurement is a process of its own with an empty cache; measurements are interleaved.
+`download` is boto3 with 8 threads. `first batch` is what a worker does: it downloads and verifies the shards, unpacks
+them to be memory-mapped, numbers the texts so that no batch holds one twice, and reads the first 512 rows. Memory is
+the growth of that process's anonymous pages (memory-mapped pages can be dropped at any time) until 200 batches from all
+over the epoch were read.
 """
 
 import argparse
@@ -36,7 +37,7 @@ MEAN_CHARS = {"anchor": 60, "positive": 105, "negative": 82}
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """Every anchor has three rows; no other text is twice there."""
+    """Write rows: three for each anchor; every other text is unique."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
     pools = {
@@ -51,7 +52,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Of this process."""
+    """Anonymous pages of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -59,7 +60,7 @@ def anonymous_bytes() -> int:
 
 
 def download(storage: Storage, uri: str, folder: Path) -> dict[str, float]:
-    """The shards of the train split, by boto3."""
+    """Download the shards of the train split with boto3."""
     import boto3
 
     manifest = read_manifest(storage, "bench")
@@ -73,8 +74,8 @@ def download(storage: Storage, uri: str, folder: Path) -> dict[str, float]:
 
 
 def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
-    """As `worker.run_worker` gets there."""
-    import datasets  # noqa: F401  # what a worker has anyway
+    """Prepare the first batch as `run_worker` does."""
+    import datasets  # noqa: F401  # a worker has imported it already
     import pyarrow.parquet  # noqa: F401
 
     from tercet.data.cache import load_split
@@ -105,7 +106,7 @@ def first_batch(storage: Storage, folder: Path) -> dict[str, float]:
 
 
 def measure(what: str, uri: str) -> dict[str, float]:
-    """In a process and with a cache of its own."""
+    """Measure in a new process with an empty cache."""
     with tempfile.TemporaryDirectory(prefix="cold-") as folder:
         command = [sys.executable, __file__, "--work", what, "--uri", uri, "--folder", folder]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -113,7 +114,7 @@ def measure(what: str, uri: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Interleave, then print medians."""
+    """Interleave the measurements, then print medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)

@@ -2,11 +2,11 @@
 
 python benchmarks/crashes.py [--trials 60] [--seed 0]
 
-The runs of tests/faults: a tiny model with dropout, gradient accumulation, 22 steps, a checkpoint every 4 steps, one or
-two CPU workers. Each trial draws the number of workers, and the rank, the place and the step of one or two kills (the
-second hits the run that goes on), and then lets it end. Compared with a run that nothing happened to: sha256 of
+The runs are those of tests/faults: a tiny model with dropout, gradient accumulation, 22 steps, a checkpoint every 4
+steps, one or two CPU workers. Each trial draws the number of workers, and the rank, place and step of one or two kills
+(the second hits the resumed run), and then lets the run finish. It is compared with an undisturbed run: sha256 of
 weights, optimizer, schedule and random numbers, the metrics of every evaluation, the ledger, and which checkpoints are
-left.
+kept.
 """
 
 import argparse
@@ -31,12 +31,14 @@ from tercet.storage import open_storage  # noqa: E402
 
 AT_EVERY_STEP = ("before_step", "after_backward", "after_step")
 AT_CHECKPOINTS = ("before_upload", "mid_upload", "before_commit", "after_commit")
-AT_DELETIONS = {"mid_retention": CHECKPOINTS[:2] + CHECKPOINTS[3:-2]}  # the last two stay, and 11 while it is the best
+AT_DELETIONS = {
+    "mid_retention": CHECKPOINTS[:2] + CHECKPOINTS[3:-2]
+}  # the last two are kept, and 11 while it is the best
 AT_EVALUATIONS = {"in_evaluation": (0, 11, 22)}
 
 
 def draw(rng: random.Random, num_workers: int) -> tuple[str, int, int]:
-    """Place, step and rank. Only rank 0 commits and deletes."""
+    """Draw place, step and rank of a kill. Only rank 0 commits and deletes."""
     somewhere = {**AT_EVALUATIONS, **AT_DELETIONS}
     place = rng.choice((*AT_EVERY_STEP, *AT_CHECKPOINTS, *AT_DELETIONS, *AT_EVALUATIONS))
     steps = range(1, NUM_STEPS + 1) if place in AT_EVERY_STEP else somewhere.get(place, CHECKPOINTS)
@@ -45,7 +47,7 @@ def draw(rng: random.Random, num_workers: int) -> tuple[str, int, int]:
 
 
 def main() -> None:
-    """One line a trial, then the sum."""
+    """Print one line for each trial, then the total."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,11 @@
-"""Damage checkpoints, shards and what names them, one object a trial: how many are loaded in silence?
+"""Damage one stored object in each trial: how many damaged objects are loaded silently?
 
 python benchmarks/damage.py [--trials 500] [--seed 0]
 
-One finished run of tests/faults (a tiny model, two CPU workers, several checkpoints, taken over once). Each trial draws
-an object and a damage, does it to a copy, and loads all that the product loads: see tests/faults/damage.py. Ends with 1
-unless every damage was refused with a typed error, led to an older whole checkpoint with a warning, or changed nothing.
+The run is one of tests/faults (a tiny model, two CPU workers, several checkpoints, taken over once), finished. Each
+trial draws an object and a kind of damage, damages a copy, and loads everything that tercet loads: see
+tests/support/damage.py. Exits with 1 unless every damage was refused with a typed error, led to an older whole
+checkpoint with a warning, or changed nothing.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tercet.storage import open_storage  # noqa: E402
 
 
 def table(trials: list[Trial]) -> str:
-    """Outcomes by object and damage, as Markdown."""
+    """Outcomes by object and damage, as a Markdown table."""
     found = Counter((one.kind, one.damage, one.outcome) for one in trials)
     lines = ["| object | " + " | ".join(DAMAGES) + " |", "|:--|" + ":--|" * len(DAMAGES)]
     for kind in sorted({one.kind for one in trials}):
@@ -40,7 +41,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def main() -> int:
-    """A line for each trial that went wrong, then the table."""
+    """Print a line for each trial that went wrong, then the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
-"""Wall and CPU seconds of the demo, by stage, from nothing.
+"""Wall and CPU seconds of the demo, by stage, in an empty folder.
 
 python benchmarks/demo.py [--set a.b=value]…
 
-CPU seconds are of the whole machine: nothing else may run.
+CPU seconds count the whole machine, so nothing else may run.
 """
 
 import json
@@ -18,7 +18,7 @@ STAGES = ("data", "start", "train", "test", "publish")
 
 
 def stage_of(store: Path) -> str:
-    """The stage that the run's events say it is in."""
+    """The present stage, from the run's events."""
     stage = "data"
     for path in store.glob("runs/*/events.jsonl"):
         for line in path.read_text().splitlines():
@@ -28,7 +28,7 @@ def stage_of(store: Path) -> str:
 
 
 def main() -> None:
-    """Run the demo in a new folder and print what each stage took."""
+    """Run the demo in a new folder and print the seconds of each stage."""
     wall, cpu = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
     with tempfile.TemporaryDirectory(prefix="tercet-demo-") as folder:
         store = Path(folder) / "store"

@@ -1,20 +1,19 @@
-"""How often does the gate promote a challenger that is no better, and how often one that is?
+"""How often does the gate promote a challenger that is no better, and how often one that is better?
 
 python benchmarks/gate.py [--nights 1000] [--seed 0]
 
 Simulated nights on test splits of 200, 1,000 and 5,000 rows in groups of 1 to 60 (3.8 on average). Each row has a
-difficulty, in part its group's. A model adds noise of its own, 30 % of it shared by a group; that gives the rank of the
-positive, hence nDCG@10 (about 0.5, half of the rows equal for both models), and whether the triplet is right (about
-0.9). The challengers that must not be promoted:
+difficulty, part of which it shares with its group. A model adds noise of its own, 30 % of it shared by a group. The sum
+gives the rank of the positive, hence nDCG@10 (about 0.5, half of the rows equal for both models), and whether the
+triplet is right (about 0.9). These challengers must not be promoted:
 
 equal   the same distribution as the champion's
 worse   one point less of the metric
 trade   equal on average: a little better on most groups, and broken on one in twenty
 
-The gate is `decide` with its defaults, but for 999 resamples, and three slices of nDCG@10; also with alpha
-0.005, and its test of the metric without what else it asks for. Beside it, rules that are often used instead: any gain,
-a gain of half a point, and a paired test at the same alpha that takes rows for independent (Student's t; for triplets
-exact McNemar).
+The gate is `decide` with its defaults, except 999 resamples, and three slices of nDCG@10. It also runs with alpha
+0.005, and with its test of the metric alone. Beside it are rules that are often used instead: any gain, a gain of half
+a point, and a paired test at the same alpha that treats rows as independent (Student's t; for triplets exact McNemar).
 """
 
 import argparse
@@ -58,19 +57,19 @@ class Split:
         return Split(groups, rng.choice(3, num_rows, p=(0.6, 0.3, 0.1))[groups])
 
     def noise(self, rng: np.random.Generator, share_of_group: float = SHARE_OF_GROUP) -> Floats:
-        """Of variance 1, a part of it common to each group."""
+        """Noise of variance 1, part of it shared by each group."""
         of_groups = rng.normal(size=self.groups[-1] + 1)[self.groups]
         return np.sqrt(share_of_group) * of_groups + np.sqrt(1 - share_of_group) * rng.normal(size=len(self.groups))
 
 
 def measure(quality: Floats) -> dict[str, Floats]:
-    """Both metrics by row, from how well the model does on it."""
+    """Both metrics of each row, from the model's quality on it."""
     rank = np.ceil(np.exp(np.minimum(-quality, 5.0))).clip(1, 11).astype(int)
     return {NDCG: GAIN_PER_RANK[rank - 1], TRIPLET_ACCURACY: (quality > -3.7).astype(float)}
 
 
 def night(split: Split, shift: float, trade: bool, rng: np.random.Generator) -> dict[str, Paired]:
-    """The results of champion and challenger."""
+    """Draw the row results of champion and challenger."""
     difficulty = 1.9 * split.noise(rng) - 1.2
     champion = difficulty + OWN_NOISE * split.noise(rng)
     challenger = difficulty + OWN_NOISE * split.noise(rng) + shift
@@ -83,7 +82,7 @@ def night(split: Split, shift: float, trade: bool, rng: np.random.Generator) -> 
 
 @cache
 def calibrate(metric: str, gain: float, trade: bool, seed: int) -> float:
-    """The shift that gives this gain on average."""
+    """The shift in quality that gives this gain on average."""
     split = Split.make(NUM_ROWS_TO_CALIBRATE, np.random.default_rng([seed, 1]))
     low, high = -0.5, 1.5
     for _ in range(14):
@@ -94,7 +93,7 @@ def calibrate(metric: str, gain: float, trade: bool, seed: int) -> float:
 
 
 def rows_differ(paired: Paired, alpha: float) -> bool:
-    """A test that takes rows for independent."""
+    """p value of a test that treats rows as independent."""
     difference = paired.candidate - paired.reference
     if paired.metric == TRIPLET_ACCURACY:
         better = int((difference > 0).sum())
@@ -104,7 +103,7 @@ def rows_differ(paired: Paired, alpha: float) -> bool:
 
 
 def rate(hits: int, nights: int) -> str:
-    """With its exact 95 % interval."""
+    """A share with its exact 95 % interval."""
     interval = stats.binomtest(hits, nights).proportion_ci(method="exact")
     return f"{100 * hits / nights:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
@@ -112,7 +111,7 @@ def rate(hits: int, nights: int) -> str:
 def simulate(
     metric: str, split: Split, shift: float, trade: bool, nights: int, stream: np.random.SeedSequence
 ) -> dict[str, int]:
-    """Promotions by rule."""
+    """Count promotions by rule."""
     rng = np.random.default_rng(stream)
     hits = dict.fromkeys(
         ("gate", "at alpha 0.005", "its test alone", "> 0", "> 0.5 points", "rows independent", "detectable"), 0
@@ -135,14 +134,14 @@ def simulate(
 
 
 def table(header: list[str], lines: list[list[str]], say: Callable[[str], None]) -> None:
-    """In markdown."""
+    """Print a Markdown table."""
     for cells in (header, [":--"] + ["--:"] * (len(header) - 1), *lines):
         say("| " + " | ".join(cells) + " |")
     say("")
 
 
 def main() -> None:
-    """Two tables a metric: false promotions, and power."""
+    """Print two tables for each metric: false promotions, and power."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--nights", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,15 +1,15 @@
-"""Which test of a mean difference keeps its word on grouped rows? Five of them, on the nights of gate.py.
+"""Which test of a mean difference keeps its error rate on grouped rows? Five tests, on the nights of gate.py.
 
 python benchmarks/gate_methods.py [--nights 2000] [--seed 0]
 
-How often each takes a challenger for better (p ≤ 0.01) that is not, by nDCG@10: equal ones, and those that are equal
-on average but broken on one group in twenty.
+Counts how often each test calls a challenger better (p ≤ 0.01) that is not, by nDCG@10. The challengers are equal ones,
+and ones that are equal on average but broken on one group in twenty.
 
-subsets      means of random subsets of the groups, the sign-flip test: what tercet uses
+subsets      means of random subsets of the groups, the sign-flip test: the one that tercet uses
 percentile   bootstrap of the groups: the share of resampled means at or below 0
 studentised  bootstrap of the groups, each resampled mean in units of its own standard error
 t            Student's t with the standard error of groups
-rows         Student's t that takes rows for independent
+rows         Student's t that treats rows as independent
 """
 
 import argparse
@@ -26,7 +26,7 @@ NUM_RESAMPLES = 999
 
 
 def bootstraps(sums: Floats, sizes: Floats, rng: np.random.Generator) -> tuple[float, float]:
-    """p values: percentile and studentised. Groups are drawn with replacement."""
+    """p values of both bootstraps, percentile and studentised. Groups are drawn with replacement."""
     weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), NUM_RESAMPLES).astype(float)
     effect = sums.sum() / sizes.sum()
     means = weights @ sums / (weights @ sizes)
@@ -38,7 +38,7 @@ def bootstraps(sums: Floats, sizes: Floats, rng: np.random.Generator) -> tuple[f
 
 
 def p_values(paired: Paired, rng: np.random.Generator) -> list[float]:
-    """Of the five, in the order above."""
+    """p values of the five tests, in the order above."""
     difference = paired.candidate - paired.reference
     found = Comparison(paired, NUM_RESAMPLES, int(rng.integers(2**32)))
     sums, sizes = np.bincount(paired.groups, weights=difference), np.bincount(paired.groups).astype(float)
@@ -48,7 +48,7 @@ def p_values(paired: Paired, rng: np.random.Generator) -> list[float]:
 
 
 def main() -> None:
-    """One table."""
+    """Print one table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--nights", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

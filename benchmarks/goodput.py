@@ -1,14 +1,15 @@
-"""The share of time that training is worth when workers keep dying.
+"""The share of wall time that is useful training while workers keep dying.
 
 python benchmarks/goodput.py [--mean-seconds 300] [--minutes 20] [--step-seconds 0.5] [--every-steps 20] [--seed 0]
 
-A tiny model on two CPU workers under Ray, which starts them again by itself. Each step rests, so that its length is
-known and the machine does not matter. `--minutes` of steps are trained twice: left alone, and with SIGKILL to a random
-rank, at times drawn from a Poisson process: `--mean-seconds` apart on average. A kill that finds no worker, because
-they are being started, waits until there is one.
+A tiny model on two CPU workers under Ray, which restarts them. Each step includes a pause, so that its length is known
+and does not depend on the machine. `--minutes` of steps are trained twice: undisturbed, and with SIGKILL to a random
+rank at the times of a Poisson process, `--mean-seconds` apart on average. A kill that finds no worker, because they are
+being started, waits until there is one.
 
-Printed of both: distinct steps times the median step, by the seconds of the whole command. What else the command does
-counts as lost: starting Ray and its workers, evaluations, checkpoints that training waits for, and publishing.
+Prints for both: distinct steps times the median step, divided by the seconds of the whole command. Everything else that
+the command does counts as lost: starting Ray and its workers, evaluations, checkpoints that training waits for, and
+publishing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ WORKER = "ray::RayTrainWorker"
 
 
 def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, str]) -> Any:
-    """What Ray runs instead of the worker's loop: the same, with a rest, and a line in `steps` for each step."""
+    """The worker's loop with a pause at each step, and a line in the file `steps` for each step."""
     from tercet.cluster import train
     from tercet.training import callbacks
 
@@ -62,7 +63,7 @@ def rest_at_each_step(steps: str, rest_seconds: float, loop_config: dict[str, st
 
 
 def drive(recipe: str, run_id: str, steps: str, rest_seconds: float) -> int:
-    """`tercet train` with that loop."""
+    """Run `tercet train` with that loop."""
     from tercet.cli import main
     from tercet.cluster import train
 
@@ -72,7 +73,7 @@ def drive(recipe: str, run_id: str, steps: str, rest_seconds: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one command."""
+    """Figures of one command."""
 
     wall_seconds: float
     num_kills: int
@@ -92,7 +93,7 @@ class Outcome:
 def run(
     folder: Path, recipe: Path, run_id: str, rest_seconds: float, kills: random.Random | None, mean: float
 ) -> Outcome:
-    """Train to the end, and kill meanwhile."""
+    """Train to the end, killing workers meanwhile."""
     steps, log = folder / f"{run_id}.steps", folder / f"{run_id}.log"
     command = [sys.executable, __file__, "--drive", str(recipe), run_id, str(steps), str(rest_seconds)]
     own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -123,7 +124,7 @@ def run(
 
 
 def ranks(driver: int) -> list[psutil.Process]:
-    """The workers of a driver that train now. Their title is what Ray gave them."""
+    """Process ids of a driver's training workers, found by the process titles that Ray sets."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(driver).children(recursive=True):
@@ -134,12 +135,12 @@ def ranks(driver: int) -> list[psutil.Process]:
 
 
 def main() -> None:
-    """Both runs, one after the other."""
+    """Run both, one after the other."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mean-seconds", type=float, default=300, help="between two kills")
-    parser.add_argument("--minutes", type=float, default=20, help="of steps")
+    parser.add_argument("--mean-seconds", type=float, default=300, help="mean time between two kills")
+    parser.add_argument("--minutes", type=float, default=20, help="of training")
     parser.add_argument("--step-seconds", type=float, default=0.5)
-    parser.add_argument("--every-steps", type=int, default=20, help="between two checkpoints")
+    parser.add_argument("--every-steps", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

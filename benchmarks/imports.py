@@ -1,4 +1,4 @@
-"""CPU seconds of `tercet --help` and `tercet plan`, beside a bare Python, interleaved.
+"""CPU seconds of `tercet --help` and `tercet plan`, interleaved with a bare Python.
 
 python benchmarks/imports.py RECIPE [--runs 11]
 """
@@ -34,7 +34,7 @@ def main() -> None:
     for run in range(arguments.runs + 1):
         for name, command in commands.items():
             measured = cpu_seconds(command)
-            if run:  # the first fills the caches
+            if run:  # the first run fills the caches
                 seconds[name].append(measured)
     for name, values in seconds.items():
         print(f"{name:<16} median {statistics.median(values):.3f}  min {min(values):.3f}  max {max(values):.3f} CPU-s")

@@ -1,11 +1,11 @@
-"""The same plan through `torchrun` and through `ray job submit`, interleaved.
+"""The same plan under `torchrun` and through `ray job submit`, interleaved.
 
 python benchmarks/launch.py RECIPE [--runs 3] [--set a.b=value]…
 
-Prints wall seconds to the first step and to the end of training, and CPU seconds. Starts a Ray head on loopback for the
-Ray side, outside the timing, and ends it. Each run trains from the start: its run id is new. The Ray side also does
-what only the driver does (test evaluation, publishing), which its CPU seconds include; its time to the end of training,
-from the run's events, is the one to compare.
+Prints wall seconds to the first step and to the end of training, and CPU seconds. For the Ray side it starts a Ray head
+on loopback, outside the timing, and ends it. Each run trains from the start, under a new run id. The Ray side also does
+the driver's work (test evaluation, publishing), which its CPU seconds include. Compare its time to the end of training,
+which comes from the run's events.
 """
 
 import argparse
@@ -33,14 +33,14 @@ BIN = Path(sys.executable).parent
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def prepare_environment() -> None:
-    """What a head, its jobs and their workers inherit: a token of this process alone, one thread a worker."""
+    """The environment of a head, its jobs and their workers: a token of this process alone, one thread per worker."""
     os.environ.update(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
@@ -51,7 +51,7 @@ def prepare_environment() -> None:
 
 
 def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[bytes]:
-    """`ray start --head` in the foreground, as a child of ours."""
+    """`ray start --head` in the foreground, as a child process."""
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port)]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port), "--temp-dir", folder]
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -72,7 +72,7 @@ def start_head(port: int, dashboard_port: int, folder: str) -> subprocess.Popen[
 
 
 def measure(recipe: Path, overrides: list[str], mode: str, port: int) -> dict[str, float]:
-    """One run from nothing; seconds to the first step, to the end of training, and of CPU."""
+    """Run from the start; return seconds to the first step, seconds to the end of training, and CPU seconds."""
     config = load_config(recipe, overrides)
     storage, plan = survey(config, f"bench-{mode}-{uuid.uuid4().hex[:8]}")
     started, started_unix, cpu_before = time.monotonic(), time.time(), machine_cpu_seconds()
@@ -108,7 +108,7 @@ def measure(recipe: Path, overrides: list[str], mode: str, port: int) -> dict[st
 
 
 def main() -> None:
-    """Interleave, then print medians and the ratio."""
+    """Interleave the runs, then print medians and the ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--runs", type=int, default=3)

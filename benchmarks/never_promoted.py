@@ -1,10 +1,11 @@
-"""Candidates that must never be promoted, each through measuring, gate and registry: how many are?
+"""Candidates that must never be promoted, each through measurement, gate and registry: how many are promoted?
 
 python benchmarks/never_promoted.py [--trials 200] [--seed 0]
 
-A tiny model and a few hundred rows, drawn anew in each trial. Each candidate would win on its metrics or is as good as
-the champion: a copy of the champion's weights; weights with NaN or Inf in some places; a much better model whose rows
-to train on hold answers of the test split; the same much better model as the control, which has to be promoted.
+A tiny model and a few hundred rows, drawn again in each trial. Each candidate would win on its metrics, or is as good
+as the champion: a copy of the champion's weights; weights with NaN or Inf in some places; a much better model whose
+training rows hold answers of the test split. The same much better model without the leak is the control, which must be
+promoted.
 """
 
 import argparse
@@ -45,7 +46,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def knowing(weights: Weights, folder: Path) -> Weights:
-    """Much better: a word and its partner have one embedding."""
+    """A much better model: a word and its partner have one embedding."""
     from sentence_transformers import SentenceTransformer
 
     words = weights["embeddings.word_embeddings.weight"].clone()
@@ -57,7 +58,7 @@ def knowing(weights: Weights, folder: Path) -> Weights:
 
 
 def broken(weights: Weights, rng: random.Random) -> Weights:
-    """NaN or Inf in up to ten places of one tensor."""
+    """Put NaN or Inf in up to ten places of one tensor."""
     name = rng.choice(sorted(weights))
     values = weights[name].clone().flatten()
     for _ in range(rng.randint(1, 10)):
@@ -74,7 +75,7 @@ class Trial:
         twins = [{**row, "group": f"twin-{number}"} for number, row in enumerate(rng.sample(rows, num_leaked))]
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twins]))
-        with mock.patch.object(RepeatCounter, "leaked_pairs", return_value={}):  # tercet would leave them out
+        with mock.patch.object(RepeatCounter, "leaked_pairs", return_value={}):  # tercet would exclude them
             build_version([path], self.storage, "tiny", group="group", fractions=(0.4, 0.1, 0.5))
         gate = {"min_groups": 20}
         self.plan = survey(Config.model_validate(tiny_model.recipe(model, self.storage.uri, gate=gate)), "candidate")[1]
@@ -88,7 +89,7 @@ class Trial:
         return Lineage(run_id=run_id, recipe_hash="", dataset_versions={})
 
     def store(self, run_id: str, weights: Weights) -> Commit:
-        """As the best model of a run."""
+        """Store a model as the best model of a run."""
         local = self._folder / run_id
         for path in self._model.rglob("*"):
             if path.is_file():
@@ -106,7 +107,7 @@ class Trial:
         return found
 
     def outcome(self, commit: Commit, champion_commit: Commit) -> str:
-        """What becomes of a candidate, as a night does it."""
+        """Measure, gate and register a candidate as a night does; return the outcome."""
 
         def decide(_: Champion | None) -> GateDecision:
             reference = self.measured(Role("champion", 1), champion_commit)
@@ -121,7 +122,7 @@ class Trial:
 
 
 def main() -> None:
-    """What became of each kind."""
+    """Print the outcomes of each kind of candidate."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -144,7 +145,7 @@ def main() -> None:
                     commit = trial.store("candidate", make.get(kind, lambda: better)())
                     champion_commit = trial.store("champion", trial.weights)
                     num_leaked = trial.measured(CANDIDATE, commit).num_leaked_rows if kind == "leaked" else None
-                    if num_leaked == 0:  # no twin fell into train
+                    if num_leaked == 0:  # no twin is in train
                         continue
                     outcomes[kind][trial.outcome(commit, champion_commit)] += 1
                     champion = read_champion(trial.storage, "tiny")

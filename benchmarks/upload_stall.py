@@ -1,16 +1,16 @@
-"""What share of the training's time does the upload of checkpoints take?
+"""The share of training time that uploads of checkpoints take.
 
 python benchmarks/upload_stall.py [--steps 60] [--every 10] [--hidden 512] [--rounds 3] [--put-seconds 0.05] [--no-s3]
 
-One CPU worker trains a BERT made at random, of --hidden and 6 layers (19 million weights by default, 76 MB; three times
-that a checkpoint, with the optimizer's state). Each round runs it three times: without checkpoints, with one every
---every steps to a local folder, and likewise to a real S3 server on this machine behind a proxy that lets each PUT wait
-for --put-seconds. Measured from the second step to the last, medians over rounds:
+One CPU worker trains a randomly initialised BERT of width --hidden with 6 layers (19 million weights by default, 76 MB;
+a checkpoint with the optimizer's state is three times that). Each round runs it three times: without checkpoints, with
+one every --every steps to a local folder, and the same to a real S3 server on this machine behind a proxy that delays
+each PUT by --put-seconds. Measured from the second step to the last, medians over rounds:
 
     stall    seconds in which `Uploader.submit` holds the training thread. It queues one checkpoint behind the one that
-             is on its way, and waits where both are: if uploads take longer than the steps between them, they must
-    save     seconds to write the checkpoint to the local disk, which the training waits for as well
-    steps/s  with everything: on a machine without idle cores an upload also takes time from the steps beside it
+             is being uploaded, and waits if there are two: so uploads must not take longer than the steps between them
+    save     seconds to write the checkpoint to the local disk, for which training waits as well
+    steps/s  with everything: on a machine without idle cores an upload also slows the steps beside it
 """
 
 import argparse
@@ -37,7 +37,7 @@ RESULT = "upload-stall "
 
 
 def work(plan: str) -> None:
-    """The worker, with a clock at each place. Prints what it measured."""
+    """Run the worker with a clock at each place, and print the measurements."""
     from tercet.artifacts.uploader import Uploader
     from tercet.cli.main import main
     from tercet.training import callbacks, trainer
@@ -55,7 +55,7 @@ def work(plan: str) -> None:
             try:
                 return method(*args, **kwargs)
             finally:
-                if len(steps) < num_steps:  # the one after the last step is not within what is measured
+                if len(steps) < num_steps:  # the one after the last step is not measured
                     into.append(time.perf_counter() - started)
 
         return around
@@ -71,7 +71,7 @@ def work(plan: str) -> None:
 
 
 def bert(folder: Path, hidden: int) -> Path:
-    """A SentenceTransformer of 6 layers with random weights."""
+    """Write a SentenceTransformer of 6 layers with random weights."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -95,7 +95,7 @@ def bert(folder: Path, hidden: int) -> Path:
 
 
 def main() -> None:
-    """A line a run, then the medians."""
+    """Print a line for each run, then the medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=10)
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def s3(server: S3Server, put_seconds: float) -> dict[str, str]:
-    """The storage section of a bucket whose every PUT waits."""
+    """The storage section for a bucket with delayed PUTs."""
     own = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
     os.environ.update(own, AWS_EC2_METADATA_DISABLED="true", NO_PROXY="127.0.0.1")
     proxy = FaultyProxy(server)
@@ -135,8 +135,8 @@ def s3(server: S3Server, put_seconds: float) -> dict[str, str]:
 
 
 def measure(folder: Path, model: Path, places: dict[str, dict[str, str]], arguments: argparse.Namespace) -> None:
-    """Places take turns, so that what else this machine does hits all of them."""
-    # Of the rows, 80 % are trained on; what is over fills no batch.
+    """Interleave the kinds of storage, so that other load on the machine affects all of them."""
+    # 80 % of the rows are train rows; the remainder fills no batch.
     triplets = tiny_model.write_triplets(folder / "t.jsonl", round(arguments.steps * BATCH / 0.8 * 1.1))
     for storage in {place["uri"]: place for place in places.values()}.values():
         build_version([triplets], open_storage(storage["uri"], storage.get("endpoint_url")), "tiny", group="group")

@@ -3,15 +3,15 @@
 python benchmarks/whole_run.py [--triplets FILE | --random-words] [--rows 1652] [--epochs 3] [--runs 3]
                                [--precision fp32 bf16 auto] [--workers 2]
 
-Settings of a published triplet model (1,652 rows, batches of 16, three epochs, learning rate 2e-5, cosine) with
-all-MiniLM-L6-v2 and MultipleNegativesRankingLoss, on a file of triplets with a group, on the demo's, or on random
-words with the lengths of that model's data (see step.py), where a positive holds the anchor's words. Two workers with
-one thread each on either side, or one with two (plain then without torchrun), interleaved, medians. Plain is
-benchmarks/plain_run.py, told the same rows; its own defaults are the recipe's settings. Seconds from the command to its
-end: tercet's side plans, checks, trains, commits checkpoints, measures the model as it is read back from storage, and
-publishes it with a report. A Ray head waits for it, as a cluster would; its start is not in the time. CPU seconds are
-of the whole machine: nothing else may run. With `auto`, tercet chooses by the machine, as `training.precision: auto` in
-a recipe makes it do, and plain has its default, fp32.
+The settings are those of a published triplet model (1,652 rows, batches of 16, three epochs, learning rate 2e-5,
+cosine) with all-MiniLM-L6-v2 and MultipleNegativesRankingLoss. The rows come from a file of triplets with a group, from
+the demo, or are random words with the lengths of that model's data (see step.py), where a positive holds the anchor's
+words. Either side has two workers with one thread each, or one with two threads (plain then runs without torchrun);
+runs are interleaved, figures are medians. Plain is benchmarks/plain_run.py on the same rows; its own defaults are the
+recipe's settings. Seconds are those of the whole command: tercet plans, checks, trains, commits checkpoints, measures
+the model as read back from storage, and publishes it with a report. A Ray head is already running, as on a cluster.
+CPU seconds count the whole machine, so nothing else may run. With `auto`, tercet chooses the precision for the machine,
+as with `training.precision: auto` in a recipe, and plain uses its default, fp32.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def timed(work: list[str]) -> tuple[float, float]:
 
 
 def plain(folder: Path, precision: str, model: Path, arguments: argparse.Namespace) -> Measured:
-    """One run, of several workers under torchrun."""
+    """Run once; several workers run under torchrun."""
     out = folder / "plain.json"
     script = [str(REPOSITORY / "benchmarks/plain_run.py"), "--rows", str(folder / "rows"), "--model", str(model)]
     script += ["--epochs", str(arguments.epochs), "--rows-per-rank", str(GLOBAL_BATCH_SIZE // arguments.workers)]
@@ -68,7 +68,7 @@ def plain(folder: Path, precision: str, model: Path, arguments: argparse.Namespa
 
 
 def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
-    """The demo's model and workers, other settings."""
+    """The demo's recipe with other settings."""
     document = yaml.safe_load(example_path("demo").read_text())
     document["storage"] = {"uri": str(folder / "store")}
     document["model"]["max_seq_length"] = 256
@@ -85,7 +85,7 @@ def write_recipe(folder: Path, arguments: argparse.Namespace) -> Path:
 
 
 def tercet(recipe: Path, precision: str, port: int, number: int) -> Measured:
-    """One job."""
+    """Run one job."""
     run_id = f"bench-{precision}-{number}"
     flags = ["--run-id", run_id, "--address", f"http://127.0.0.1:{port}", "--set", f"training.precision={precision}"]
     started, cpu = time.monotonic(), machine_cpu_seconds()
@@ -98,7 +98,7 @@ def tercet(recipe: Path, precision: str, port: int, number: int) -> Measured:
 
 
 def write_rows(recipe: Path, folder: Path) -> Path:
-    """The splits of the recipe as JSON lines; returns where the base model lies."""
+    """Write the recipe's splits as JSON lines; return the folder of the base model."""
     config = load_config(recipe)
     storage, plan = survey(config, "rows")
     splits = load_splits(plan, storage)
@@ -111,7 +111,7 @@ def write_rows(recipe: Path, folder: Path) -> Path:
 
 
 def write_random_words(num_rows: int, path: Path) -> None:
-    """With the lengths of step.py; each word is one token."""
+    """Rows with the lengths of step.py; each word is one token."""
     from tercet.config.sections import ModelConfig
     from tercet.model.encoder import load_model
 
@@ -127,13 +127,13 @@ def write_random_words(num_rows: int, path: Path) -> None:
 
 
 def some_rows(source: Path | None, num_rows: int, path: Path) -> None:
-    """Whole groups drawn at random, until there are so many rows."""
+    """Draw whole groups at random until there are `num_rows` rows."""
     rows = triplets_by_group(source, random.Random(0))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:num_rows]))
 
 
 def main() -> None:
-    """Interleave, then print medians and ratios."""
+    """Interleave the runs, then print medians and ratios."""
     parser = argparse.ArgumentParser()
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--triplets", type=Path)

@@ -9,6 +9,7 @@ import pytest
 
 from support.commands import REPOSITORY
 from tercet.cli.main import main
+from tercet.storage.layout import PATTERNS
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "docker/README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
@@ -44,3 +45,9 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
             main([verb, "--help"])
         assert ended.value.code == 0, verb
     capsys.readouterr()
+
+
+def test_the_page_about_storage_has_every_key_and_no_other() -> None:
+    page = (REPOSITORY / "docs/storage.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert sorted(described) == sorted(pattern for pattern, _ in PATTERNS)
