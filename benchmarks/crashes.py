@@ -26,6 +26,7 @@ from support.commands import check, run_command  # noqa: E402
 from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts  # noqa: E402
 from support.workers import training_log, worker_command, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
+from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.failpoints import VARIABLE  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
@@ -59,7 +60,12 @@ def main() -> None:
         folder = Path(name)
         store = folder / "store"
         model = tiny_model.tiny_bert(folder / "model", tiny_model.all_texts(), dropout=0.1, pooler=False)
-        build_version([tiny_model.write_triplets(folder / "t.jsonl")], open_storage(str(store)), "tiny", group="group")
+        build_version(
+            [tiny_model.write_triplets(folder / "t.jsonl")],
+            open_storage(str(store)),
+            "tiny",
+            IngestOptions(group="group"),
+        )
         own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment = {**os.environ, **own, "PYTHON": sys.executable}
         expected = {}

@@ -25,6 +25,7 @@ from support.damage import DAMAGES, GOOD, OUTCOMES, Run, Trial, trial  # noqa: E
 from support.interrupted_run import settings  # noqa: E402
 from support.workers import worker_command, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
+from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 
@@ -50,7 +51,7 @@ def main() -> int:
         folder = Path(name)
         model = tiny_model.tiny_bert(folder / "model", tiny_model.all_texts(), dropout=0.1, pooler=False)
         triplets = tiny_model.write_triplets(folder / "t.jsonl")
-        build_version([triplets], open_storage(str(folder / "made")), "tiny", group="group")
+        build_version([triplets], open_storage(str(folder / "made")), "tiny", IngestOptions(group="group"))
         plan = write_plan(folder, "damaged", model, folder / "made", **settings(2))
         own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         check(run_command(worker_command(plan), {**os.environ, **own, "PYTHON": sys.executable}, folder))

@@ -33,6 +33,7 @@ from tercet.artifacts.decision import CANDIDATE, GateDecision, Role  # noqa: E40
 from tercet.artifacts.registry import Lineage, promote, register, serve  # noqa: E402
 from tercet.config.recipe import Config  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
+from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.data.row_checks import RepeatCounter  # noqa: E402
 from tercet.errors import NonFiniteError  # noqa: E402
 from tercet.evaluation.comparison import compare  # noqa: E402
@@ -76,7 +77,7 @@ class Trial:
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twins]))
         with mock.patch.object(RepeatCounter, "leaked_pairs", return_value={}):  # tercet would exclude them
-            build_version([path], self.storage, "tiny", group="group", fractions=(0.4, 0.1, 0.5))
+            build_version([path], self.storage, "tiny", IngestOptions(group="group"), fractions=(0.4, 0.1, 0.5))
         gate = {"min_groups": 20}
         self.plan = survey(Config.model_validate(tiny_model.recipe(model, self.storage.uri, gate=gate)), "candidate")[1]
         self._model, self._folder = model, folder

@@ -26,6 +26,7 @@ from tercet.cli.demo_data import stdlib_triplets
 from tercet.config.examples import example_path
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.data.versions import publish, read_manifest
 from tercet.pipeline.nightly import Night, nightly
 from tercet.planning.survey import read_report
@@ -121,7 +122,7 @@ def main() -> None:
         storage = open_storage(str(store))
         write(folder / "first.jsonl", rows[: arguments.first_rows])
         fractions = (0.5, 0.1, 0.4)  # a small dataset needs a large test split
-        build_version([folder / "first.jsonl"], storage, "growing", group="group", fractions=fractions)
+        build_version([folder / "first.jsonl"], storage, "growing", IngestOptions(group="group"), fractions=fractions)
         used = arguments.first_rows
         print(
             f"{'':>4}{'':<12}{'outcome':<14}{'gen':>3}{'base':>10}{'champion':>10}{'candidate':>10}{'attempts':>10}{'s':>8}"

@@ -21,6 +21,7 @@ import yaml
 from tercet.cli.demo_data import write_triplets
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.planning.survey import survey
 from tercet.storage import open_storage
 
@@ -67,7 +68,7 @@ def main() -> None:
         write_triplets(rows)
         lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
         rows.write_text("".join(lines[:: max(len(lines) // arguments.rows, 1)]), encoding="utf-8")
-        build_version([rows], open_storage(str(folder / "store")), "bench", group="group")
+        build_version([rows], open_storage(str(folder / "store")), "bench", IngestOptions(group="group"))
         recipe = folder / "recipe.yaml"
         document = {
             "name": "bench",

@@ -36,6 +36,7 @@ from support.interrupted_run import proof, settings, what_counts  # noqa: E402
 from support.ray_cluster import CONTROLLER, WORKER, RayCluster, ray_cluster  # noqa: E402
 from support.workers import training_log, wait_until, worker_command, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
+from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.failpoints import VARIABLE  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
@@ -86,7 +87,7 @@ class Bench:
         self._folder, self._store, self._clusters = folder, folder / "store", clusters
         self._model = tiny_model.tiny_bert(folder / "model", tiny_model.all_texts(), dropout=0.1, pooler=False)
         triplets = tiny_model.write_triplets(folder / "t.jsonl")
-        build_version([triplets], open_storage(str(self._store)), "tiny", group="group")
+        build_version([triplets], open_storage(str(self._store)), "tiny", IngestOptions(group="group"))
         own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         self._environment = {**os.environ, **own, "PATH": path, "PYTHON": sys.executable}

@@ -30,6 +30,7 @@ from support.commands import check, run_command  # noqa: E402
 from support.s3_server import FaultyProxy, Gateway, S3Server  # noqa: E402
 from support.workers import make_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
+from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
 
 BATCH = 16
@@ -139,7 +140,9 @@ def measure(folder: Path, model: Path, places: dict[str, dict[str, str]], argume
     # 80 % of the rows are train rows; the remainder fills no batch.
     triplets = tiny_model.write_triplets(folder / "t.jsonl", round(arguments.steps * BATCH / 0.8 * 1.1))
     for storage in {place["uri"]: place for place in places.values()}.values():
-        build_version([triplets], open_storage(storage["uri"], storage.get("endpoint_url")), "tiny", group="group")
+        build_version(
+            [triplets], open_storage(storage["uri"], storage.get("endpoint_url")), "tiny", IngestOptions(group="group")
+        )
     own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     found: dict[str, list[dict[str, float]]] = {place: [] for place in places}
     for number in range(arguments.rounds):

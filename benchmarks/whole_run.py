@@ -35,6 +35,7 @@ from tercet.cli.main import main as tercet_main
 from tercet.config.examples import example_path
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.planning.model_files import locate
 from tercet.planning.rows import load_splits
 from tercet.planning.survey import survey
@@ -159,7 +160,7 @@ def main() -> None:
             some_rows(arguments.triplets, arguments.rows, folder / "triplets.jsonl")
         config = load_config(recipe)
         storage = open_storage(config.storage.uri)
-        build_version([folder / "triplets.jsonl"], storage, config.dataset.name, group="group")
+        build_version([folder / "triplets.jsonl"], storage, config.dataset.name, IngestOptions(group="group"))
         model = write_rows(recipe, folder / "rows")
         head = start_head(port, dashboard_port, str(folder / "ray"))
         try:

@@ -16,6 +16,7 @@ from support.interrupted_run import proof, settings, what_counts
 from support.s3_server import FaultyProxy, S3Server
 from support.workers import make_plan, worker_command
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.failpoints import VARIABLE
 from tercet.storage import Storage, open_storage
 
@@ -34,7 +35,7 @@ def storage(s3: S3Server, proxy: FaultyProxy, triplets_file: Path) -> Storage:
     """With the dataset; the test itself does not go through the proxy."""
     assert proxy.requests == []
     storage = open_storage(f"{s3.new_bucket()}/p")
-    build_version([triplets_file], storage, "tiny", group="group")
+    build_version([triplets_file], storage, "tiny", IngestOptions(group="group"))
     return storage
 
 

@@ -22,6 +22,7 @@ from support.workers import (
 )
 from tercet.artifacts.report import RunReport
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
@@ -42,14 +43,14 @@ def publish_pairs(folder: Path, store: Path, name: str, rows: Iterable[dict[str,
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = {column: column for column in ("anchor", "positive")}
-    build_version([path], open_storage(str(store)), name, columns=columns, fractions=(1.0, 0.0, 0.0))
+    build_version([path], open_storage(str(store)), name, IngestOptions(columns=columns), fractions=(1.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
 def mixed_store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path:
     """Triplets `tiny`; 85 new pairs `pairs`; `leaky`, which has the rows of `tiny` once more."""
     folder, store = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("mixed-store")
-    build_version([triplets_file], open_storage(str(store)), "tiny", group="group")
+    build_version([triplets_file], open_storage(str(store)), "tiny", IngestOptions(group="group"))
     known = {row["anchor"] for row in tiny_model.triplets()}
     new = [row for row in tiny_model.triplets(120, seed=1) if row["anchor"] not in known][:85]
     publish_pairs(folder, store, "pairs", new)

@@ -100,7 +100,7 @@ def second(nights: Nights, first: str) -> str:  # noqa: ARG001 - it comes before
 
 
 def test_the_first_night_publishes_what_is_better_than_the_base_model(nights: Nights, first: str) -> None:
-    assert "data: nothing new; 1 files were read before" in first  # its first start had added them
+    assert "data: nothing new; 1 file was read before" in first  # its first start had added them
     assert "Promote: ndcg@10" in first
     storage = open_storage(str(nights.store))
     champion, version = resolve(storage, "tiny")

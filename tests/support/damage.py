@@ -26,6 +26,7 @@ from tercet.artifacts.lease import Lease
 from tercet.config.recipe import load_config
 from tercet.data.build import build_version
 from tercet.data.cache import load_split
+from tercet.data.ingest import IngestOptions
 from tercet.data.text_stats import text_ids
 from tercet.data.versions import publish, read_manifest
 from tercet.errors import TercetError, TrainingError
@@ -56,8 +57,8 @@ class Run:
         manifest = read_manifest(storage, "tiny")
         fewer = folder / "fewer.jsonl"
         fewer.write_text("".join(triplets.read_text().splitlines(keepends=True)[:200]))
-        build_version([fewer], storage, "tiny", group="group")
-        build_version([triplets], storage, "other", group="group")
+        build_version([fewer], storage, "tiny", IngestOptions(group="group"))
+        build_version([triplets], storage, "other", IngestOptions(group="group"))
         publish(storage, manifest)  # HEAD names it again
         storage.put(f"runs/{run_id}/plan.json", seal(make_plan(recipe, run_id)))
         self._take_over(storage)

@@ -11,6 +11,7 @@ import pytest
 from support import tiny_model
 from support.commands import LEFT_OUT
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.storage import open_storage
 
 
@@ -42,7 +43,7 @@ def triplets_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path:
     """A storage folder with the dataset `tiny`. Runs of all modules share it: their ids tell them apart."""
     folder = tmp_path_factory.mktemp("store")
-    build_version([triplets_file], open_storage(str(folder)), "tiny", group="group")
+    build_version([triplets_file], open_storage(str(folder)), "tiny", IngestOptions(group="group"))
     return folder
 
 

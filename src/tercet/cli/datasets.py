@@ -76,6 +76,7 @@ def add_datasets(
 
 
 def _build_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tercet.data.ingest import IngestOptions
     from tercet.storage import open_storage
 
     names = [] if arguments.pairs else list(dict.fromkeys(arguments.negative or ["negative"]))
@@ -84,12 +85,14 @@ def _build_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "sources": arguments.sources,
         "storage": open_storage(arguments.to, arguments.endpoint_url),
         "name": arguments.name,
-        "columns": {"anchor": arguments.anchor, "positive": arguments.positive, **negatives},
-        "group": arguments.group,
-        "slices": tuple(dict.fromkeys(arguments.slice)),
-        "max_bad_rows": arguments.max_bad_rows,
-        "rows_per_shard": arguments.rows_per_shard,
-        "endpoint_url": arguments.endpoint_url,
+        "options": IngestOptions(
+            columns={"anchor": arguments.anchor, "positive": arguments.positive, **negatives},
+            group=arguments.group,
+            slices=tuple(dict.fromkeys(arguments.slice)),
+            max_bad_rows=arguments.max_bad_rows,
+            rows_per_shard=arguments.rows_per_shard,
+            endpoint_url=arguments.endpoint_url,
+        ),
         "on_progress": _show_progress if sys.stderr.isatty() else None,
     }
 

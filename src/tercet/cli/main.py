@@ -227,6 +227,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from tercet.cli.demo_data import write_triplets
     from tercet.config.recipe import load_config
     from tercet.data.build import build_version
+    from tercet.data.ingest import IngestOptions
     from tercet.pipeline.run import run
     from tercet.storage import open_storage
 
@@ -240,7 +241,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             flush=True,
         )
         storage = open_storage(config.storage.uri, config.storage.endpoint_url)
-        result = build_version([str(source)], storage, config.dataset.name, group="group")
+        result = build_version([str(source)], storage, config.dataset.name, IngestOptions(group="group"))
     print(f"{result.manifest.dataset} {result.manifest.version} in {storage.uri} ({time.monotonic() - started:.1f} s)")
     print_manifest(result.manifest)
     print("starting Ray and its workers; training begins in about half a minute", flush=True)

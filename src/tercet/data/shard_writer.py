@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tercet.data.ingest import GoodRow, Progress
+from tercet.data.ingest import GoodRow, OnProgress, Progress
 from tercet.data.manifest import SPLITS, Manifest, Shard, SplitRule
 from tercet.data.row_checks import is_text
 from tercet.storage import Storage, layout
@@ -129,7 +129,7 @@ def upload(
     manifest: Manifest,
     paths: Mapping[str, Path],
     folder: Path,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: OnProgress | None,
 ) -> None:
     """Bring a version's shards to storage, and the quarantine in `folder` where there is something in it."""
     prefix, quarantine = layout.version_prefix(manifest.dataset, manifest.version), folder / "quarantine.jsonl"

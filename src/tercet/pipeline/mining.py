@@ -30,6 +30,7 @@ from tercet.config.recipe import Config
 from tercet.config.sections import MiningConfig
 from tercet.data.build import BuildResult, build_version
 from tercet.data.cache import cache_dir_of, load_split
+from tercet.data.ingest import IngestOptions
 from tercet.data.manifest import SPLITS, Manifest
 from tercet.data.row_checks import is_text
 from tercet.data.versions import read_manifest
@@ -111,9 +112,11 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
             [path],
             storage,
             into,
-            columns={column: column for column in columns if is_text(column)},
-            group="group" if "group" in columns else None,
-            slices=[name for name, column in zip(names, columns, strict=True) if name != column],
+            IngestOptions(
+                columns={column: column for column in columns if is_text(column)},
+                group="group" if "group" in columns else None,
+                slices=tuple(name for name, column in zip(names, columns, strict=True) if name != column),
+            ),
             fractions=manifest.split_rule.fractions,
         )
     model = config.model.name_or_path if commit is None else commit.folder

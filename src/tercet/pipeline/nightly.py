@@ -23,6 +23,7 @@ from tercet.cluster import session
 from tercet.config.recipe import Config
 from tercet.data.append import append
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.data.readers import find_sources
 from tercet.data.versions import read_head, read_manifest
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound
@@ -107,11 +108,17 @@ def add_rows(config: Config, storage: Storage) -> str:
     sources = find_sources(night.sources, config.storage.endpoint_url)
     if not sources:
         return "no new files" if night.sources else "as it is in storage"
-    arguments = (sources, storage, name, night.columns, night.group, night.slices, night.max_bad_rows)
+    options = IngestOptions(
+        columns=night.columns,
+        group=night.group,
+        slices=night.slices,
+        max_bad_rows=night.max_bad_rows,
+        endpoint_url=config.storage.endpoint_url,
+    )
     if read_head(storage, name) is None:
-        rows = build_version(*arguments, endpoint_url=config.storage.endpoint_url).manifest.num_rows
-        return f"a new dataset of {sum(rows.values()):,} rows"
-    return append(*arguments, endpoint_url=config.storage.endpoint_url).text()
+        num_rows = build_version(sources, storage, name, options).manifest.num_rows
+        return f"a new dataset of {sum(num_rows.values()):,} rows"
+    return append(sources, storage, name, options).text()
 
 
 def _with_mined_negatives(config: Config, storage: Storage, say: Say) -> Config:

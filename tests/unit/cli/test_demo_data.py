@@ -13,6 +13,7 @@ import pytest
 from tercet.cli import demo_data
 from tercet.cli.demo_data import NUM_ROWS, stdlib_triplets, write_triplets
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.data.row_checks import problem_of
 from tercet.errors import TercetError
 from tercet.storage import open_storage
@@ -59,7 +60,9 @@ def test_rows_are_the_same_in_another_process(tmp_path: Path, rows: list[dict[st
 def test_rows_make_a_version(tmp_path: Path, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_data, "stdlib_triplets", lambda: rows)
     num_rows = write_triplets(tmp_path / "r.jsonl")
-    result = build_version([tmp_path / "r.jsonl"], open_storage(str(tmp_path / "s")), "demo", group="group")
+    result = build_version(
+        [tmp_path / "r.jsonl"], open_storage(str(tmp_path / "s")), "demo", IngestOptions(group="group")
+    )
     assert sum(result.manifest.num_rows.values()) == num_rows == len(rows)
     assert result.bad_rows == {}
     assert (result.manifest.num_duplicate_rows, result.manifest.num_leaked_rows) == (0, 0)

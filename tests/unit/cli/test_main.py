@@ -155,10 +155,10 @@ def test_append_adds_new_rows(tmp_path: Path, store: str, capsys: pytest.Capture
     more = ["append", rows(tmp_path / "more.jsonl", 260), "--to", store, "--name", "poems"]
     assert main(more) == 0
     added = capsys.readouterr().out
-    assert re.match(r"poems \w{16}  added train \d+, eval \d+, test \d+ rows; 200 rows there already\n", added)
+    assert re.match(r"poems \w{16}  added train \d+, eval \d+, test \d+ rows; 200 rows already in the dataset\n", added)
     assert "not added  200 rows" in added
     assert main(more) == 0
-    assert capsys.readouterr().out.endswith("nothing new; 1 files were read before\n")
+    assert capsys.readouterr().out.endswith("nothing new; 1 file was read before\n")
 
 
 def test_rollback_removes_bad_rows_that_were_added(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tercet.data.build import BuildResult, build_version
-from tercet.data.ingest import Progress
+from tercet.data.ingest import IngestOptions, Progress
 from tercet.data.manifest import SPLIT_SALT, SPLITS, Manifest, SplitRule
 from tercet.data.versions import list_datasets, list_versions, read_head, read_manifest
 from tercet.errors import ConfigError, DataError, StorageUnavailable, TercetError, TooManyBadRows
@@ -58,7 +58,7 @@ def _contents(storage: Storage, manifest: Manifest, folder: Path) -> dict[str, l
 
 def test_every_good_row_is_in_one_shard_in_order(tmp_path: Path, storage: Storage) -> None:
     rows = _rows(range(300))
-    result = build_version([_write(tmp_path / "r.jsonl", rows)], storage, "faq", rows_per_shard=50)
+    result = build_version([_write(tmp_path / "r.jsonl", rows)], storage, "faq", IngestOptions(rows_per_shard=50))
     manifest = result.manifest
     contents = _contents(storage, manifest, tmp_path)
     assert set(contents) == set(SPLITS)
@@ -106,11 +106,11 @@ def test_the_same_rows_are_the_same_version(tmp_path: Path, storage: Storage) ->
 @pytest.mark.parametrize(
     "change",
     [
-        {"rows_per_shard": 7},
+        {"options": IngestOptions(rows_per_shard=7)},
         {"fractions": (0.7, 0.2, 0.1)},
-        {"group": "topic"},
-        {"columns": {"anchor": "anchor", "positive": "positive"}},
-        {"columns": {"anchor": "anchor", "positive": "negative", "negative": "positive"}},
+        {"options": IngestOptions(group="topic")},
+        {"options": IngestOptions(columns={"anchor": "anchor", "positive": "positive"})},
+        {"options": IngestOptions(columns={"anchor": "anchor", "positive": "negative", "negative": "positive"})},
     ],
 )
 def test_other_content_is_another_version(tmp_path: Path, storage: Storage, change: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def test_rows_stay_in_their_split_as_data_grows(tmp_path: Path, storage: Storage
     where: dict[str, str] = {}
     for count in (100, 350, 600):
         path = _write(tmp_path / "r.jsonl", _rows(numbers[:count]))
-        manifest = build_version([path], storage, "faq", group=group).manifest
+        manifest = build_version([path], storage, "faq", IngestOptions(group=group)).manifest
         contents = _contents(storage, manifest, tmp_path)
         now = {row["anchor"]: split for split, rows in contents.items() for row in rows}
         assert len(now) == count
@@ -159,7 +159,7 @@ def test_the_split_function_never_changes() -> None:
 def test_bad_rows_are_set_aside_with_file_and_line(tmp_path: Path, storage: Storage) -> None:
     bad = ["{oops" + "x" * 5000, {"anchor": " ", "positive": "p", "negative": "n"}, '{"anchor": "\\ud800"}']
     path = _write(tmp_path / "r.jsonl", [*_rows(range(100)), *bad])
-    result = build_version([path], storage, "faq", max_bad_rows=0.03)
+    result = build_version([path], storage, "faq", IngestOptions(max_bad_rows=0.03))
     assert result.bad_rows == result.manifest.bad_rows == {"not_json": 1, "blank": 1, "bad_utf8": 1}
     assert result.first_bad_rows[1] == f"{path}:102: blank: anchor is blank"
     assert sum(result.manifest.num_rows.values()) == 100
@@ -193,12 +193,13 @@ TOO_MANY: list[tuple[str, object]] = [
 def test_too_many_bad_rows_publish_nothing(tmp_path: Path, storage: Storage, kind: str, row: object) -> None:
     path = _write(tmp_path / "r.jsonl", [*_rows(range(98)), row, row])  # 2 of 100
     with pytest.raises(TooManyBadRows) as caught:
-        build_version([path], storage, "faq", max_bad_rows=0.019)
+        build_version([path], storage, "faq", IngestOptions(max_bad_rows=0.019))
     assert f"{kind} 2" in caught.value.message
     assert f"{path}:99: {kind}" in caught.value.message
     assert "2 of 100 rows are bad (2.00%, the limit is 1.90%)" in caught.value.message
     assert storage.list("") == []
-    assert build_version([path], storage, "faq", max_bad_rows=0.02).bad_rows == {kind: 2}  # at the limit is allowed
+    at_the_limit = build_version([path], storage, "faq", IngestOptions(max_bad_rows=0.02))
+    assert at_the_limit.bad_rows == {kind: 2}
 
 
 def test_only_five_bad_rows_are_listed(tmp_path: Path, storage: Storage) -> None:
@@ -212,16 +213,22 @@ def test_only_five_bad_rows_are_listed(tmp_path: Path, storage: Storage) -> None
     ("change", "data", "error", "message"),
     [
         ({}, "", DataError, "no rows"),
-        ({"max_bad_rows": 1.0}, '{"anchor": "a", "positive": "a", "negative": "n"}', DataError, "all 1 rows are bad"),
+        (
+            {"options": IngestOptions(max_bad_rows=1.0)},
+            '{"anchor": "a", "positive": "a", "negative": "n"}',
+            DataError,
+            "all 1 rows are bad",
+        ),
         ({}, '{"anchr": "a"}', DataError, "no row has a column 'anchor'"),
-        ({"group": "topik"}, json.dumps(_rows([1])[0]), DataError, "no row has a column 'topik'"),
-        ({"columns": {"anchor": "anchor"}}, "", ConfigError, "'positive' is not mapped"),
-        ({"columns": {"anchor": "a", "positive": "p", "score": "s"}}, "", ConfigError, "unknown column 'score'"),
-        ({"max_bad_rows": 2}, "", ConfigError, "max_bad_rows is 2"),
+        (
+            {"options": IngestOptions(group="topik")},
+            json.dumps(_rows([1])[0]),
+            DataError,
+            "no row has a column 'topik'",
+        ),
         ({"fractions": (0.8, 0.1, 0.2)}, "", ConfigError, "fractions are"),
         ({"fractions": (0.0, 0.5, 0.5)}, "", ConfigError, "fractions are"),
         ({"fractions": (1.1, -0.1, 0.0)}, "", ConfigError, "fractions are"),
-        ({"rows_per_shard": 0}, "", ConfigError, "rows_per_shard is 0"),
         ({"sources": []}, "", ConfigError, "no sources"),
         ({"name": "a/b"}, "", DataError, "cannot name a dataset"),
     ],
@@ -235,6 +242,23 @@ def test_what_cannot_be_built_leaves_nothing(
         build_version(**arguments)
     assert message in caught.value.message
     assert storage.list("") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"anchor": "anchor"}}, "'positive' is not mapped"),
+        ({"columns": {"anchor": "a", "positive": "p", "score": "s"}}, "unknown column 'score'"),
+        ({"slices": ("a b",)}, "'a b' cannot name slices"),
+        ({"max_bad_rows": 2}, "max_bad_rows is 2"),
+        ({"rows_per_shard": 0}, "rows_per_shard is 0"),
+        ({"max_text_chars": 0}, "max_text_chars is 0"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        IngestOptions(**options)
+    assert message in caught.value.message
 
 
 def test_a_second_source_that_is_damaged_leaves_nothing(
@@ -287,7 +311,7 @@ def test_objects_go_up_in_the_order_that_keeps_versions_whole(
     for method, position in (("upload", 1), ("put_if_absent", 0), ("compare_and_swap", 0)):
         monkeypatch.setattr(storage, method, recorded(getattr(storage, method), position))
     path = _write(tmp_path / "r.jsonl", [*_rows(range(200)), "{"])
-    build_version([path], storage, "faq", rows_per_shard=20)
+    build_version([path], storage, "faq", IngestOptions(rows_per_shard=20))
     assert written[-3:] == ["quarantine.jsonl", "manifest.json", "HEAD.json"]
     assert all(name.endswith(".parquet") for name in written[:-3])
 
@@ -304,8 +328,8 @@ def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
     rows = _rows(range(400))
     same = [{**row, "anchor": f" {row['anchor']}", "topic": f"other {row['topic']}"} for row in rows[:150]]
     path = _write(tmp_path / "r.jsonl", [*rows, *same])
-    alone = build_version([_write(tmp_path / "a.jsonl", rows)], storage, "faq", group="topic").manifest
-    result = build_version([path], storage, "faq", group="topic", fractions=(0.6, 0.2, 0.2))
+    alone = build_version([_write(tmp_path / "a.jsonl", rows)], storage, "faq", IngestOptions(group="topic")).manifest
+    result = build_version([path], storage, "faq", IngestOptions(group="topic"), fractions=(0.6, 0.2, 0.2))
     contents = _contents(storage, result.manifest, tmp_path)
     pairs = {split: {(row["anchor"].strip(), row["positive"]) for row in found} for split, found in contents.items()}
     assert not pairs["train"] & (pairs["eval"] | pairs["test"])
@@ -324,7 +348,9 @@ def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
 def test_columns_are_taken_by_name(tmp_path: Path, storage: Storage) -> None:
     rows = [{"q": f"q{n}", "a": f"a{n}", "no 2": f"x{n}", "no": f"y{n}", "id": n % 3} for n in range(30)]
     columns = {"negative_10": "no 2", "negative_2": "no", "positive": "a", "anchor": "q"}
-    manifest = build_version([_write(tmp_path / "r.jsonl", rows)], storage, "faq", columns, group="id").manifest
+    manifest = build_version(
+        [_write(tmp_path / "r.jsonl", rows)], storage, "faq", IngestOptions(columns=columns, group="id")
+    ).manifest
     assert manifest.columns == ("anchor", "positive", "negative_2", "negative_10", "group")
     assert manifest.text_columns == manifest.columns[:-1]
     contents = _contents(storage, manifest, tmp_path)
@@ -337,7 +363,9 @@ def test_sources_of_several_formats_make_one_version(tmp_path: Path, storage: St
     (tmp_path / "r.csv").write_text('anchor,positive\n"q\n1",a1\nq2,a2\n')
     _write(tmp_path / "r.jsonl", _rows(range(5)))
     columns = {"anchor": "anchor", "positive": "positive"}
-    manifest = build_version([tmp_path / "r.csv", str(tmp_path / "r.jsonl")], storage, "faq", columns).manifest
+    manifest = build_version(
+        [tmp_path / "r.csv", str(tmp_path / "r.jsonl")], storage, "faq", IngestOptions(columns=columns)
+    ).manifest
     assert [source.num_rows for source in manifest.sources] == [2, 5]
     assert manifest.columns == ("anchor", "positive")
 
@@ -345,7 +373,9 @@ def test_sources_of_several_formats_make_one_version(tmp_path: Path, storage: St
 def test_progress_is_told(tmp_path: Path, storage: Storage) -> None:
     told: list[Progress] = []
     path = _write(tmp_path / "r.jsonl", _rows(range(25_000)))
-    result: BuildResult = build_version([path], storage, "faq", on_progress=told.append, rows_per_shard=20_000)
+    result: BuildResult = build_version(
+        [path], storage, "faq", IngestOptions(rows_per_shard=20_000), on_progress=told.append
+    )
     assert told[:2] == [Progress("read", 10_000, None, 0), Progress("read", 20_000, None, 0)]
     assert told[-1] == Progress("upload", 4, 4, 0)
     assert (
@@ -365,6 +395,6 @@ def test_extra_triplets_build(storage: Storage) -> None:
     path = Path(os.environ["TERCET_EXTRA_TRIPLETS"])
     with path.open(encoding="utf-8") as file:
         first, num_rows = json.loads(file.readline()), 1 + sum(1 for _ in file)
-    result = build_version([path], storage, "extra", group="group" if "group" in first else None)
+    result = build_version([path], storage, "extra", IngestOptions(group="group" if "group" in first else None))
     assert sum(result.manifest.num_rows.values()) + result.manifest.num_bad_rows == num_rows
     assert all(result.manifest.num_rows.values())

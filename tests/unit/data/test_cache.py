@@ -18,6 +18,7 @@ import pytest
 
 from tercet.data.build import build_version
 from tercet.data.cache import default_cache_dir, load_split
+from tercet.data.ingest import IngestOptions
 from tercet.data.manifest import Manifest
 from tercet.errors import ConfigError, CorruptObject, DiskFull
 from tercet.storage import Storage, open_storage
@@ -36,7 +37,7 @@ def manifest(tmp_path: Path, storage: Storage) -> Manifest:
     rows = [{"anchor": f"q {n}", "positive": f"a {n}", "negative": f"x {n}"} for n in range(NUM_ROWS)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "r.jsonl"
-    return build_version([path], storage, "faq", rows_per_shard=60, fractions=(0.9, 0.1, 0.0)).manifest
+    return build_version([path], storage, "faq", IngestOptions(rows_per_shard=60), fractions=(0.9, 0.1, 0.0)).manifest
 
 
 @pytest.fixture
@@ -172,7 +173,9 @@ def test_a_new_version_shares_the_shards_it_has_in_common(
     load_split(storage, manifest, "train", tmp_path / "cache")
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write('\n{"anchor": "more", "positive": "m", "negative": "x"}')
-    newer = build_version([tmp_path / "r.jsonl"], storage, "faq", rows_per_shard=60, fractions=(0.9, 0.1, 0.0)).manifest
+    newer = build_version(
+        [tmp_path / "r.jsonl"], storage, "faq", IngestOptions(rows_per_shard=60), fractions=(0.9, 0.1, 0.0)
+    ).manifest
     assert newer.version != manifest.version
     del downloads[:]
     load_split(storage, newer, "train", tmp_path / "cache")

@@ -21,6 +21,7 @@ from tercet.artifacts.decision import BASE_MODEL, CANDIDATE, Role
 from tercet.config.recipe import Config
 from tercet.config.sections import SliceConfig
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.data.row_checks import RepeatCounter
 from tercet.data.versions import read_manifest
 from tercet.errors import CorruptObject, NonFiniteError
@@ -49,7 +50,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
 def build(storage: Storage, folder: Path, rows: list[dict[str, Any]], name: str = "tiny", **options: Any) -> None:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_version([path], storage, name, group="group", fractions=(0.5, 0.1, 0.4), **options)
+    build_version([path], storage, name, IngestOptions(group="group", **options), fractions=(0.5, 0.1, 0.4))
 
 
 def plan(storage: Storage, model_dir: Path, **gate: Any) -> TrainPlan:
@@ -88,7 +89,7 @@ def test_another_model_is_compared_on_the_same_rows(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [{**row, "lang": "ab"[number % 2]} for number, row in enumerate(tiny_model.triplets(NUM_ROWS))]
-    build(storage, tmp_path, rows, slices=["lang"])
+    build(storage, tmp_path, rows, slices=("lang",))
     made = plan(storage, model_dir, slices={"short": {"max_chars": 13}})
     base, other = done(storage, made, BASE_MODEL, None), as_best_model(storage, "b", changed("noisy", 0.5))
     candidate = done(storage, made, CANDIDATE, other)

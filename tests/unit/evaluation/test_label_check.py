@@ -16,6 +16,7 @@ from tercet.config.recipe import Config
 from tercet.data.append import append
 from tercet.data.build import build_version
 from tercet.data.cache import load_split
+from tercet.data.ingest import IngestOptions
 from tercet.data.versions import read_manifest
 from tercet.evaluation.label_check import MIN_GROUPS, label_warning, warning
 from tercet.evaluation.measurement import Measurement, Request
@@ -81,8 +82,8 @@ def test_new_rows_are_those_that_the_version_before_does_not_have(
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
     storage = open_storage(str(tmp_path / "store"))
     files = [tiny_model.write_triplets(tmp_path / f"{number}.jsonl", 200 * (number + 1)) for number in range(2)]
-    before = build_version(files[:1], storage, "tiny", group="group", fractions=(0.4, 0.1, 0.5)).manifest
-    append(files[1:], storage, "tiny", group="group")
+    before = build_version(files[:1], storage, "tiny", IngestOptions(group="group"), fractions=(0.4, 0.1, 0.5)).manifest
+    append(files[1:], storage, "tiny", IngestOptions(group="group"))
     model = tiny_model.tiny_bert(tmp_path / "model", tiny_model.all_texts())
     _, plan = survey(Config.model_validate(tiny_model.recipe(model, storage.uri)), "a-run")
     assert plan.dataset_version != before.version

@@ -17,6 +17,7 @@ from tercet.config.recipe import Config
 from tercet.config.sections import MiningConfig
 from tercet.data.build import build_version
 from tercet.data.cache import load_split
+from tercet.data.ingest import IngestOptions
 from tercet.data.manifest import Manifest
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError
@@ -58,7 +59,13 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     storage, columns = open_storage(str(tmp_path / "store")), {"anchor": "anchor", "positive": "positive"}
-    build_version([path], storage, "pairs", columns, "group", ["lang"], fractions=(0.7, 0.1, 0.2))
+    build_version(
+        [path],
+        storage,
+        "pairs",
+        IngestOptions(columns=columns, group="group", slices=("lang",)),
+        fractions=(0.7, 0.1, 0.2),
+    )
     return storage
 
 

@@ -17,6 +17,7 @@ from support.published import as_best_model
 from tercet.artifacts.registry import Lineage, register, serve
 from tercet.config.recipe import Config
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.pipeline import onnx_export
 from tercet.pipeline.onnx_export import Exported
 from tercet.pipeline.publishers import notify
@@ -38,7 +39,7 @@ def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Of a storage where the tiny model is the champion of a run."""
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
     storage = open_storage(str(tmp_path / "store"))
-    build_version([tiny_model.write_triplets(tmp_path / "t.jsonl")], storage, "tiny", group="group")
+    build_version([tiny_model.write_triplets(tmp_path / "t.jsonl")], storage, "tiny", IngestOptions(group="group"))
     publish = {"publish": {"onnx": True}}
     config = Config.model_validate(tiny_model.recipe(model_dir, storage.uri, nightly=publish))
     plan = survey(config, "a-run")[1]

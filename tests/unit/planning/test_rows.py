@@ -12,6 +12,7 @@ import pytest
 
 from support import builders
 from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.data.manifest import Manifest
 from tercet.data.order import subset
 from tercet.data.text_stats import estimated_tokens
@@ -38,7 +39,7 @@ def publish(tmp_path: Path, storage: Storage) -> Publish:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         fractions = (1.0, 0.0, 0.0) if train_only else (0.6, 0.2, 0.2)
         columns = {column: column for column in rows[0]}
-        return build_version([path], storage, name, columns=columns, fractions=fractions).manifest
+        return build_version([path], storage, name, IngestOptions(columns=columns), fractions=fractions).manifest
 
     return publish
 
