@@ -1,15 +1,15 @@
 """Metrics of a model on a frozen split.
 
 Two evaluators of sentence-transformers: TripletEvaluator (is the positive nearer than the negative?) and
-InformationRetrievalEvaluator (which place does the positive get among all positives of the dataset?). The first
-saturates and compares with one text; the second keeps telling models apart.
+InformationRetrievalEvaluator (where does the positive rank among all positives of the dataset?). The first saturates,
+as it compares with one text only; the second still separates good models.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tercet.artifacts.checkpoint import Commit
 from tercet.model.libraries import import_quietly
@@ -21,63 +21,63 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
-    from tercet.evaluation.evaluators import SplitLoss
+    from tercet.evaluation.evaluators import SplitEvaluator, SplitLoss
 
-# Beyond this many texts the corpus is cut: encoding it would take longer than training. Positives of the split itself
-# always stay in.
+# Encoding more texts than this would take longer than training. The split's own positives always stay in.
 MAX_CORPUS_TEXTS = 100_000
 
 
-def make_evaluator(splits: dict[str, Dataset], split: str, batch_size: int, loss: SplitLoss | None = None) -> Any:
-    """Both evaluators for one split, and the loss on it where it is given. A query's relevant texts are all positives
-    of its anchor in the whole dataset; a row with several negatives is as many triplets.
+class RetrievalTask(NamedTuple):
+    """Queries, the texts to search, and the right answers."""
 
-    Where there is a process group, every rank must call the result, and all of them get the same metrics."""
-    from sentence_transformers.util import cos_sim
+    queries: dict[str, str]
+    """Each distinct anchor of the split, by query id, in the order of the rows."""
+    corpus: dict[str, str]
+    """Each distinct positive of the dataset, by text id; the split's own come first."""
+    relevant_ids: dict[str, set[str]]
+    """Text ids of all positives of the query's anchor in the whole dataset, by query id."""
 
-    from tercet.evaluation.evaluators import EncodeOnceEvaluator, RetrievalEvaluator, TripletsEvaluator
 
-    rows = splits[split]
-    corpus: dict[str, str] = {}
-    positives_of: dict[str, set[str]] = {}
+def retrieval_task(splits: dict[str, Dataset], split: str) -> RetrievalTask:
+    """Turn the rows of one split into a retrieval task over the positives of all `splits`.
+
+    At most MAX_CORPUS_TEXTS texts, unless the split alone has more."""
+    text_ids: dict[str, str] = {}
+    ids_of_anchor: dict[str, set[str]] = {}
     for name in (split, *(other for other in sorted(splits) if other != split)):
         for anchor, positive in zip(splits[name]["anchor"], splits[name]["positive"], strict=True):
-            if name != split and positive not in corpus and len(corpus) >= MAX_CORPUS_TEXTS:
+            if name != split and positive not in text_ids and len(text_ids) >= MAX_CORPUS_TEXTS:
                 continue
-            positives_of.setdefault(anchor, set()).add(corpus.setdefault(positive, f"text-{len(corpus)}"))
-    queries = {f"query-{index}": anchor for index, anchor in enumerate(dict.fromkeys(rows["anchor"]))}
-    evaluators: list[Any] = [
-        RetrievalEvaluator(
-            queries=queries,
-            corpus={key: text for text, key in corpus.items()},
-            relevant_docs={key: positives_of[anchor] for key, anchor in queries.items()},
-            mrr_at_k=[10],
-            ndcg_at_k=[10],
-            accuracy_at_k=[1],
-            precision_recall_at_k=[10],
-            map_at_k=[10],
-            batch_size=batch_size,
-            write_csv=False,
-            score_functions={"cosine": cos_sim},
-        )
-    ]
+            ids_of_anchor.setdefault(anchor, set()).add(text_ids.setdefault(positive, f"text-{len(text_ids)}"))
+    queries = {f"query-{index}": anchor for index, anchor in enumerate(dict.fromkeys(splits[split]["anchor"]))}
+    return RetrievalTask(
+        queries=queries,
+        corpus={text_id: text for text, text_id in text_ids.items()},
+        relevant_ids={query_id: ids_of_anchor[anchor] for query_id, anchor in queries.items()},
+    )
+
+
+def make_evaluator(
+    splits: dict[str, Dataset], split: str, batch_size: int, loss: SplitLoss | None = None, keep_hits: bool = False
+) -> SplitEvaluator:
+    """Return the evaluator of one split: retrieval, triplets if the rows have negatives, and the loss if it is given.
+
+    splits: all splits of the dataset, with the columns anchor and positive. The one that is evaluated may also have
+    negatives (negative, or negative_1 and so on; a row with several of them is as many triplets). batch_size: texts
+    encoded at a time. keep_hits: keep what each query found, for results row by row.
+
+    In a process group, every rank must call the evaluator, and every rank gets the same metrics."""
+    from tercet.evaluation.evaluators import Encodings, RetrievalEvaluator, SplitEvaluator, TripletsEvaluator
+
+    rows, encodings = splits[split], Encodings()
     negatives = [name for name in rows.column_names if name == "negative" or name.startswith("negative_")]
-    if negatives:
-        evaluators.append(
-            TripletsEvaluator(
-                anchors=list(rows["anchor"]) * len(negatives),
-                positives=list(rows["positive"]) * len(negatives),
-                negatives=[text for name in negatives for text in rows[name]],
-                batch_size=batch_size,
-                write_csv=False,
-                similarity_fn_names=["cosine"],
-            )
-        )
-    return EncodeOnceEvaluator([*evaluators, *([loss] if loss else [])])
+    retrieval = RetrievalEvaluator(encodings, *retrieval_task(splits, split), batch_size, keep_hits)
+    triplets = TripletsEvaluator(encodings, rows, negatives, batch_size) if negatives else None
+    return SplitEvaluator(encodings, retrieval, triplets, loss)
 
 
 def recipe_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Only the metrics that count, under the names that recipes use."""
+    """Select the metrics that a recipe can name, and give them the recipe's names."""
     names = {
         "loss": "loss",
         "cosine_ndcg@10": "ndcg@10",
@@ -88,16 +88,17 @@ def recipe_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def evaluate(model: SentenceTransformer, splits: dict[str, Dataset], split: str, batch_size: int) -> dict[str, float]:
-    """Metrics of a model on one split. Raises NonFiniteError."""
+    """Return the metrics of a model on one split, by the recipe's names. Raises NonFiniteError."""
     from tercet.evaluation.evaluators import require_finite
 
     return require_finite(recipe_metrics(make_evaluator(splits, split, batch_size)(model)), f"{split} split")
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
-    """Metrics on the test split of the model that training starts from (commit None) or of a committed one.
+    """Return the test metrics of a committed model, or of the one that training starts from (commit None).
 
-    Meant for a process of its own, which has seen nothing of training: the model is what storage holds, verified."""
+    Run it in a process of its own that has seen nothing of training: the model is loaded from storage and verified.
+    Raises NonFiniteError, and CorruptObject for a damaged model."""
     import_quietly()
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     splits = load_splits(plan, storage)
@@ -107,7 +108,7 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
 
 
 def load_reloaded(plan: TrainPlan, storage: Storage, commit: Commit | None, folder: Path) -> SentenceTransformer:
-    """The recipe's base model (commit None), or a committed one, which is brought to `folder` and verified there."""
+    """Load the recipe's base model (commit None), or a committed one, which is downloaded to `folder` and verified."""
     from tercet.model.encoder import load_model, reloaded
     from tercet.model.packed_model import prepare
 

@@ -1,18 +1,18 @@
-"""The evaluators of sentence-transformers 6.2, changed in two things.
+"""The evaluators of sentence-transformers 6.2, with two changes.
 
-No text is encoded twice in one evaluation: a split's positives are in the retrieval corpus already when the triplets
-are compared, and its anchors were the queries.
+No text is encoded twice in one evaluation: when the triplets are compared, the split's positives are in the retrieval
+corpus already, and its anchors were the queries.
 
-Where there is a process group, its ranks share the work. Every rank must run the evaluator, on the same data: where
-weights are sharded (ZeRO-3, FSDP2) a forward pass is collective, and one rank with a pass more or less is a hang. So
-each rank makes the same number of passes, and every one of them ends with the same embeddings and metrics, bit for bit.
+In a process group, the ranks share the work. Every rank must run the evaluator, on the same data: where weights are
+sharded (ZeRO-3, FSDP2) a forward pass is collective, and the run hangs if one rank makes more passes than another. So
+every rank makes the same number of passes, and ends with the same embeddings and metrics, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     SequentialEvaluator,
     TripletEvaluator,
 )
-from sentence_transformers.util import batch_to_device
+from sentence_transformers.util import batch_to_device, cos_sim
 from torch.distributed.fsdp import FSDPModule
 
 from tercet.config.losses import GuidedLossConfig, LossConfig
@@ -46,15 +46,15 @@ class Encodings:
         self._rows: dict[tuple[str, str], int] = {}
         self._embeddings: list[torch.Tensor] = []
         self.num_encoded, self.seconds = 0, 0.0
-        """Texts that were encoded since this was made, and the time that it took."""
+        """Number of texts encoded so far, and the time it took; `clear` resets neither."""
 
     def clear(self) -> None:
-        """Forget everything: the model has changed."""
+        """Forget all embeddings, because the model may change."""
         self._rows.clear()
         self._embeddings.clear()
 
     def check(self, step: int) -> None:
-        """Raises NonFiniteError where an embedding is NaN or Inf: the evaluators would take it for merely far away."""
+        """Raise NonFiniteError if an embedding is NaN or Inf. The evaluators would take it for merely far away."""
         wrong = ~torch.cat(self._embeddings).isfinite().all(dim=1)
         if wrong.any():
             text = next(text for (_, text), row in self._rows.items() if wrong[row])
@@ -65,7 +65,9 @@ class Encodings:
             )
 
     def of(self, model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
-        """Shape (len(texts), embedding width), fp32; only the texts not seen yet are encoded, shared by all ranks."""
+        """Return the embeddings of texts, fp32, of shape (len(texts), embedding width).
+
+        Only texts not seen before are encoded; all ranks share that work."""
         new = [text for text in dict.fromkeys(texts) if (role, text) not in self._rows]
         if new:
             start, began = sum(len(block) for block in self._embeddings), time.monotonic()
@@ -77,20 +79,20 @@ class Encodings:
 
 
 def num_sharing_ranks(model: Any) -> int:
-    """How many ranks run this evaluation together: 1 without a process group.
+    """Number of ranks that run this evaluation together: 1 without a process group.
 
-    And 1 inside of sentence-transformers' `distributed_evaluation`. There one rank runs the evaluator, and the others
-    wait for slices of what it encodes: they would not take part in anything that is asked of them here."""
+    Also 1 inside sentence-transformers' `distributed_evaluation`: there one rank runs the evaluator, and the others
+    only encode the slices of texts that it sends them, so they would never join a collective here."""
     if not (dist.is_available() and dist.is_initialized()) or model._distributed_inference is not None:
         return 1
     return int(dist.get_world_size())
 
 
 def _encode(model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
-    """Shape (len(texts), embedding width), fp32, the same bits on every rank.
+    """Encode texts on all ranks together: fp32, of shape (len(texts), embedding width), the same bits on every rank.
 
-    Longest text first, the texts are dealt to the ranks like cards, so that the batches which run at the same time are
-    about equally long. The ranks that come out one short encode the shortest text again, for nothing."""
+    The texts are dealt to the ranks like cards, longest first, so that batches that run at the same time are about
+    equally long. Ranks that are one text short encode the shortest one again, and the result is dropped."""
     encode = model.encode_query if role == "query" else model.encode_document
     num_ranks = num_sharing_ranks(model)
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # stable, so the same on every rank
@@ -105,32 +107,62 @@ def _encode(model: Any, texts: list[str], role: str, batch_size: int) -> torch.T
 
 
 def _pass_without_inference_mode(model: Any) -> None:
-    """FSDP2 makes the tensors that it gathers weights into in the first pass. Were that one of `encode`, which is in
-    inference mode, the model could not be trained any more: "Inference tensors cannot be saved for backward"."""
+    """Make one forward pass outside inference mode.
+
+    FSDP2 creates the tensors into which it gathers weights in its first pass. If that were a pass of `encode`, which
+    runs in inference mode, training would fail: "Inference tensors cannot be saved for backward"."""
     model.eval()
     with torch.no_grad():
         model(batch_to_device(model.preprocess(["a"]), model.device))
 
 
 class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
-    """Replaces two methods of `InformationRetrievalEvaluator`: one encodes whatever it is given, the other compares
-    every query with the corpus on every rank."""
+    """Retrieval with cosine similarity.
 
-    encodings: Encodings
+    Replaces two methods of `InformationRetrievalEvaluator`: `embed_inputs`, which encodes every text again, and
+    `compute_all_metrics`, which compares every query with the corpus on every rank."""
+
     queries_ids: list[str]
     queries: list[str]
-    on_hits: Callable[[list[list[Hit]]], None] | None = None
-    """Gets what each query found, its ten best among others."""
+    corpus: list[str]
+    relevant_docs: dict[str, set[str]]
+
+    def __init__(
+        self,
+        encodings: Encodings,
+        queries: dict[str, str],
+        corpus: dict[str, str],
+        relevant_ids: dict[str, set[str]],
+        batch_size: int,
+        keep_hits: bool = False,
+    ) -> None:
+        """queries, corpus: texts by id. relevant_ids: ids of the right texts, by query id."""
+        super().__init__(
+            queries=queries,
+            corpus=corpus,
+            relevant_docs=relevant_ids,
+            mrr_at_k=[10],
+            ndcg_at_k=[10],
+            accuracy_at_k=[1],
+            precision_recall_at_k=[10],
+            map_at_k=[10],
+            batch_size=batch_size,
+            write_csv=False,
+            score_functions={"cosine": cos_sim},
+        )
+        self.encodings, self._keep_hits = encodings, keep_hits
+        self.hits: list[list[Hit]] = []
+        """Hits of each query in the last evaluation, if they are kept; with several ranks, of this rank's queries."""
 
     def compute_metrics(self, queries_result_list: list[list[Hit]]) -> dict[str, dict[int, float]]:
-        """Means over queries, by name and k."""
-        if self.on_hits is not None:
-            self.on_hits(queries_result_list)
+        """Return means over queries, by name and k."""
+        if self._keep_hits:
+            self.hits = queries_result_list
         metrics: dict[str, dict[int, float]] = super().compute_metrics(queries_result_list)
         return metrics
 
     def compute_all_metrics(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[int, float]]]:
-        """Metrics by score function, name and k. Each is a mean over queries, so ranks share the queries."""
+        """Return metrics by score function, name and k. Each is a mean over queries, so ranks share the queries."""
         num_ranks = num_sharing_ranks(model)
         scores: dict[str, dict[str, dict[int, float]]]
         if num_ranks == 1:
@@ -142,7 +174,7 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
         own = slice(dist.get_rank(), None, num_ranks)
         num_own = len(everything[0][own])
         try:
-            # A rank without a query takes one that counts for nothing.
+            # A rank without a query of its own takes the first one, with weight 0.
             self.queries_ids, self.queries = (values[own] or values[:1] for values in everything)
             scores = super().compute_all_metrics(model, *args, **kwargs)
         finally:
@@ -150,14 +182,14 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
         return _mean_over_ranks(scores, num_own, device)
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> torch.Tensor:
-        """Shape (len(sentences), embedding width)."""
+        """Return embeddings of shape (len(sentences), embedding width)."""
         return self.encodings.of(model, list(sentences), encode_fn_name, self.batch_size)
 
 
 def _mean_over_ranks(
     scores: dict[str, dict[str, dict[int, float]]], num_queries: int, device: torch.device
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """Means over all queries, from each rank's over its own."""
+    """Combine each rank's means over its own queries into means over all queries."""
     values = [value for by_name in scores.values() for by_k in by_name.values() for value in by_k.values()]
     sums = torch.tensor([[num_queries * value for value in (1.0, *values)]], dtype=torch.float64, device=device)
     num_all, *totals = torch.cat(gather(sums)).sum(dim=0).tolist()
@@ -169,11 +201,25 @@ def _mean_over_ranks(
 
 
 class TripletsEvaluator(TripletEvaluator):  # type: ignore[misc]
-    """Replaces `TripletEvaluator.embed_inputs`, which encodes whatever it is given."""
+    """Triplets with cosine similarity. Replaces `TripletEvaluator.embed_inputs`, which encodes every text again."""
 
-    encodings: Encodings
+    anchors: list[str]
+    positives: list[str]
+    negatives: list[str]
     is_right: torch.Tensor
-    """Of each triplet in the last evaluation, whether the positive is nearer than the negative."""
+    """Whether the positive is nearer than the negative, for each triplet of the last evaluation."""
+
+    def __init__(self, encodings: Encodings, rows: Dataset, negatives: list[str], batch_size: int) -> None:
+        """negatives: names of the columns of negatives. The triplets of the first column come first."""
+        super().__init__(
+            anchors=list(rows["anchor"]) * len(negatives),
+            positives=list(rows["positive"]) * len(negatives),
+            negatives=[text for name in negatives for text in rows[name]],
+            batch_size=batch_size,
+            write_csv=False,
+            similarity_fn_names=["cosine"],
+        )
+        self.encodings = encodings
 
     def _get_similarity_functions(self) -> dict[str, Any]:
         functions: dict[str, Any] = super()._get_similarity_functions()
@@ -186,23 +232,49 @@ class TripletsEvaluator(TripletEvaluator):  # type: ignore[misc]
         return {"cosine": cosine}
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> Any:
-        """NumPy array of shape (len(sentences), embedding width)."""
+        """Return embeddings as a NumPy array of shape (len(sentences), embedding width)."""
         return self.encodings.of(model, list(sentences), encode_fn_name, self.batch_size).cpu().numpy()
 
 
-class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
-    """Runs evaluators in turn over shared encodings."""
+class SplitLoss:
+    """The loss on a split, from embeddings that the evaluators have encoded already."""
 
-    def __init__(self, evaluators: list[Any]) -> None:
-        super().__init__(evaluators)
-        self.encodings = Encodings()
-        for evaluator in evaluators:
-            evaluator.encodings = self.encodings
+    def __init__(self, loss: Any, rows: Dataset, rows_at_once: int, batch_size: int) -> None:
+        """rows_at_once: rows that are in-batch negatives of each other. batch_size: texts encoded at a time."""
+        self._loss, self._rows, self._rows_at_once, self._batch_size = loss, rows, rows_at_once, batch_size
+
+    def __call__(self, encodings: Encodings, model: Any, *_: Any) -> dict[str, float]:
+        """Return the mean over rows, the same on every rank. The last batch may be smaller."""
+        columns = [
+            encodings.of(model, list(self._rows[name]), role_of(name), self._batch_size)
+            for name in self._rows.column_names
+        ]
+        total = 0.0
+        for start in range(0, len(self._rows), self._rows_at_once):
+            batch = [embeddings[start : start + self._rows_at_once] for embeddings in columns]
+            total += len(batch[0]) * loss_value(self._loss, batch)
+        return {"loss": total / len(self._rows)}
+
+
+class SplitEvaluator(SequentialEvaluator):  # type: ignore[misc]
+    """Runs the evaluators of one split in turn, over shared encodings."""
+
+    def __init__(
+        self,
+        encodings: Encodings,
+        retrieval: RetrievalEvaluator,
+        triplets: TripletsEvaluator | None,
+        loss: SplitLoss | None,
+    ) -> None:
+        """retrieval, triplets: made with the same `encodings`."""
+        evaluators = (retrieval, triplets, partial(loss, encodings) if loss else None)
+        super().__init__([evaluator for evaluator in evaluators if evaluator is not None])
+        self.encodings, self.retrieval, self.triplets = encodings, retrieval, triplets
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Metrics by name, of all evaluators. Raises NonFiniteError, on all ranks."""
+        """Return all metrics, by sentence-transformers' names. Raises NonFiniteError, on all ranks."""
         if isinstance(model, FSDPModule):
             _pass_without_inference_mode(model)
         try:
@@ -213,32 +285,10 @@ class EncodeOnceEvaluator(SequentialEvaluator):  # type: ignore[misc]
         return metrics
 
 
-class SplitLoss:
-    """An evaluator beside those of evaluators.py. No text is encoded for it that they have encoded."""
-
-    encodings: Encodings
-
-    def __init__(self, loss: Any, rows: Dataset, rows_at_once: int, batch_size: int) -> None:
-        """rows_at_once: rows that are in-batch negatives of each other. batch_size: texts encoded at a time."""
-        self._loss, self._rows, self._rows_at_once, self._batch_size = loss, rows, rows_at_once, batch_size
-
-    def __call__(self, model: Any, *_: Any) -> dict[str, float]:
-        """The mean over rows; the last batch may have fewer. The same on every rank."""
-        columns = [
-            self.encodings.of(model, list(self._rows[name]), role_of(name), self._batch_size)
-            for name in self._rows.column_names
-        ]
-        total = 0.0
-        for start in range(0, len(self._rows), self._rows_at_once):
-            batch = [embeddings[start : start + self._rows_at_once] for embeddings in columns]
-            total += len(batch[0]) * loss_value(self._loss, batch)
-        return {"loss": total / len(self._rows)}
-
-
 def split_loss(config: LossConfig, model: Any, rows: Dataset, rows_at_once: int, batch_size: int) -> SplitLoss | None:
-    """None for a loss with a guide, which reads texts and not embeddings.
+    """Return the recipe's loss for a split, or None for a loss with a guide, which reads texts and not embeddings.
 
-    Every rank has all embeddings: none are gathered. A Matryoshka uses all of its widths, not a few drawn at random."""
+    Every rank has all embeddings, so none are gathered. A Matryoshka loss uses all of its widths, not a random few."""
     if isinstance(config, GuidedLossConfig):
         return None
     changes: dict[str, Any] = {"gather_across_devices": False} if config.crosses_ranks else {}
@@ -252,9 +302,9 @@ NOT_FINITE_HINT = "lower training.learning_rate, raise training.warmup_ratio, or
 
 
 def require_finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
-    """The numbers as plain floats. Raises NonFiniteError naming the first that is NaN or Inf.
+    """Return the metrics as plain floats. Raises NonFiniteError naming the first that is NaN or infinite.
 
-    Plain, because Ray Train 2.60 ends a run over a numpy.float32, and finite, because it lets NaN win as best."""
+    Plain, because Ray Train 2.60 fails on a numpy.float32; finite, because it would let NaN win as the best."""
     plain = {name: float(value) for name, value in metrics.items()}
     for name, value in plain.items():
         if not math.isfinite(value):
