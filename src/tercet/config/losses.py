@@ -1,8 +1,8 @@
 """The losses of a recipe, by their names in sentence-transformers, with their parameters checked.
 
-Parameters have the names and defaults of sentence-transformers 6.2, but for `gather_across_devices`, which is on: the
-number of workers shall not change the loss. AnglELoss and MegaBatchMarginLoss cannot gather: they compare the rows of
-one worker's micro-batch only.
+Parameters have the names and defaults of sentence-transformers 6.2. The exception is `gather_across_devices`, which is
+on by default, so that the number of workers does not change the loss. AnglELoss and MegaBatchMarginLoss cannot gather:
+they compare the rows of one worker's micro-batch only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _NEGATIVE = re.compile(r"negative(_[0-9]+)?")
 
 
 class MatryoshkaConfig(Section):
-    """Train the first components of an embedding to do by themselves: Kusupati et al. 2022, arXiv 2205.13147.
+    """Train the first components of an embedding to be useful on their own: Kusupati et al. 2022, arXiv 2205.13147.
 
-    The loss is added up over embeddings cut to each of `dims` and scaled to length 1. So a margin of TripletLoss is
-    then one between points of a unit sphere, which are at most 2 apart (euclidean)."""
+    The loss is the sum over embeddings cut to each of `dims` and scaled to length 1. A margin of TripletLoss is then
+    between points on the unit sphere, which are at most 2 apart (euclidean)."""
 
     dims: tuple[PositiveInt, ...] = Field(min_length=1)
-    """Widths. Name the model's own too, or the whole embedding is not trained."""
+    """Widths. Include the model's own, or the whole embedding is not trained."""
     weights: tuple[PositiveFloat, ...] | None = None
-    """Of the loss at each of `dims`. Without it, 1 each."""
+    """Weights of the loss at each of `dims`. Default: 1 each."""
     dims_per_step: PositiveInt | None = None
-    """Use so many of `dims` in a step, drawn at random. Without it, all."""
+    """Use only this many of `dims` in each step, drawn at random. Default: all."""
 
     @field_validator("dims")
     @classmethod
@@ -45,37 +45,37 @@ class MatryoshkaConfig(Section):
     @classmethod
     def _fit_dims(cls, value: Any, info: ValidationInfo) -> Any:
         num_dims = len(info.data.get("dims", ()))
-        if value is None or not num_dims:  # without dims, those are the mistake
+        if value is None or not num_dims:  # dims are missing or wrong, which is reported already
             return value
         if info.field_name == "weights" and len(value) != num_dims:
-            raise ValueError(f"one weight for each of dims: there are {len(value)} for {num_dims}")
+            raise ValueError(f"needs one weight for each of the {num_dims} dims, not {len(value)}")
         if info.field_name == "dims_per_step" and value > num_dims:
-            raise ValueError(f"cannot be more than the {num_dims} dims, not {value}")
+            raise ValueError(f"must be at most {num_dims}, the number of dims, not {value}")
         return value
 
 
 class Loss(Section):
-    """What every loss has, and can tell of itself."""
+    """Parameters and properties that every loss has."""
 
     name: str
     matryoshka: MatryoshkaConfig | None = None
 
     num_negatives: ClassVar[tuple[int, int | None]] = (0, None)
-    """The least and the most negatives of a row that the loss works with; None: any number."""
+    """Least and greatest number of negatives per row that the loss works with; None: no limit."""
 
     @property
     def is_cached(self) -> bool:
-        """Whether it embeds each text twice and runs a backward pass for each mini-batch, from a hook on the loss
-        (gradient caching: Gao et al. 2021, arXiv 2101.06983)."""
+        """Whether the loss uses gradient caching (Gao et al. 2021, arXiv 2101.06983): it embeds each text twice, and a
+        hook on the loss runs a backward pass for each mini-batch."""
         return False
 
     @property
     def crosses_ranks(self) -> bool:
-        """Whether it gathers the embeddings of all workers, so that each must have as many rows as the others."""
+        """Whether the loss gathers the embeddings of all workers, which must then have equal numbers of rows."""
         return bool(getattr(self, "gather_across_devices", False))
 
     def column_problem(self, columns: tuple[str, ...]) -> tuple[str, str] | None:
-        """What the loss needs that these text columns are not, and what to do; None where it works with them.
+        """Return why the loss does not work with these text columns, and what to do; None if it works.
 
         Columns are `anchor`, `positive`, and `negative` or `negative_1`, `negative_2`, ..."""
         num_negatives = sum(_NEGATIVE.fullmatch(column) is not None for column in columns)
@@ -86,15 +86,15 @@ class Loss(Section):
             return None
         others = "choose MultipleNegativesRankingLoss or CachedGISTEmbedLoss"
         if most == 0:
-            return "takes no negatives but other rows' positives", f"shard the data without --negative, or {others}"
-        return "takes one negative a row", f"shard the data with one --negative, or {others}"
+            return "uses only other rows' positives as negatives", f"shard the data without --negative, or {others}"
+        return "works with one negative per row", f"shard the data with one --negative, or {others}"
 
 
 class _Caching(Section):
     mini_batch_size: PositiveInt = 32
-    """Texts embedded at a time: this, and not the batch, decides the memory of activations."""
+    """Texts to embed at a time: this determines the memory of activations, not the batch size."""
     mini_batch_num_tokens: PositiveInt | None = None
-    """Fill mini-batches up to so many tokens instead."""
+    """Fill mini-batches up to this many tokens instead."""
 
     @property
     def is_cached(self) -> bool:
@@ -103,32 +103,32 @@ class _Caching(Section):
 
 class _Ranking(Loss):
     scale: PositiveFloat = 20.0
-    """Similarities are multiplied by it; 1 / temperature."""
+    """Factor of the similarities; 1 / temperature."""
     similarity_fct: Similarity = "cos_sim"
-    """With dot_score, take a scale of 1."""
+    """With dot_score, use a scale of 1."""
     gather_across_devices: bool = True
-    """Take the negatives from the whole global batch, so that the number of workers does not change the loss."""
+    """Use negatives from the whole global batch, so that the number of workers does not change the loss."""
 
 
 class _Directions(_Ranking):
     directions: tuple[Direction, ...] = ("query_to_doc",)
-    """What is compared: a query with all documents, with the other queries; a document with all queries, with the
-    documents of other rows. All four: Li et al. 2023 (GTE), arXiv 2308.03281."""
+    """Which texts are compared: a query with all documents or with the other queries; a document with all queries or
+    with the documents of other rows. Li et al. 2023 (GTE), arXiv 2308.03281, use all four."""
     partition_mode: Literal["joint", "per_direction"] = "joint"
-    """One softmax over all directions, or the mean of one for each."""
+    """One softmax over all directions, or the mean of one softmax per direction."""
     hardness_mode: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
-    """Which negatives weigh more the more similar they are: those of other rows (Lan et al. 2025, arXiv 2503.04812),
-    the row's own (Schechter Vera et al. 2025, arXiv 2509.20354), or both."""
+    """Which negatives weigh more, the more similar they are: other rows' (Lan et al. 2025, arXiv 2503.04812), the row's
+    own (Schechter Vera et al. 2025, arXiv 2509.20354), or both."""
     hardness_strength: float = Field(default=0.0, ge=0.0)
-    """Times the similarity, added to a negative's logit. The two papers take 9 and 5."""
+    """Multiplied by the similarity and added to a negative's logit. The two papers use 9 and 5."""
 
     @field_validator("directions")
     @classmethod
     def _has_the_positive(cls, directions: tuple[str, ...]) -> tuple[str, ...]:
         if "query_to_doc" not in directions:
-            raise ValueError("needs query_to_doc: no other direction has the positive")
+            raise ValueError("must include query_to_doc: no other direction has the positive")
         if len(set(directions)) < len(directions):
-            raise ValueError("each direction once")
+            raise ValueError("must name each direction at most once")
         return directions
 
     @field_validator("partition_mode")
@@ -136,7 +136,7 @@ class _Directions(_Ranking):
     def _each_has_the_positive(cls, partition_mode: str, info: ValidationInfo) -> str:
         without = {"query_to_query", "doc_to_doc"} & set(info.data.get("directions", ()))
         if partition_mode == "per_direction" and without:
-            raise ValueError(f"does not go with {' and '.join(sorted(without))}, which lack the positive: take joint")
+            raise ValueError(f"must be joint with {' and '.join(sorted(without))}, where the positive is missing")
         return partition_mode
 
     @field_validator("hardness_strength")
@@ -144,7 +144,7 @@ class _Directions(_Ranking):
     def _both_or_none(cls, strength: float, info: ValidationInfo) -> float:
         if "hardness_mode" in info.data and (info.data["hardness_mode"] is None) != (strength == 0.0):
             mode = info.data["hardness_mode"]
-            raise ValueError("without hardness_mode has no effect" if mode is None else f"must be above 0 with {mode}")
+            raise ValueError("has no effect without hardness_mode" if mode is None else f"must be above 0 with {mode}")
         return strength
 
     def column_problem(self, columns: tuple[str, ...]) -> tuple[str, str] | None:
@@ -158,21 +158,21 @@ class _Directions(_Ranking):
 
 class _Guided(Loss):
     guide: str = Field(min_length=1)
-    """A trained model that tells false negatives: a hub name, a local folder, or `package:NAME`. It is not trained."""
+    """A trained model that recognizes false negatives: a hub name, a local folder, or `package:NAME`. Not trained."""
     guide_revision: str | None = None
-    """The commit on the hub. Pin it: a branch moves under a nightly run."""
+    """Commit on the hub. Pin it: a branch may move between nightly runs."""
     temperature: PositiveFloat = 0.01
-    """Similarities (cosine) are divided by it."""
+    """Divisor of the cosine similarities."""
     margin_strategy: Literal["absolute", "relative"] = "absolute"
-    """Leave out a negative that the guide finds more similar than positive - margin, or than positive less that share
-    of itself."""
+    """Exclude a negative if its similarity for the guide is above positive - margin (absolute), or above
+    positive * (1 - margin) (relative)."""
     margin: float = 0.0
     contrast_anchors: bool = True
-    """Other anchors are negatives too: those of the same worker only, also where positives are gathered."""
+    """Use other anchors as negatives too; only those of the same worker, even if positives are gathered."""
     contrast_positives: bool = True
-    """Other positives are negatives of the positive too."""
+    """Use other positives as negatives of the positive too."""
     gather_across_devices: bool = True
-    """Take positives and negatives from the whole global batch."""
+    """Use positives and negatives from the whole global batch."""
 
 
 class TripletLossConfig(Loss):
@@ -192,37 +192,39 @@ class MultipleNegativesRankingLossConfig(_Directions):
 
 
 class CachedMultipleNegativesRankingLossConfig(_Caching, _Directions):
-    """The same in mini-batches, for batches that do not fit: Gao et al. 2021, arXiv 2101.06983."""
+    """MultipleNegativesRankingLoss in mini-batches, for batches that do not fit into memory: Gao et al. 2021, arXiv
+    2101.06983."""
 
     name: Literal["CachedMultipleNegativesRankingLoss"]
 
 
 class MultipleNegativesSymmetricRankingLossConfig(_Ranking):
-    """The anchor is also sought for the positive. Made as sentence-transformers advises: MultipleNegativesRankingLoss
-    with directions query_to_doc and doc_to_query, per_direction. A row's own negatives count for the anchor."""
+    """MultipleNegativesRankingLoss in both directions: the positive must also find its anchor. Built as
+    sentence-transformers advises, with directions query_to_doc and doc_to_query, per_direction. A row's own negatives
+    are used for the anchor only."""
 
     name: Literal["MultipleNegativesSymmetricRankingLoss"]
 
 
 class CachedMultipleNegativesSymmetricRankingLossConfig(_Caching, _Ranking):
-    """The same in mini-batches."""
+    """MultipleNegativesSymmetricRankingLoss in mini-batches, for batches that do not fit into memory."""
 
     name: Literal["CachedMultipleNegativesSymmetricRankingLoss"]
 
 
 class MegaBatchMarginLossConfig(_Caching, Loss):
-    """Margins for the positive and for the hardest positive of another row: Wieting and Gimpel 2018 (ParaNMT), arXiv
-    1711.05732. Wants large batches, of 500 rows or more."""
+    """Margins for the positive and for the most similar positive of another row: Wieting and Gimpel 2018 (ParaNMT),
+    arXiv 1711.05732. Needs large batches, of 500 rows or more."""
 
     name: Literal["MegaBatchMarginLoss"]
     positive_margin: float = Field(default=0.8, ge=-1.0, le=1.0)
-    """The cosine to the positive shall be above it."""
+    """The cosine similarity to the positive should be above this."""
     negative_margin: float = Field(default=0.3, ge=-1.0, le=1.0)
-    """The cosine to the negative shall be below it."""
+    """The cosine similarity to the negative should be below this."""
     use_mini_batched_version: bool = True
-    """Gradient caching: less memory, each text embedded twice, the same gradients."""
+    """Gradient caching: less memory and the same gradients, but each text is embedded twice."""
     mini_batch_size: PositiveInt = 50
-    """Texts embedded at a time, and rows compared at a time."""
+    """Texts to embed at a time, and rows to compare at a time."""
 
     num_negatives: ClassVar[tuple[int, int | None]] = (0, 0)
 
@@ -232,7 +234,8 @@ class MegaBatchMarginLossConfig(_Caching, Loss):
 
 
 class GISTEmbedLossConfig(_Guided):
-    """Cross-entropy among the candidates that a guide does not take for positives: Solatorio 2024, arXiv 2402.16829."""
+    """Cross-entropy of the positive among the candidates that a guide model considers negatives: Solatorio 2024, arXiv
+    2402.16829."""
 
     name: Literal["GISTEmbedLoss"]
 
@@ -240,18 +243,18 @@ class GISTEmbedLossConfig(_Guided):
 
 
 class CachedGISTEmbedLossConfig(_Caching, _Guided):
-    """The same in mini-batches, and with any number of negatives."""
+    """GISTEmbedLoss in mini-batches, and with any number of negatives."""
 
     name: Literal["CachedGISTEmbedLoss"]
 
 
 class AnglELossConfig(Loss):
-    """Each anchor with its positive shall be closer in angle than any anchor of the batch with its own negative: Li and
-    Li 2023, arXiv 2309.12871."""
+    """Each anchor should be closer in angle to its positive than any anchor of the batch to its own negative: Li and Li
+    2023, arXiv 2309.12871."""
 
     name: Literal["AnglELoss"]
     scale: PositiveFloat = 20.0
-    """Similarities are multiplied by it; 1 / temperature."""
+    """Factor of the similarities; 1 / temperature."""
 
     num_negatives: ClassVar[tuple[int, int | None]] = (1, None)
 
@@ -271,17 +274,17 @@ LossConfig = Annotated[
     Field(discriminator="name"),
 ]
 
-LEFT_OUT: dict[str, str] = {
-    "MatryoshkaLoss": "it wraps another loss: write a section `matryoshka` into that one",
+UNSUPPORTED_LOSSES: dict[str, str] = {
+    "MatryoshkaLoss": "it wraps another loss: add a section `matryoshka` to that loss",
     **dict.fromkeys(
         ("AdaptiveLayerLoss", "Matryoshka2dLoss"),
-        "it trains lower layers too, for models that are cut; tercet measures and publishes whole models",
+        "it also trains models cut after a lower layer; tercet measures and publishes whole models only",
     ),
-    # Beside another loss it would need that one's embeddings, which most keep to themselves, or a second forward pass;
-    # and it sees one worker's rows only, so that the number of workers would change the result.
-    "GlobalOrthogonalRegularizationLoss": "it spreads texts out without looking at positives: no loss by itself",
+    # Added to another loss, it would need that loss's embeddings, which most losses do not return, or a second forward
+    # pass. It also sees one worker's rows only, so that the number of workers would change the result.
+    "GlobalOrthogonalRegularizationLoss": "it spreads texts out and ignores positives: it needs another loss beside it",
     **dict.fromkeys(
-        ("ContrastiveTensionLoss", "ContrastiveTensionLossInBatchNegatives"), "it trains a copy of the model beside it"
+        ("ContrastiveTensionLoss", "ContrastiveTensionLossInBatchNegatives"), "it trains a second copy of the model"
     ),
     "DenoisingAutoEncoderLoss": "it trains a decoder beside the model",
     **dict.fromkeys(
@@ -290,11 +293,11 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (f"Batch{kind}TripletLoss" for kind in ("All", "Hard", "HardSoftMargin", "SemiHard")),
-        "it needs texts sorted into classes, not pairs or triplets",
+        "it needs texts labelled by class, not pairs or triplets",
     ),
     **dict.fromkeys(
         ("DistillKLDivLoss", "EmbedDistillLoss", "MarginMSELoss", "MSELoss"),
         "it needs a teacher's scores or embeddings as labels",
     ),
 }
-"""The losses of sentence-transformers 6.2 that a recipe cannot name, and why."""
+"""The losses of sentence-transformers 6.2 that a recipe cannot use, and why."""

@@ -1,7 +1,7 @@
-"""What a person wrote: a recipe, read and checked.
+"""Read and check a recipe.
 
-A recipe is YAML. All of its errors are reported at once, each with file:line:column and, for an unknown key, the
-nearest known one. `--set section.key=value` changes a value from the command line and is checked the same way.
+A recipe is YAML. All of its errors are reported at once, each with file:line:column; for an unknown key, the nearest
+known key is suggested. `--set section.key=value` on the command line replaces a value and is checked the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from tercet.config import recipe_yaml
 from tercet.config.experiment import experiment_hash
-from tercet.config.losses import LEFT_OUT, GuidedLossConfig, LossConfig
+from tercet.config.losses import UNSUPPORTED_LOSSES, GuidedLossConfig, LossConfig
 from tercet.config.sections import (
     CheckpointConfig,
     DatasetConfig,
@@ -37,12 +37,12 @@ class Config(Section):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Names the model that comes out; letters, digits, dot, dash and underscore."""
+    """Name of the model that the recipe makes: letters, digits, dot, dash and underscore."""
     storage: StorageConfig = StorageConfig()
     dataset: DatasetConfig
-    """Trained on, and measured on: its eval and test splits say whether the model is better."""
+    """Dataset to train on and to measure on: its eval and test splits decide whether the model is better."""
     mix: tuple[DatasetConfig, ...] = ()
-    """More datasets to train on, of which the train split alone is used. Each batch comes from one dataset."""
+    """More datasets to train on; only their train splits are used. Each batch comes from one dataset."""
     model: ModelConfig
     loss: LossConfig
     training: TrainingConfig = TrainingConfig()
@@ -58,13 +58,13 @@ class Config(Section):
         names = [part.name for part in (*filter(None, [info.data.get("dataset")]), *mix)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)} is given twice; to use its rows more often, raise its weight")
+            raise ValueError(f"{', '.join(repeated)} given twice; to use rows more often, raise the dataset's weight")
         return mix
 
     @model_validator(mode="after")
     def _replay_needs_versions_that_grow(self) -> Config:
         if self.dataset.replay is not None and self.nightly.mine is not None:
-            raise ValueError("dataset.replay does not go with nightly.mine: all rows of a mined version are new")
+            raise ValueError("dataset.replay cannot be used with nightly.mine: all rows of a mined version are new")
         return self
 
     def experiment_hash(self) -> str:
@@ -73,21 +73,22 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe. `overrides` are `a.b=value`, the value in YAML.
+    """Read a recipe.
 
-    Raises ConfigError with every error of the file, each as file:line:column."""
+    overrides: values to replace, each as `section.key=value` with the value in YAML.
+    Raises ConfigError with every error, each with file:line:column or the override."""
     document, marks = recipe_yaml.load(path)
     for override in overrides:
         recipe_yaml.override(document, marks, override)
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, marks, str(path))), hint="mend the recipe and try again") from None
+        raise ConfigError("\n".join(_describe(error, marks, str(path))), hint="fix the recipe and try again") from None
     return _absolute(config)
 
 
 def _absolute(config: Config) -> Config:
-    """Ray's workers run in a folder of their own, so no relative path may leave this process."""
+    """Make local paths absolute: Ray's workers run in other folders than this process."""
     storage, model, loss = config.storage, config.model, config.loss
     if "://" not in storage.uri:
         storage = storage.model_copy(update={"uri": str(expand_home(storage.uri).absolute())})
@@ -100,9 +101,9 @@ def _absolute(config: Config) -> Config:
 
 def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> list[str]:
     lines = []
-    # The discriminator adds the loss's own name to the location: it is not a key of the file.
-    found = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in error.errors()]
-    for loc, item in sorted(found, key=lambda pair: marks.position(pair[0])):
+    # pydantic's discriminator adds the name of the loss to the location, where the file has no key.
+    located = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in error.errors()]
+    for loc, item in sorted(located, key=lambda pair: marks.position(pair[0])):
         where, dotted = marks.where(loc, file), ".".join(str(part) for part in loc)
         match item["type"]:
             case "extra_forbidden":
@@ -113,12 +114,12 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
             case "missing":
                 lines.append(f"{where}: `{dotted}` is missing")
             case "string_type" if isinstance(item["input"], int | float):
-                lines.append(f"{where}: `{dotted}` is a text: write it in quotes, not as the number {item['input']!r}")
+                lines.append(f"{where}: `{dotted}` must be a string: put {item['input']!r} in quotes")
             case "model_type" | "model_attributes_type":
                 kind = type(item["input"]).__name__
-                lines.append(f"{where}: `{dotted}` is a section of keys and values, not of type {kind}")
+                lines.append(f"{where}: `{dotted}` must be a section of keys and values, not of type {kind}")
             case "tuple_type":
-                lines.append(f"{where}: `{dotted}` is a list: write it in brackets, [...], not {item['input']!r}")
+                lines.append(f"{where}: `{dotted}` must be a list in brackets, [...], not {item['input']!r}")
             case "value_error":
                 lines.append(f"{where}: " + (f"`{dotted}`: " if dotted else "") + str(item["ctx"]["error"]))
             case "union_tag_not_found":
@@ -126,10 +127,9 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
             case "union_tag_invalid":
                 tag = str(item["ctx"]["tag"])
                 known = difflib.get_close_matches(tag, _LOSS_NAMES, n=1, cutoff=0.3)
-                guess = f"; did you mean `{known[0]}`?" if known else ""
-                problem = (
-                    f"`{tag}` cannot be used: {LEFT_OUT[tag]}" if tag in LEFT_OUT else f"unknown loss `{tag}`{guess}"
-                )
+                problem = f"unknown loss `{tag}`" + (f"; did you mean `{known[0]}`?" if known else "")
+                if tag in UNSUPPORTED_LOSSES:
+                    problem = f"`{tag}` cannot be used: {UNSUPPORTED_LOSSES[tag]}"
                 lines.append(f"{marks.where((*loc, 'name'), file)}: {problem} (known: {', '.join(_LOSS_NAMES)})")
             case _:
                 value = "" if isinstance(item["input"], dict | list) else f", not {item['input']!r}"
@@ -142,7 +142,7 @@ _LOSS_NAMES: tuple[str, ...] = tuple(get_args(loss.model_fields["name"].annotati
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section at `loc`, where a loss is named by its own name."""
+    """Return the known keys of the section at `loc`, in which the name of a loss follows `loss`."""
     section: type[BaseModel] = Config
     for part in loc:
         if part == "loss":
@@ -158,7 +158,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def world_sizes(config: Config) -> tuple[int, ...]:
-    """The numbers of workers, ascending; empty where none fits."""
+    """Return the numbers of workers that share the global batch evenly, ascending; empty if none does."""
     workers, training = config.workers, config.training
     allowed = range(workers.min or workers.num_workers, (workers.max or workers.num_workers) + 1)
     num_rows_to_share, rest = divmod(training.global_batch_size, training.gradient_accumulation_steps)
@@ -166,16 +166,16 @@ def world_sizes(config: Config) -> tuple[int, ...]:
 
 
 def on_world(config: Config, world_size: int) -> Config:
-    """The recipe with so many workers."""
+    """Return the recipe with exactly this many workers."""
     return config.model_copy(update={"workers": config.workers.model_copy(update={"num_workers": world_size})})
 
 
 def rows_per_rank_and_micro_batch(config: Config) -> int:
-    """What meets in one forward pass of one worker."""
+    """Return the rows in one forward pass of one worker."""
     training = config.training
     return training.global_batch_size // (config.workers.num_workers * training.gradient_accumulation_steps)
 
 
 def as_yaml(config: Config, exclude: set[str] | None = None) -> str:
-    """The whole recipe as YAML, defaults included, without the sections named in `exclude`."""
+    """Return the recipe as YAML with all defaults, without the sections named in `exclude`."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True)

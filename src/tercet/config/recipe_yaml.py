@@ -1,6 +1,6 @@
-"""YAML with positions: every value of a recipe knows its line and column.
+"""YAML with positions: every value of a recipe has a line and a column.
 
-Differs from plain YAML 1.1 in two ways that people expect: `2e-5` is a number, and a key given twice is an error.
+It differs from YAML 1.1 in two ways, as users expect: `2e-5` is a number, and a repeated key is an error.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ _Loader.add_implicit_resolver(
 )
 
 
-# A date that does not exist, a number of 5,000 digits, `!!bool maybe`, `!!int ""`, `!!timestamp x`, a loop.
+# What PyYAML raises for an impossible date, a number of 5,000 digits, `!!bool maybe`, `!!int ""`, `!!timestamp x` and
+# an alias to itself.
 _BAD_VALUE = (ValueError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass
 class Marks:
-    """Where each value stands: path of keys → (line, column), both from 1; or the flag that set it."""
+    """Position of each value: path of keys → (line, column), both from 1, or the flag that set the value."""
 
     positions: dict[Loc, tuple[int, int]] = field(default_factory=dict)
     flags: dict[Loc, str] = field(default_factory=dict)
 
     def position(self, loc: Loc) -> tuple[int, int]:
-        """Of the value at `loc`, or of the nearest thing above it."""
+        """Return the position of the value at `loc`, or of the innermost section above it that has one."""
         for end in range(len(loc), -1, -1):
             if loc[:end] in self.positions:
                 return self.positions[loc[:end]]
         return (1, 1)
 
     def where(self, loc: Loc, file: str) -> str:
-        """`file:line:column`, or the flag that set the value."""
+        """Return `file:line:column`, or the flag that set the value."""
         for end in range(len(loc), 0, -1):
             if loc[:end] in self.flags:
                 return self.flags[loc[:end]]
@@ -57,13 +58,17 @@ class Marks:
 
 
 def load(path: Path) -> tuple[dict[str, Any], Marks]:
-    """Read a mapping. Raises ConfigError for a file that is missing, not YAML, or not a mapping."""
+    """Read a recipe file.
+
+    Raises ConfigError if the file is missing, is not YAML, is not a mapping or has repeated keys."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}", hint="check the path") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})", hint="is this a recipe?") from None
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start})", hint="check that this file is a recipe"
+        ) from None
     marks = Marks()
     try:
         loader = _Loader(text)
@@ -81,10 +86,12 @@ def load(path: Path) -> tuple[dict[str, Any], Marks]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(
-            f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="mend the syntax"
+            f"{where}: not YAML: {getattr(error, 'problem', None) or error}", hint="fix the syntax"
         ) from None
     except _BAD_VALUE as error:
-        raise ConfigError(f"{path}: a value is not YAML: {first_line(error)}", hint="mend it, or quote it") from None
+        raise ConfigError(
+            f"{path}: a value is not YAML: {first_line(error)}", hint="fix the value, or quote it"
+        ) from None
     return document, marks
 
 
@@ -93,7 +100,9 @@ def _mark(node: yaml.Node, loc: Loc, marks: Marks, duplicates: list[str], file: 
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):  # `{{ x }}`, a template nobody filled: the constructor refuses it
+            if not isinstance(
+                key, yaml.ScalarNode
+            ):  # such as an unfilled template, `{{ x }}`: the constructor refuses it
                 continue
             here = (*loc, str(key.value))
             marks.positions[here] = (key.start_mark.line + 1, key.start_mark.column + 1)
@@ -107,19 +116,21 @@ def _mark(node: yaml.Node, loc: Loc, marks: Marks, duplicates: list[str], file: 
 
 
 def override(document: dict[str, Any], marks: Marks, assignment: str) -> None:
-    """Apply `a.b=value` in place. Raises ConfigError when it is not of that form."""
+    """Apply an assignment `a.b=value` to `document` in place. Raises ConfigError if it does not have that form."""
     dotted, equals, text = assignment.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {assignment}: not of the form section.key=value", hint="such as training.seed=7")
+        raise ConfigError(
+            f"--set {assignment}: not of the form section.key=value", hint="write it as in training.seed=7"
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, *_BAD_VALUE):
-        raise ConfigError(f"--set {assignment}: the value is not YAML", hint="quote it") from None
+        raise ConfigError(f"--set {assignment}: the value is not YAML", hint="quote the value") from None
     section, flag = document, f"--set {assignment}"
     for depth, key in enumerate(keys[:-1], start=1):
         if isinstance(section.get(key), list):
-            raise ConfigError(f"{flag}: {key} is a list", hint="set it as a whole, or change the recipe")
+            raise ConfigError(f"{flag}: {key} is a list", hint="set the whole list, or change the recipe")
         if not isinstance(section.get(key), dict):
             section[key] = {}
             marks.flags[tuple(keys[:depth])] = flag

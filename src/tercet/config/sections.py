@@ -1,4 +1,4 @@
-"""The sections of a recipe, frozen: what a person may write, with its default and its meaning beside it."""
+"""The sections of a recipe: every key that a user may write, with its default and its meaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydantic import (
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, and without room for unknown keys."""
+    """A part of a recipe. Frozen; unknown keys are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -26,21 +26,21 @@ class Section(BaseModel):
 
 
 class StorageConfig(Section):
-    """Where datasets, runs and models lie."""
+    """Where datasets, runs and models are stored."""
 
     uri: str = "./tercet-store"
     """A local folder, or `s3://bucket/prefix`. Credentials come from the environment, never from a recipe."""
     endpoint_url: str | None = None
-    """For an S3 server other than AWS; without it, `AWS_ENDPOINT_URL` counts."""
+    """For an S3 server other than AWS. Defaults to the environment variable `AWS_ENDPOINT_URL`."""
 
 
 class ReplayConfig(Section):
-    """Which rows of a version that grew are trained on: those that the champion has not seen, and a draw of others."""
+    """Which rows of a grown version to train on: all that are new to the champion, and a random draw of old ones."""
 
     new_share: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Old rows are left out until the new ones are this share of what is trained on."""
+    """Share of new rows among the rows to train on; the number of old rows follows from it."""
     half_life_versions: PositiveFloat | None = None
-    """Of old rows, those that came so many versions earlier are drawn half as often. Without it, all are alike."""
+    """Old rows are drawn half as often for each this many versions of age. Without it, all are equally likely."""
 
 
 class DatasetConfig(Section):
@@ -49,67 +49,67 @@ class DatasetConfig(Section):
     name: str
     """The name given to `tercet shard --name`."""
     version: str = "latest"
-    """A version id, or `latest`. The run is fixed to the version found at submission."""
+    """A version id, or `latest`. A run keeps the version that was the latest at its submission."""
     weight: PositiveFloat = 1.0
-    """Passes over its train rows in an epoch: with 2 each row is in it twice, with 0.5 half of them are, and the other
-    half in the next."""
+    """Passes over its train rows in an epoch. With 2, an epoch has each row twice; with 0.5, it has half of the rows,
+    and the next epoch has the other half."""
     replay: ReplayConfig | None = None
-    """Without it, every train row takes part. It needs a champion, whose data tells which rows are new; where there is
-    none, and where no row is new, all take part as well."""
+    """Train on all new rows and some old ones. Every train row is used without this section, without a champion (its
+    data decides which rows are new), and if no row is new."""
 
 
 class PromptsConfig(Section):
-    """What stands before a text, for models that were trained with it. Saved in the published model, which then puts
-    them there by itself in `encode_query` and `encode_document`."""
+    """Text to put before each query or document, for models that were trained so. Saved in the published model, whose
+    `encode_query` and `encode_document` then add it."""
 
     query: str = ""
-    """Before an anchor."""
+    """Put before an anchor."""
     document: str = ""
-    """Before a positive and a negative."""
+    """Put before positives and negatives."""
 
 
 def role_of(column: str) -> Literal["query", "document"]:
-    """Which of the two a text of this column is."""
+    """Return whether texts of this column are queries or documents."""
     return "query" if column == "anchor" else "document"
 
 
 class LoraConfig(Section):
-    """Train small matrices beside frozen weights: Hu et al. 2021, arXiv 2106.09685. The published model is merged, and
-    the adapter lies beside it."""
+    """Train small matrices beside frozen weights: Hu et al. 2021, arXiv 2106.09685. The published model has the adapter
+    merged into its weights; the adapter is also stored separately."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers that get one, such as query and value."""
+    """Names of the linear layers to adapt, such as query and value."""
 
 
 class ModelConfig(Section):
     """The base model."""
 
     name_or_path: str = Field(min_length=1)
-    """A hub name, a local folder, or `package:NAME` for a model that a Python package carries."""
+    """A hub name, a local folder, or `package:NAME` for a model inside an installed Python package."""
     start_from: Literal["base", "champion"] = "base"
-    """Which weights the training starts from: these, or those of the champion, where there is one."""
+    """Weights that the training starts from: this base model, or the champion if there is one."""
     revision: str | None = None
-    """The commit on the hub. Pin it: a branch moves under a nightly run."""
+    """Commit on the hub. Pin it: a branch may move between nightly runs."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of `model.safetensors`, checked before use."""
+    """SHA-256 of `model.safetensors`, checked before use."""
     trust_remote_code: bool = False
     """Run Python code from the model's own repository. Read that code at the pinned revision first."""
     max_seq_length: PositiveInt | None = None
-    """Tokens; longer texts are cut. Without it, the model's own limit."""
+    """Limit in tokens; longer texts are cut. Defaults to the model's own limit."""
     pooling: Literal["cls", "mean", "max", "lasttoken"] | None = None
-    """Checked against the loaded model, so that a changed model on the hub cannot go unnoticed."""
+    """Expected pooling. A loaded model with another one is refused, so that a change on the hub is noticed."""
     dense_features: PositiveInt | None = None
-    """Width of the Dense layer after pooling; checked against the loaded model."""
+    """Expected width of the Dense layer after pooling; a loaded model with another one is refused."""
     config_kwargs: dict[str, Any] = {}
     """Passed to the model's own configuration."""
     prompts: PromptsConfig | None = None
-    """Without it, the model's own."""
+    """Defaults to the model's own prompts."""
     lora: LoraConfig | None = None
-    """Without it, every weight is trained."""
+    """Train a LoRA adapter. Without this section, every weight is trained."""
 
 
 class TrainingConfig(Section):
@@ -118,7 +118,7 @@ class TrainingConfig(Section):
     seed: int = Field(default=42, ge=0, lt=2**32)
     num_epochs: PositiveInt = 1
     global_batch_size: PositiveInt = 32
-    """Rows a step, over all workers and accumulation steps."""
+    """Rows per optimizer step, over all workers and accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-5
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -126,82 +126,84 @@ class TrainingConfig(Section):
     """Share of all steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this norm; 0 switches it off."""
+    """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """What the forward and backward pass compute in; the weights that are trained and saved are fp32 in any case. tf32
-    and fp16 need a GPU, bf16 one that has it, or a CPU. `auto`: bf16 where the first worker finds it faster than fp32,
-    in a second; the run then keeps to it on all machines."""
+    """Number format of the forward and backward pass; the trained and saved weights are always fp32. tf32 and fp16 need
+    a GPU; bf16 needs a CPU, or a GPU that supports it. `auto`: the first worker tries for a second whether bf16 is
+    faster than fp32, and the run keeps the result on all machines."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
     no_duplicates: bool = True
-    """No text twice in one global batch: with in-batch negatives, a duplicate is a wrong negative. Where texts are
-    in more rows than there are batches, up to 1 % of the rows repeat one, with a warning; above that, the run ends."""
+    """Keep every text from appearing twice in a global batch: with in-batch negatives, a duplicate is a wrong negative.
+    If a text is in more rows than there are batches, up to 1 % of all rows may repeat a text, with a warning; above
+    that, the run fails."""
     max_train_rows: PositiveInt | None = None
-    """Use only this many rows of each dataset's train split, chosen by the seed: for a short try."""
+    """Use only this many rows of each dataset's train split, chosen by the seed: for a quick trial."""
     log_every_steps: PositiveInt = 10
 
 
 class CheckpointConfig(Section):
-    """What a crash costs, and what storage holds for it. Nothing here changes the experiment."""
+    """How much work a crash can cost, and what storage keeps. Nothing here changes the experiment."""
 
     every_steps: PositiveInt | None = None
-    """Between the ends of epochs, each of which has one. A crash costs the steps since the last."""
+    """Also write a checkpoint every this many steps, beside the one at the end of each epoch. A crash costs the steps
+    since the last checkpoint."""
     keep_last: int = Field(default=2, ge=2)
-    """So many of the newest stay in storage, and the best. Two, because the newest may turn out to be damaged."""
+    """Keep this many of the newest checkpoints, and the best. At least two: the newest may turn out to be damaged."""
     lease_seconds: PositiveFloat = 60.0
-    """How long an attempt that gives no sign of life keeps the run from another one."""
+    """An attempt that shows no sign of life for this long loses the run to the next attempt."""
 
 
 class EvaluationConfig(Section):
-    """How a model is measured, and what best means."""
+    """How a model is measured, and which checkpoint is the best."""
 
     metric: Literal["ndcg@10", "mrr@10", "triplet_accuracy"] = "ndcg@10"
-    """Best checkpoint = the highest value on the eval split."""
+    """The best checkpoint has the highest value of this metric on the eval split."""
     batch_size: PositiveInt = 64
-    """Texts at a time, on each worker."""
+    """Texts to embed at a time, on each worker."""
 
 
 Parallelism = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 
 
 class WorkersConfig(Section):
-    """Where it runs. Nothing here changes the experiment, only its speed and memory."""
+    """Where the training runs. Nothing here changes the experiment, only its speed and memory."""
 
     num_workers: PositiveInt = 1
-    """So many, no fewer and no more; with `min` and `max`, what the plan's figures are for."""
+    """Exactly this many workers. With `min` and `max`, the number that the plan's estimates are for."""
     min: PositiveInt | None = None
     max: PositiveInt | None = None
-    """Under Ray, as many from `min` to `max` as there is room for: a run goes on with fewer when machines are lost.
-    Only numbers are taken that share the global batch evenly, so the batches stay what they are."""
+    """Under Ray, as many workers from `min` to `max` as there is room for: a run continues with fewer when machines are
+    lost. Only numbers that share the global batch evenly are used, so the batches stay the same."""
     grow_check_seconds: PositiveFloat = 600.0
-    """How often a run that could have more workers looks for room. To grow it starts again from the last checkpoint."""
+    """How often a run with fewer than `max` workers looks for room. To grow, it restarts from the last checkpoint."""
     parallelism: Literal["auto"] | Parallelism = "auto"
-    """How weights, gradients and optimizer state lie on the workers: whole on each (ddp), the optimizer state sharded
-    (zero1), the gradients too (zero2), the weights too (zero3, fsdp2), and kept in host memory (zero3_offload). `auto`:
-    the fastest that fits."""
+    """How weights, gradients and optimizer state are spread over the workers: each has all of them (ddp); the optimizer
+    state is sharded (zero1), the gradients too (zero2), the weights too (zero3, fsdp2); or they are sharded and kept in
+    host memory (zero3_offload). `auto`: the fastest that fits."""
     deepspeed: dict[str, Any] = {}
-    """Laid over the DeepSpeed settings that tercet derives, by DeepSpeed's own names."""
+    """DeepSpeed settings, by DeepSpeed's own names; they override those that tercet derives."""
     memory_gib_per_worker: PositiveFloat | None = None
-    """Memory of one worker's GPU, for `parallelism: auto`. Without it, a CPU worker's share of this machine; for GPUs
-    it is then unknown, and taken for enough."""
+    """Memory of one worker, or of its GPU, for `parallelism: auto`. Defaults to a CPU worker's share of this machine;
+    for GPUs it is unknown by default, and assumed to be enough."""
     packing: Literal["auto", "packed", "chunked", "plain"] = "auto"
-    """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of like
-    lengths (chunked), or column by column, as sentence-transformers does it (plain). The loss is the same but for
-    rounding, and for what dropout draws. `auto`: packed where the model allows it, else chunked."""
+    """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of
+    similar lengths (chunked), or column by column, as in sentence-transformers (plain). The loss is the same except for
+    rounding and for the random numbers of dropout. `auto`: packed if the model allows it, else chunked."""
     use_gpu: bool | Literal["auto"] = "auto"
-    """`auto`: a GPU for each worker where the cluster has any."""
+    """`auto`: a GPU for each worker if the cluster has any."""
     cpus_per_worker: PositiveInt = 1
     max_failures: int = Field(default=3, ge=0)
-    """How often Ray may restart the workers, from the newest complete checkpoint."""
+    """How often Ray may restart the workers after a failure, from the newest complete checkpoint."""
     max_preemptions: int = Field(default=100, ge=0)
-    """How often machines may be taken away with notice. The run saves, loses no step and goes on elsewhere."""
+    """How often machines may be taken away with notice. The run saves, loses no step and continues elsewhere."""
     step_timeout_seconds: PositiveInt = 1800
-    """How long a step, an evaluation or a checkpoint may take. A worker that hangs longer ends, with its stacks in the
-    log, and counts as a failure."""
+    """How long a step, an evaluation or a checkpoint may take. A worker that takes longer is ended, which counts as a
+    failure; the stacks of its threads are logged."""
     start_timeout_seconds: PositiveInt = 600
     """How long to wait for the cluster to have room for all workers."""
     cache_dir: str | None = None
-    """Where a worker keeps shards; without it `TERCET_CACHE_DIR`, else `~/.cache/tercet`."""
+    """Where a worker keeps shards. Defaults to the environment variable `TERCET_CACHE_DIR`, else `~/.cache/tercet`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -213,18 +215,18 @@ class WorkersConfig(Section):
     @model_validator(mode="after")
     def _check_range(self) -> WorkersConfig:
         if (self.min is None) != (self.max is None):
-            raise ValueError("min and max go together")
+            raise ValueError("give both min and max, or neither")
         if self.min is not None and self.max is not None and not self.min <= self.num_workers <= self.max:
-            raise ValueError(f"num_workers {self.num_workers} is not from min {self.min} to max {self.max}")
+            raise ValueError(f"num_workers {self.num_workers} is not between min {self.min} and max {self.max}")
         return self
 
 
 class SliceConfig(Section):
-    """Rows that are looked at by themselves, by a rule. All that is given must hold."""
+    """A rule that selects rows to be judged separately. A row must meet all conditions that are given."""
 
     column: Literal["anchor", "positive"] = "anchor"
     matches: str | None = None
-    """A regular expression that is found in the text."""
+    """A regular expression to search for in the text."""
     min_chars: PositiveInt | None = None
     max_chars: PositiveInt | None = None
 
@@ -238,7 +240,7 @@ class SliceConfig(Section):
         return matches
 
     def holds(self, text: str) -> bool:
-        """Whether a text is in the slice."""
+        """Return whether a text is in the slice."""
         return (
             (self.matches is None or re.search(self.matches, text) is not None)
             and (self.min_chars is None or len(text) >= self.min_chars)
@@ -247,85 +249,89 @@ class SliceConfig(Section):
 
 
 class FrozenDatasetConfig(Section):
-    """A dataset whose test split is measured on."""
+    """A dataset of which only the test split is used, to measure on."""
 
     name: str
     version: str = "latest"
 
 
 class GateConfig(Section):
-    """When a candidate takes the champion's place. Metrics are shares of 1: 0.01 is one point. Nothing here changes the
-    experiment; docs/decisions/0010-the-gate.md says what each error rate means."""
+    """When a candidate replaces the champion. Metrics are between 0 and 1: 0.01 is one point. Nothing here changes the
+    experiment. docs/decisions/0010-the-gate.md explains each error rate."""
 
     alpha: float = Field(default=0.01, ge=0.001, le=0.2)
-    """How often a candidate that is no better may pass for better by chance."""
+    """How often a candidate that is not better may be judged better by chance."""
     minimum_effect: NonNegativeFloat = 0.005
-    """A smaller gain of `evaluation.metric` is not worth a new model, however sure it is."""
+    """A smaller gain of `evaluation.metric` is not worth a new model, however certain it is."""
     guard_alpha: float = Field(default=0.05, ge=0.001, le=0.2)
-    """How often a loss above its limit may pass for none, in the other metrics and out of domain. In slices, how often
-    a candidate may be held back although no slice loses more than its limit."""
+    """How often a loss above its limit may go unnoticed, in the other metrics and out of domain. For slices, how often
+    a candidate may be rejected although no slice loses more than its limit."""
     max_loss: PositiveFloat = 0.02
-    """In the other metrics. That it is no more must be shown."""
+    """Limit for the other metrics. The candidate must be shown to lose less."""
     max_loss_out_of_domain: PositiveFloat = 0.02
-    """In data that the model is not trained for. That it is no more must be shown."""
+    """Limit for data that the model is not trained for. The candidate must be shown to lose less."""
     max_loss_in_slice: PositiveFloat = 0.05
-    """A slice that is shown to lose more holds the candidate back."""
+    """Limit for each slice. A candidate that is shown to lose more in any slice is rejected."""
     min_groups: int = Field(default=50, ge=10)
-    """Nothing is decided on fewer independent groups of rows, neither on the whole nor on a slice."""
+    """Least number of independent groups of rows for a decision, in the whole test split as in a slice."""
     slices: dict[str, SliceConfig] = Field(default_factory=dict)
-    """By name, beside those of the data's own label columns (`tercet shard --slice COLUMN`)."""
+    """More slices by name, beside those of the data's own label columns (`tercet shard --slice COLUMN`)."""
     out_of_domain: tuple[FrozenDatasetConfig, ...] = ()
-    """Data that the model is not trained for, and must not forget."""
+    """Data that the model is not trained for and must not get worse on."""
     num_resamples: int = Field(default=9_999, ge=999)
-    """Random subsets of the groups that a p value is counted from."""
+    """Random resamples of the groups from which a p value is computed."""
     seed: int = Field(default=0, ge=0)
-    """Of these subsets."""
+    """Seed of these resamples."""
 
 
 class MiningConfig(Section):
-    """Which texts become hard negatives: the nearest to the anchor that are far enough from being right."""
+    """Which texts become hard negatives: the most similar to the anchor that are unlikely to be right answers."""
 
     num_negatives: PositiveInt = 1
     relative_margin: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """A text whose similarity is above that of the positive less this share of it is taken for a right answer, and left
-    out. 0.05 is the best of the ways that Moreira et al. 2024 compare (arXiv 2407.15831, TopK-PercPos at 95 %)."""
+    """A text with a similarity above (1 - relative_margin) times that of the positive is assumed to be a right answer,
+    and excluded. 0.05 is the best of the methods that Moreira et al. 2024 compare (arXiv 2407.15831, TopK-PercPos at
+    95 %)."""
     max_score: float | None = None
-    """And so is one with a similarity above this."""
+    """Also exclude candidates more similar than this."""
     range_min: int = Field(default=0, ge=0)
-    """So many of the nearest are passed over."""
+    """Skip this many of the most similar candidates."""
 
 
 class PublishConfig(Section):
-    """Who is told of a new champion, after it serves. What cannot be told is tried again on the next night."""
+    """Where to announce a new champion after it serves. A failed announcement is retried on the next night."""
 
     onnx: bool = False
-    """Export it as one file, which counts only once its metrics on the test split are the model's."""
+    """Export it as one ONNX file, which is valid only if it reaches the model's metrics on the test split."""
     webhook: str | None = None
     """A URL that gets a POST with JSON."""
     huggingface: str | None = None
-    """A repository of the Hub, `owner/name`. The token comes from the environment (HF_TOKEN)."""
+    """A repository on the Hugging Face Hub, `owner/name`. The token comes from the environment (HF_TOKEN)."""
     mlflow: str | None = None
-    """The URI of an MLflow server; a version of the registered model of the recipe's name gets the alias `champion`."""
+    """The URI of an MLflow server. The recipe's name is the registered model; its new version gets the alias
+    `champion`."""
 
 
 class NightlyConfig(Section):
     """What `tercet nightly` does around a run. Nothing here changes the experiment."""
 
     sources: tuple[str, ...] = ()
-    """Files, or patterns such as `s3://bucket/incoming/*.jsonl.gz`, whose rows are added to the dataset first. Files
-    that were added before are not read again."""
+    """Files, or patterns such as `s3://bucket/incoming/*.jsonl.gz`, whose rows are first added to the dataset. Files
+    that were added before are skipped."""
     columns: dict[str, str] = Field(default_factory=lambda: {name: name for name in ("anchor", "positive", "negative")})
-    """The sources' column names for them; without a negative, the rows are pairs."""
+    """Name of each column in the sources. Without a negative, the rows are pairs."""
     group: str | None = None
-    """The sources' column whose rows stay in one split."""
+    """Column of the sources: rows with the same value stay in one split."""
     slices: tuple[str, ...] = ()
-    """The sources' columns of labels."""
+    """Columns of the sources that hold labels, by which results are split."""
     max_bad_rows: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of bad rows above which nothing is added, and the night ends."""
+    """Share of bad rows above which nothing is added and the night fails."""
     begins_at_utc_hour: int = Field(default=12, ge=0, le=23)
-    """When a new night begins, so that starts before and after midnight are of one. UTC knows no daylight saving."""
+    """Hour at which a new night begins; starts before and after midnight then belong to the same night. UTC has no
+    daylight saving time."""
     mine: MiningConfig | None = None
-    """Mine hard negatives before training: the run then trains on `<dataset>-mined`, which is made from the version."""
+    """Mine hard negatives before training. The run then trains on `<dataset>-mined`, made from the dataset version."""
     publish: PublishConfig = PublishConfig()
     index_rows: PositiveInt | None = None
-    """Rows of the index that serves, to tell how long embedding them again takes. Without it, the positives at hand."""
+    """Rows of the index in production, to estimate how long embedding them again takes. Defaults to the number of texts
+    in the evaluation's corpus."""

@@ -101,7 +101,7 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
             "did you mean `CachedMultipleNegativesRankingLoss`?",
         ),
         ("{name: MSELoss}", "r.yaml:4:8: `MSELoss` cannot be used: it needs a teacher's scores or embeddings as label"),
-        ("TripletLoss", "r.yaml:4:1: `loss` is a section of keys and values, not of type str"),
+        ("TripletLoss", "r.yaml:4:1: `loss` must be a section of keys and values, not of type str"),
         (
             "{name: CachedMultipleNegativesRankingLoss, mini_batch: 8}",
             "r.yaml:4:50: unknown key `loss.mini_batch`; did you mean `mini_batch_size`?",
@@ -117,11 +117,11 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
         ),
         (
             "{name: MultipleNegativesRankingLoss, directions: query_to_doc}",
-            "r.yaml:4:44: `loss.directions` is a list: write it in brackets, [...], not 'query_to_doc'",
+            "r.yaml:4:44: `loss.directions` must be a list in brackets, [...], not 'query_to_doc'",
         ),
         (
             "{name: MultipleNegativesRankingLoss, directions: [doc_to_query]}",
-            "r.yaml:4:44: `loss.directions`: needs query_to_doc: no other direction has the positive",
+            "r.yaml:4:44: `loss.directions`: must include query_to_doc: no other direction has the positive",
         ),
         (
             "{name: TripletLoss, matryoshka: {dims: [8], dims_per_stp: 1}}",
@@ -137,10 +137,10 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
         ),
         (
             "{name: TripletLoss, matryoshka: {dims: [8, 4], weights: [1]}}",
-            "r.yaml:4:54: `loss.matryoshka.weights`: one weight for each of dims: there are 1 for 2",
+            "r.yaml:4:54: `loss.matryoshka.weights`: needs one weight for each of the 2 dims, not 1",
         ),
         ("{name: TripletLoss, matryoshka: {}}", "r.yaml:4:27: `loss.matryoshka.dims` is missing"),
-        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka` is a section of keys and values"),
+        ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka` must be a section of keys and values"),
     ],
 )
 def test_a_wrong_loss(tmp_path: Path, loss: str, message: str) -> None:
@@ -213,7 +213,7 @@ def test_other_places_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_version_of_digits_needs_quotes(tmp_path: Path) -> None:
     """A version id is hexadecimal: by chance it may look like a number, such as 12e45678."""
     message = refused(tmp_path, yaml.safe_dump(GOOD), "dataset.version=1234567812345678")
-    assert message.endswith("`dataset.version` is a text: write it in quotes, not as the number 1234567812345678")
+    assert message.endswith("`dataset.version` must be a string: put 1234567812345678 in quotes")
     assert accepted(tmp_path, GOOD, "dataset.version='12e45678'").dataset.version == "12e45678"
 
 
@@ -225,7 +225,9 @@ def test_a_config_is_frozen() -> None:
 def test_replay_does_not_go_with_mining(tmp_path: Path) -> None:
     both = {**GOOD, "dataset": {"name": "d", "replay": {}}, "nightly": {"mine": {"num_negatives": 2}}}
     message = refused(tmp_path, yaml.safe_dump(both))
-    assert message.endswith(":1:1: dataset.replay does not go with nightly.mine: all rows of a mined version are new")
+    assert message.endswith(
+        ":1:1: dataset.replay cannot be used with nightly.mine: all rows of a mined version are new"
+    )
 
 
 def test_a_slice_by_a_rule() -> None:
@@ -237,7 +239,7 @@ def test_a_slice_by_a_rule() -> None:
 
 def test_a_dataset_is_mixed_in_once(tmp_path: Path) -> None:
     message = refused(tmp_path, yaml.safe_dump({**GOOD, "mix": [{"name": "e"}, {"name": "d"}, {"name": "e"}]}))
-    assert message.endswith("`mix`: d, e is given twice; to use its rows more often, raise its weight")
+    assert message.endswith("`mix`: d, e given twice; to use rows more often, raise the dataset's weight")
     assert [part.name for part in accepted(tmp_path, {**GOOD, "mix": [{"name": "e"}, {"name": "f"}]}).mix] == ["e", "f"]
 
 

@@ -37,10 +37,10 @@ def test_those_that_share_the_batch(
 @pytest.mark.parametrize(
     ("workers", "problem"),
     [
-        ({"min": 2}, "min and max go together"),
-        ({"max": 2}, "min and max go together"),
-        ({"min": 3, "max": 2}, "num_workers 2 is not from min 3 to max 2"),
-        ({"min": 2, "max": 4, "num_workers": 8}, "num_workers 8 is not from min 2 to max 4"),
+        ({"min": 2}, "give both min and max, or neither"),
+        ({"max": 2}, "give both min and max, or neither"),
+        ({"min": 3, "max": 2}, "num_workers 2 is not between min 3 and max 2"),
+        ({"min": 2, "max": 4, "num_workers": 8}, "num_workers 8 is not between min 2 and max 4"),
     ],
 )
 def test_a_range_that_is_none(workers: dict[str, int], problem: str) -> None:
@@ -87,7 +87,7 @@ def test_what_no_number_of_workers_can_share() -> None:
 
 
 def test_in_words() -> None:
-    assert "workers      1, 2, 3 or 4: as many of these as there is room for" in plan_text(plan(min=1, max=5))
+    assert "workers      1, 2, 3 or 4: as many as there is room for" in plan_text(plan(min=1, max=5))
     assert "workers      4: as many" in plan_text(plan(min=4, max=5))
 
 

@@ -195,12 +195,17 @@ def test_what_needs_a_negative() -> None:
 @pytest.mark.parametrize(
     ("loss", "negatives", "need", "advice"),
     [
-        ({"name": "TripletLoss"}, ("negative_1", "negative_2"), "takes one negative a row", "with one --negative"),
+        (
+            {"name": "TripletLoss"},
+            ("negative_1", "negative_2"),
+            "works with one negative per row",
+            "with one --negative",
+        ),
         ({"name": "AnglELoss"}, (), "needs a column `negative`", "with --negative"),
         (
             {"name": "MegaBatchMarginLoss"},
             ("negative",),
-            "takes no negatives but other rows' positives",
+            "uses only other rows' positives as negatives",
             "without --negative",
         ),
         (
