@@ -109,6 +109,22 @@ def report_incident(storage: Storage, run_id: str, name: str, kind: str, message
         logger.warning("could not write down an incident, %s (%s): %s", kind, message, error)
 
 
+@contextlib.contextmanager
+def record_end(storage: Storage, run_id: str, generation: int) -> Iterator[None]:
+    """Record why an attempt ended, if the block raises an error that says so.
+
+    Raises tercet's own error in place of a library's, where `as_tercet_error` knows one."""
+    try:
+        yield
+    except BaseException as error:
+        own = as_tercet_error(error)
+        if (kind := kind_of(own)) is not None:
+            report_incident(storage, run_id, end_name(generation), kind, str(own))
+        if own is error:
+            raise
+        raise own from error
+
+
 def counts(storage: Storage, run_id: str) -> dict[str, int]:
     """The incidents of a run by kind, in the order of the alphabet."""
     kinds = Counter(

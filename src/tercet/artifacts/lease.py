@@ -17,11 +17,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from tercet.artifacts.journal import end_name, report_incident
 from tercet.errors import Conflict, CorruptObject, LeaseLost, ObjectNotFound, RunIsTaken, StorageError
 from tercet.storage import Storage
 from tercet.storage.documents import seal, unseal
@@ -165,6 +166,23 @@ class Lease:
             f"run {self._run_id} was taken over{who}; what this attempt writes from now on does not count",
             hint="nothing is lost: the run goes on there",
         )
+
+
+@contextlib.contextmanager
+def hold_lease(storage: Storage, run_id: str, owner: str, seconds: float) -> Iterator[Lease]:
+    """Take the lease of a run, and release it at the end of the block: as finished, unless the block raises.
+
+    The attempt before is recorded as lost if it ended without a record. Raises RunIsTaken."""
+    lease = Lease(storage, run_id, owner, seconds)
+    finished = False
+    try:
+        if (lost := lease.unfinished_before) is not None:
+            message = "it ended without saying why: a worker was killed, or its machine was lost"
+            report_incident(storage, run_id, end_name(lost.generation), "lost", message)
+        yield lease
+        finished = True
+    finally:
+        lease.release(finished)
 
 
 def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Holder, str, Holder | None]:

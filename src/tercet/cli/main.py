@@ -146,8 +146,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _worker(arguments: argparse.Namespace) -> None:
     from tercet.planning.survey import plan_of_file
-    from tercet.training.callbacks import notice_of_sigterm
-    from tercet.training.worker import run_worker
+    from tercet.training.worker import notice_of_sigterm, run_worker
 
     run_worker(plan_of_file(arguments.plan), notice=notice_of_sigterm())
 

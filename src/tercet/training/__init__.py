@@ -9,5 +9,7 @@
 - `guards`: end a run that cannot end well: NaN, no learning, ranks that differ or hang
 - `callbacks`: evaluations, checkpoints, progress, preemption
 - `trainer`: SentenceTransformerTrainer with tercet order and checkpoints
+- `attempt`: one attempt at a run, which rank 0 holds the lease for
+- `assembly`: makes what a rank trains with: rows, model, loss, trainer, callbacks
 - `worker`: one rank, from the plan to the last commit
 """

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,31 +14,37 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tercet.artifacts.best import retain
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.uploader import Uploader
 from tercet.evaluation.evaluate import recipe_metrics
 from tercet.evaluation.evaluators import require_finite
 from tercet.failpoints import crash_point
+from tercet.planning.plan import TrainPlan
+from tercet.storage import Storage, layout
 from tercet.training.ledger import Ledger
 
 logger = logging.getLogger("tercet")
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]
-    """Hands on what happens: evaluations, checkpoints, and a line of progress from rank 0."""
+    """Writes evaluations to storage, hands checkpoints to the uploader, and logs the progress.
+
+    Rank 0 writes and logs. Every rank uploads its part of a checkpoint, and reports each evaluation."""
 
     def __init__(
         self,
+        plan: TrainPlan,
+        storage: Storage,
         uploader: Uploader,
         ledger: Ledger,
-        num_steps: int,
-        save_every_steps: int | None,
-        on_evaluation: Callable[[int, float, dict[str, float]], None],
-        on_commit: Callable[[Commit], None],
+        confirm: Callable[[], None],
+        report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self._uploader, self._ledger, self._num_steps = uploader, ledger, num_steps
-        self._save_every_steps = save_every_steps
-        self._on_evaluation, self._on_commit = on_evaluation, on_commit
+        """confirm: raises when another attempt has taken the run over; called before an evaluation is written.
+        report: gets the step, epoch and metrics of each evaluation, on every rank."""
+        self._plan, self._storage, self._uploader, self._ledger = plan, storage, uploader, ledger
+        self._confirm, self._report = confirm, report
         self._metrics: tuple[int, dict[str, float]] = (0, {})
         self._started_at, self._started_step = time.monotonic(), 0
         self.first_step_unix_seconds: float | None = None
@@ -54,15 +59,16 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         self._ledger.close_step()
         crash_point("after_step", state.global_step)
         # The end of an epoch has its checkpoint, after its evaluation.
-        ends_epoch = state.global_step % (self._num_steps // int(args.num_train_epochs)) == 0
-        if self._save_every_steps and state.global_step % self._save_every_steps == 0 and not ends_epoch:
+        ends_epoch = state.global_step % (self._plan.num_steps // int(args.num_train_epochs)) == 0
+        save_every_steps = self._plan.config.checkpoint.every_steps
+        if save_every_steps and state.global_step % save_every_steps == 0 and not ends_epoch:
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self._started_at
-        step, last, learning_rate = state.global_step, self._num_steps, logs.get("learning_rate", float("nan"))
+        step, last, learning_rate = state.global_step, self._plan.num_steps, logs.get("learning_rate", float("nan"))
         rate = (step - self._started_step) / max(seconds, 1e-9)
         left = (last - step) / max(rate, 1e-9)
         text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %.0f s left"
@@ -71,31 +77,39 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        found = require_finite(recipe_metrics(metrics or {}, "eval_"), f"evaluation at step {state.global_step}")
-        self._metrics = (state.global_step, found)
-        self._on_evaluation(state.global_step, float(state.epoch or 0.0), found)
+        step, epoch = state.global_step, float(state.epoch or 0.0)
+        values = require_finite(recipe_metrics(metrics or {}, "eval_"), f"evaluation at step {step}")
+        self._metrics = (step, values)
+        entry = {"step": step, "epoch": epoch, **values}
+        if state.is_world_process_zero:
+            self._confirm()
+            self._storage.put(layout.evaluation_key(self._plan.run_id, step), json.dumps(entry).encode())
+            logger.info("step %d/%d  eval  %s", step, self._plan.num_steps, _metrics_text(values))
+        if self._report is not None:
+            self._report(entry)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         step, metrics = self._metrics
         of_this_step = metrics if step == state.global_step else {}  # or an older model's would make this one the best
-        self._uploader.submit(folder, state.global_step, float(state.epoch), of_this_step, self._on_commit)
+        self._uploader.submit(folder, state.global_step, float(state.epoch), of_this_step, self._clean_up)
+
+    def _clean_up(self, commit: Commit) -> None:
+        """Called on rank 0 after each commit, in the uploader's thread."""
+        uri = self._storage.uri_of(commit.folder)
+        logger.info("step %d/%d  checkpoint committed: %s", commit.step, self._plan.num_steps, uri)
+        retain(self._storage, self._plan.run_id, self._plan.metric, self._plan.config.checkpoint.keep_last)
 
 
-Notice = Callable[[], bool]
-
-
-def notice_of_sigterm() -> Notice:
-    """Whether SIGTERM came. From now on it does not end this process; to be called in its main thread."""
-    came = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: came.set())
-    return came.is_set
+def _metrics_text(metrics: dict[str, float]) -> str:
+    """Metrics in one line: `loss 0.1234  ndcg@10 0.5678`."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
     """Ends the training with a checkpoint of the step in which a rank got notice."""
 
-    def __init__(self, notice: Notice, steps_per_epoch: int) -> None:
+    def __init__(self, notice: Callable[[], bool], steps_per_epoch: int) -> None:
         """notice: whether this rank got it; asked after every step."""
         self._notice, self._steps_per_epoch = notice, steps_per_epoch
         self._group: Any = None

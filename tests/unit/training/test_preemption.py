@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from tercet.training.callbacks import StopOnPreemption, notice_of_sigterm
+from tercet.training.callbacks import StopOnPreemption
+from tercet.training.worker import notice_of_sigterm
 
 
 def after_step(guard: StopOnPreemption, step: int) -> TrainerControl:

@@ -1,0 +1,140 @@
+"""What a rank trains with, made from a plan: arguments, rows, model, loss, trainer, callbacks.
+
+It imports torch and the libraries around it at the top. The worker imports it after it has set their environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from transformers import PrinterCallback, set_seed
+
+from tercet.artifacts.uploader import Uploader
+from tercet.data.order import RankBatches
+from tercet.data.text_stats import estimated_tokens
+from tercet.evaluation.evaluate import make_evaluator
+from tercet.evaluation.evaluators import split_loss
+from tercet.model.encoder import make_model, reloaded, save_whole
+from tercet.model.loss import make_loss
+from tercet.model.packed_model import prepare
+from tercet.planning.parallelism import shards_weights
+from tercet.planning.plan import TrainPlan
+from tercet.planning.rows import concatenate, load_splits, load_train_rows, rows_to_order
+from tercet.storage import Storage
+from tercet.training.arguments import column_prompts, gathers, training_arguments
+from tercet.training.attempt import HeldRun
+from tercet.training.callbacks import LeaseGuard, RunRecorder, StopOnPreemption
+from tercet.training.guards import Deadline, LearningGuard
+from tercet.training.trainer import TercetTrainer
+
+logger = logging.getLogger("tercet")
+
+
+class TrainingRows(NamedTuple):
+    """The rows of a plan, memory-mapped on this machine."""
+
+    splits: dict[str, Dataset]
+    """Train, eval and test of the dataset that the model is measured on."""
+    parts: list[Dataset]
+    """The rows of each dataset that are trained on, in the plan's order."""
+    train: Dataset
+    """All parts, one after the other."""
+
+
+def make_arguments(plan: TrainPlan, output_dir: Path) -> SentenceTransformerTrainingArguments:
+    """Return the trainer's arguments. Joins this process to its group, where there is one.
+
+    output_dir: of this rank alone, because sentence-transformers' `_save` assumes that only one process calls it.
+    Raises PlanError as `training_arguments` does."""
+    args = SentenceTransformerTrainingArguments(**training_arguments(plan, output_dir))
+    # sentence-transformers sets it for several ranks, on behalf of its own training batches. Here it would only hit the
+    # eval loss, which would miss the rows that fill no batch, and of the rest all but the last batch of rank 0.
+    args.dataloader_drop_last = False
+    return args
+
+
+def load_rows(plan: TrainPlan, storage: Storage) -> TrainingRows:
+    """Bring the rows of the plan's datasets to this machine. Raises ConfigError where train rows leak held-out text."""
+    splits = load_splits(plan, storage)
+    parts = load_train_rows(plan, storage, splits)
+    return TrainingRows(splits, parts, concatenate(parts))
+
+
+def make_trainer(
+    plan: TrainPlan,
+    run: HeldRun,
+    args: SentenceTransformerTrainingArguments,
+    rows: TrainingRows,
+    guide: SentenceTransformer | None,
+    start_dir: Path,
+) -> TercetTrainer:
+    """Return the trainer of this rank, with the model of the checkpoint that the run resumes from.
+
+    guide: a frozen model that the loss reads. start_dir: where the weights of the plan's champion are brought to."""
+    config, training = plan.config, plan.config.training
+    set_seed(training.seed)  # weights that the base model's files do not have are drawn at random
+    start = config.model
+    if plan.starts_from is not None:
+        start = reloaded(config.model, run.storage, plan.starts_from, start_dir)
+    model = make_model(start, str(args.device), run.resume_dir)
+    args.prompts = column_prompts(tuple(rows.train.column_names), model.prompts)
+    loss = make_loss(config.loss, model, guide)
+    forward = prepare(model, config.workers.packing, config.loss.is_cached, guide)
+    if args.process_index == 0:
+        logger.info("forward pass: %s (%s)", forward.packing, forward.reason)
+    eval_batch_size = config.evaluation.batch_size
+    eval_loss = split_loss(config.loss, model, rows.splits["eval"], plan.rows_per_loss_call, eval_batch_size)
+    # The baseline. Not by `trainer.evaluate()` before `train()`: accelerate 1.15 then takes the model for prepared,
+    # skips DistributedDataParallel without a word, and each rank trains a model of its own.
+    args.eval_on_start = run.commit is None
+    return TercetTrainer(
+        batches=RankBatches(
+            datasets=rows_to_order(plan, rows.parts),
+            global_batch_size=training.global_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+            seed=training.seed,
+            row_tokens=estimated_tokens(rows.train, model.max_seq_length) if args.world_size > 1 else None,
+        ),
+        parallelism=plan.parallelism,
+        save_whole=functools.partial(save_whole, start) if gathers(plan) else None,
+        loss_runs_backward=config.loss.is_cached,
+        scales_loss=training.precision == "fp16",
+        forward=forward,
+        loss_reads_texts=guide is not None,
+        model=model,
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.splits["eval"],
+        loss=loss,
+        evaluator=make_evaluator(rows.splits, "eval", eval_batch_size, eval_loss),
+    )
+
+
+def add_callbacks(
+    trainer: TercetTrainer,
+    plan: TrainPlan,
+    run: HeldRun,
+    uploader: Uploader,
+    notice: Callable[[], bool],
+    report: Callable[[dict[str, Any]], None] | None,
+) -> tuple[RunRecorder, StopOnPreemption]:
+    """Add guards, recorder, preemption and deadline to a trainer. Returns those that are asked after the training."""
+    rank, seconds = trainer.args.process_index, plan.config.workers.step_timeout_seconds
+    recorder = RunRecorder(plan, run.storage, uploader, trainer.ledger, run.confirm, report)
+    preemption = StopOnPreemption(notice, plan.steps_per_epoch)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LearningGuard(shards_weights(plan.parallelism)))
+    if run.lease is not None:
+        trainer.add_callback(LeaseGuard(run.lease.check))
+    trainer.add_callback(recorder)
+    trainer.add_callback(preemption)
+    trainer.add_callback(Deadline(seconds, rank, functools.partial(run.report_hang, rank, seconds)))
+    return recorder, preemption
