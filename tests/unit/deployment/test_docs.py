@@ -47,6 +47,14 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
 
 
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(
+        re.findall(r"(?:^|`)make ([a-z]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert {"demo", "test"} <= named <= targets
+
+
 def test_the_page_about_storage_has_every_key_and_no_other() -> None:
     page = (REPOSITORY / "docs/storage.md").read_text(encoding="utf-8")
     described = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
