@@ -1,14 +1,21 @@
-"""Pure: (seed, epoch, step, world size) → rows. The one place that decides order.
+"""The order of training rows: (seed, epoch, step, world size) → rows. Pure functions; no other module decides order.
 
-An epoch is a row of *global* batches, made from (seed, epoch) alone. A rank takes its share of each, so 1, 2 or 64
-workers see the same global batches, and every rank has the same number of steps. The rows that do not fill a last batch
-(less than one global batch) are left out; each pass over a dataset shuffles anew, so each leaves out others.
+    rows of a dataset → shuffled pass → blocks without duplicates → global batches → mix of datasets → rows of a rank
 
-The place of every row is computed, not stored: a pass is cut into blocks of some 30,000 rows, and any of them is made
-without the ones before it. So memory does not grow with the dataset, and a run resumes at step k by making one block.
+**Same batches for any number of workers.** An epoch is a sequence of *global* batches, derived from (seed, epoch)
+alone. Each rank takes its share of every global batch. So 1, 2 or 64 workers train on the same global batches, and all
+ranks take the same number of steps.
 
-Each global batch comes from one dataset, so that in-batch negatives are of its kind. A dataset is an endless row of
-batches, pass after pass, and each epoch takes the next few: with weight 1 one pass, with weight 0.5 half of one.
+**Computed, not stored.** The row at each position of a shuffled pass is the value of a function. A pass is cut into
+blocks of about 30,000 rows, and each block can be made without the ones before it. So memory does not grow with the
+dataset, and a run that resumes at step k makes one block instead of replaying k steps.
+
+**Whole batches only.** A pass skips the rows that would fill only part of a last global batch. Each pass is shuffled
+differently, so each skips other rows.
+
+**One dataset per global batch.** In-batch negatives therefore come from the same dataset. Each dataset is an endless
+sequence of batches, pass after pass. Each epoch continues where the last one stopped: it takes one pass with weight 1,
+half a pass with weight 0.5.
 """
 
 from __future__ import annotations
@@ -26,68 +33,72 @@ import numpy.typing as npt
 from tercet.data.no_duplicates import without_duplicates
 
 Rows = npt.NDArray[np.int64]
+"""Row numbers, from 0."""
 TextIds = Callable[[Rows], npt.NDArray[np.int64]]
-"""Rows → equal numbers for equal texts among them: shape (num_rows,) → (num_rows, num_columns)."""
+"""Rows → numbers that are equal for equal texts: shape (num_rows,) → (num_rows, num_columns)."""
 RowTokens = Callable[[Rows], npt.NDArray[np.int64]]
-"""Rows → about how much there is to compute for each: shape (num_rows,) → (num_rows,)."""
+"""Rows → estimated cost of each, in any unit: shape (num_rows,) → (num_rows,)."""
 
-# A block is what is looked at together to keep a text from being in a batch twice.
+# Rows trade places only within a block to keep equal texts out of a batch. A larger block has more room for that, and
+# takes longer to make.
 ROWS_PER_BLOCK = 2**15
 MIN_STEPS_PER_BLOCK = 64
 
+# Each kind of draw has a random stream of its own.
 _PASS_STREAM, _SUBSET_STREAM, _MIX_STREAM = 0, 1, 2
 _NUM_ROUNDS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetRows:
-    """One dataset's part in the training."""
+    """A dataset's part in training."""
 
     num_rows: int
     num_steps_per_epoch: int
-    """Global batches that it gives to each epoch."""
+    """Global batches that the dataset contributes to each epoch."""
     text_ids: TextIds | None = None
-    """None where texts may repeat in a batch."""
+    """None if a text may occur more than once in a batch."""
 
 
 def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1.0) -> int:
-    """Optimizer steps that a dataset gives to one epoch of `weight` passes: whole global batches only."""
+    """Return the optimizer steps that a dataset contributes to an epoch: `weight` passes of whole global batches."""
     return round(weight * (num_rows // global_batch_size))
 
 
-def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0, *more: int) -> Rows:
-    """The rows of a dataset that take part: all, or `max_rows` of them chosen by the seed, in ascending order.
+def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0, draw: tuple[int, ...] = ()) -> Rows:
+    """Choose the rows of a dataset to train on: all, or `max_rows` of them at random. Ascending.
 
-    dataset: its place in the recipe; 0 is the one that the model is measured on. more: makes it another choice."""
+    A larger `max_rows` keeps the rows of a smaller one. dataset: position in the recipe; 0 is the main dataset. draw:
+    further key; the choice for each value is independent."""
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows, dtype=np.int64)
-    return np.sort(shuffled(np.arange(max_rows), num_rows, (seed, _SUBSET_STREAM, dataset, *more)))
+    return np.sort(shuffled(np.arange(max_rows), num_rows, (seed, _SUBSET_STREAM, dataset, *draw)))
 
 
-def shuffled(places: Rows, num_rows: int, stream: tuple[int, ...]) -> Rows:
-    """The rows at these places (each below `num_rows`) of a shuffle of `num_rows` rows that is never made as a whole.
+def shuffled(positions: Rows, num_rows: int, stream: tuple[int, ...]) -> Rows:
+    """Return the rows at the given positions (each below `num_rows`) of a shuffle of `num_rows` rows.
 
-    A Feistel network over pairs of digits (Black & Rogaway 2002, "Ciphers with arbitrary finite domains") is a
-    bijection of [0, a * b); the few results that are no row go through it again until they are one. `stream` is the
-    key."""
+    Takes time and memory for the given positions only. A Feistel network, keyed by `stream`, over pairs of digits is a
+    bijection of [0, a * b), where a * b is slightly larger than `num_rows`. Results that are not below `num_rows` go
+    through it again until they are (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains")."""
     keys = np.random.default_rng(stream).integers(2**64, size=_NUM_ROUNDS, dtype=np.uint64)
     high = np.uint64(math.isqrt(max(num_rows - 1, 0)) + 1)
     low = np.uint64(-(-num_rows // int(high)))
-    found = np.asarray(places).astype(np.uint64)
-    outside = np.ones(len(found), dtype=bool)
-    while outside.any():
-        left, right = np.divmod(found[outside], low)
+    rows = np.asarray(positions).astype(np.uint64)
+    is_outside = np.ones(len(rows), dtype=bool)
+    while is_outside.any():
+        left, right = np.divmod(rows[is_outside], low)
         for number in range(0, _NUM_ROUNDS, 2):
-            # Half of 64 bits, so that the sum does not overflow.
+            # Half of the 64 bits, so that the sum does not overflow.
             left = (left + (splitmix64(right ^ keys[number]) >> np.uint64(32))) % high
             right = (right + (splitmix64(left ^ keys[number + 1]) >> np.uint64(32))) % low
-        found[outside] = left * low + right
-        outside = found >= num_rows
-    return found.astype(np.int64)
+        rows[is_outside] = left * low + right
+        is_outside = rows >= num_rows
+    return rows.astype(np.int64)
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A hash of each: a bijection of 64 bits in which every bit depends on all (Steele et al. 2014, SplitMix64)."""
+    """Hash each value: a bijection of 64 bits in which each bit depends on all others (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -102,20 +113,20 @@ def global_batches(
     dataset: int = 0,
     start_step: int = 0,
 ) -> Iterator[Rows]:
-    """The rows of the global batches of a pass over a dataset, from batch `start_step` on: each (global_batch_size,).
+    """Yield the global batches of one pass over a dataset, from batch `start_step`: each of shape (global_batch_size,).
 
-    With text_ids, no text occurs in two rows of one batch: a row that would repeat one changes places with a row of
-    another batch of its block, or with one that is left out. Where a text is too frequent for that, some stay, which is
-    logged. dataset: its place in the recipe.
+    With `text_ids`, no two rows of a batch share a text. A row that would repeat one trades places with a row of
+    another batch of its block, or with a skipped row. If a text is too frequent for that, a few repeats remain, which
+    is logged. dataset: position in the recipe.
 
-    Raises TrainingError, when a block is due, as `without_duplicates`."""
+    Raises TrainingError as `without_duplicates` does, when the block is made."""
     num_steps = num_steps_per_epoch(num_rows, global_batch_size)
     steps_per_block = max(ROWS_PER_BLOCK // global_batch_size, MIN_STEPS_PER_BLOCK)
     for block in range(start_step // steps_per_block, -(-num_steps // steps_per_block)):
         first, end = block * steps_per_block, min((block + 1) * steps_per_block, num_steps)
-        # The last block has the rows that are left out besides.
-        places = np.arange(first * global_batch_size, num_rows if end == num_steps else end * global_batch_size)
-        rows = shuffled(places, num_rows, (seed, _PASS_STREAM, dataset, pass_number))
+        # The last block also holds the rows that the pass skips.
+        positions = np.arange(first * global_batch_size, num_rows if end == num_steps else end * global_batch_size)
+        rows = shuffled(positions, num_rows, (seed, _PASS_STREAM, dataset, pass_number))
         if text_ids is not None:
             rows = rows[without_duplicates(text_ids(rows), end - first, global_batch_size)]
         batches = rows[: (end - first) * global_batch_size].reshape(end - first, global_batch_size)
@@ -125,25 +136,27 @@ def global_batches(
 def mixed_batches(
     datasets: Sequence[DatasetRows], global_batch_size: int, seed: int, epoch: int, start_step: int = 0
 ) -> Iterator[Rows]:
-    """The global batches of an epoch, from 0, each of one dataset, from batch `start_step` of the epoch on. Rows are
-    numbered as if the datasets lay one after another. Several datasets take turns in an order drawn from (seed, epoch).
+    """Yield the global batches of an epoch (from 0), from batch `start_step`: each of shape (global_batch_size,).
 
-    Raises as `global_batches`."""
-    order = np.repeat(np.arange(len(datasets)), [rows.num_steps_per_epoch for rows in datasets])
+    Rows are numbered across the concatenated datasets. If there are several, they take turns in an order drawn from
+    (seed, epoch). Raises TrainingError as `global_batches` does."""
+    turns = np.repeat(np.arange(len(datasets)), [rows.num_steps_per_epoch for rows in datasets])
     if len(datasets) > 1:
-        order = np.random.default_rng((seed, _MIX_STREAM, epoch)).permutation(order)
-    taken = np.bincount(order[:start_step], minlength=len(datasets))
+        turns = np.random.default_rng((seed, _MIX_STREAM, epoch)).permutation(turns)
+    num_taken = np.bincount(turns[:start_step], minlength=len(datasets))
     offsets = list(itertools.accumulate((rows.num_rows for rows in datasets), initial=0))
     batches = [
-        _batches_from(rows, epoch * rows.num_steps_per_epoch + int(taken[dataset]), global_batch_size, seed, dataset)
+        _batches_from(
+            rows, epoch * rows.num_steps_per_epoch + int(num_taken[dataset]), global_batch_size, seed, dataset
+        )
         for dataset, rows in enumerate(datasets)
     ]
-    for dataset in order[start_step:]:
+    for dataset in turns[start_step:]:
         yield next(batches[dataset]) + offsets[dataset]
 
 
 def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: int, dataset: int) -> Iterator[Rows]:
-    """The dataset's batches from number `first` on, pass after pass, without end. Holds one block at a time."""
+    """Yield the dataset's batches from number `first`, pass after pass, without end. Holds one block at a time."""
     first_pass, start_step = divmod(first, num_steps_per_epoch(rows.num_rows, global_batch_size))
     for pass_number in itertools.count(first_pass):
         yield from global_batches(
@@ -159,10 +172,11 @@ def rank_micro_batches(
     gradient_accumulation_steps: int,
     row_tokens: RowTokens | None = None,
 ) -> Rows:
-    """One rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
+    """Return one rank's rows of a global batch: shape (gradient_accumulation_steps, rows per rank and micro-batch).
 
-    The global batch is cut into accumulation steps first, so that the rows which meet in one forward pass over all
-    ranks do not depend on the number of ranks. With row_tokens, these are dealt so that no rank waits for another."""
+    The global batch is cut into micro-batches before these are divided among the ranks. So the rows that meet in one
+    forward pass over all ranks do not depend on the number of ranks. With `row_tokens`, each micro-batch is divided so
+    that the ranks have about the same amount of work; otherwise by position."""
     if row_tokens is None:
         return global_batch.reshape(gradient_accumulation_steps, world_size, -1)[:, rank]
     micro_batches = global_batch.reshape(gradient_accumulation_steps, -1)
@@ -170,21 +184,23 @@ def rank_micro_batches(
 
 
 def balance_by_tokens(sizes: npt.NDArray[np.integer], num_ranks: int) -> Rows:
-    """Which of the rows with these sizes each rank has, so that the ranks' sums are about equal: shape (num_ranks, rows
-    per rank). The largest first, each goes to the rank with the least so far that has room (Graham 1969, LPT)."""
+    """Divide rows of the given sizes among ranks, so that each has equally many rows and their sums are about equal.
+
+    Returns positions in `sizes`: shape (num_ranks, rows per rank), each rank's ascending. The largest row comes first;
+    each goes to the rank with the smallest sum that still has room (longest processing time first, Graham 1969)."""
     rows_per_rank = len(sizes) // num_ranks
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     sums = [(0, rank) for rank in range(num_ranks)]
-    for place in np.argsort(-sizes, kind="stable").tolist():
+    for position in np.argsort(-sizes, kind="stable").tolist():
         total, rank = heapq.heappop(sums)
-        ranks[rank].append(place)
+        ranks[rank].append(position)
         if len(ranks[rank]) < rows_per_rank:
-            heapq.heappush(sums, (total + int(sizes[place]), rank))
+            heapq.heappush(sums, (total + int(sizes[position]), rank))
     return np.sort(ranks, axis=1)
 
 
 class RankBatches:
-    """The batch sampler of one rank: a list of rows for each micro-batch of the epoch set by `set_epoch`."""
+    """The batch sampler of one rank: one list of rows per micro-batch of an epoch."""
 
     def __init__(
         self,
@@ -196,26 +212,28 @@ class RankBatches:
         seed: int,
         row_tokens: RowTokens | None = None,
     ) -> None:
-        """row_tokens: numbered as `mixed_batches` does; it decides which rank has which rows of a batch."""
+        """row_tokens: balances the ranks' work; takes rows numbered as in `mixed_batches`."""
         self.row_tokens = row_tokens
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
         self.handed_out: deque[list[int]] = deque()
-        """The rows of the micro-batches that were asked for, until who trains on them takes them out."""
+        """Micro-batches that were yielded and not trained on yet. The trainer removes each when it trains on it."""
         self._num_skipped_steps = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0."""
+        """Choose the epoch, from 0, of the next iteration."""
         self.epoch = epoch
 
     def skip(self, num_steps: int) -> None:
-        """Begin the next epoch that is asked for after so many steps of it. An empty list stands for each micro-batch
-        before: what resumes a run (accelerate's `skip_first_batches`) counts and throws them away."""
+        """Start the next iteration after its first `num_steps` steps, without computing their rows.
+
+        An empty list stands for each skipped micro-batch, because accelerate's `skip_first_batches`, which resumes a
+        run, counts and discards them."""
         self._num_skipped_steps = num_steps
 
     def __len__(self) -> int:
-        """Micro-batches in an epoch: the same on every rank."""
+        """Return the micro-batches of an epoch: the same on every rank."""
         return sum(rows.num_steps_per_epoch for rows in self.datasets) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:

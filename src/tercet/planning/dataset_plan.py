@@ -122,7 +122,7 @@ def kept_rows(parts: Sequence[Cohort], seed: int, dataset: int = 0) -> Rows:
     newest = int(parts[-1].version, 16)
     return np.concatenate(
         [
-            first + subset(cohort.num_rows, cohort.num_kept_rows, seed, dataset, number, newest)
+            first + subset(cohort.num_rows, cohort.num_kept_rows, seed, dataset, draw=(number, newest))
             for number, (first, cohort) in enumerate(zip(firsts, parts, strict=False))
         ]
     )

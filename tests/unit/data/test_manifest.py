@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tercet.data import versions
-from tercet.data.manifest import Manifest, Shard, SplitRule, content_id
+from tercet.data.manifest import SPLIT_SALT, Manifest, Shard, SplitRule, content_id
 from tercet.data.versions import list_datasets, list_versions, publish, read_head, read_manifest
 from tercet.errors import Conflict, CorruptObject, DataError, DatasetNotFound, StorageUnavailable
 from tercet.storage import Storage, open_storage
@@ -53,6 +53,25 @@ def test_what_was_published_is_read_back(storage: Storage) -> None:
     assert pickle.loads(pickle.dumps(manifest)) == manifest
     assert manifest.num_bad_rows == 2
     assert list_datasets(storage) == ["faq"]
+
+
+def test_content_ids_never_change_between_versions() -> None:
+    """A version that another tercet published must still match its id."""
+
+    def shard(split: str, number: int, version: str | None = None) -> Shard:
+        path = f"shards/{split}-00000-of-00001.parquet"
+        return Shard(path=path, num_rows=number, num_bytes=9, sha256=f"{number:064}", version=version)
+
+    columns = ("anchor", "positive", "negative", "group")
+    rule = SplitRule(by="group", salt=SPLIT_SALT, fractions=(0.8, 0.1, 0.1))
+    built = {"train": (shard("train", 1),), "eval": (), "test": (shard("test", 2),)}
+    appended = {
+        "train": (shard("train", 1, version="5d0d03e"), shard("train", 3)),
+        "eval": (),
+        "test": (shard("test", 2, version="5d0d03e"),),
+    }
+    assert content_id(columns, rule, built) == "43d0aa25d4d0ed41"
+    assert content_id(columns, rule, appended) == "578ac06bb5eb9327"
 
 
 def test_publishing_again_keeps_the_first_and_does_not_move_head(storage: Storage) -> None:

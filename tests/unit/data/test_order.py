@@ -426,9 +426,32 @@ def test_the_order_never_changes_between_versions() -> None:
         "no duplicates": sha256(all_batches(1000, 16, 42, 1, text_ids))[:16],
         "subset": sha256(subset(1000, 100, 42))[:16],
         "mix": sha256(np.stack(list(mixed_batches(mix((80, 1), (40, 0.4)), 8, 42, 1))))[:16],
+        "another draw of a subset": sha256(subset(1000, 100, 42, 1, draw=(3, 5)))[:16],
     } == {
         "plain": "1bd5d499c0bf406f",
         "no duplicates": "75aa0c1526c2ce89",
         "subset": "6ca84638244b4f8a",
         "mix": "37a5bb701d5251e2",
+        "another draw of a subset": "140126538a5f196d",
     }
+
+
+@pytest.mark.parametrize(
+    ("balanced", "world_size", "expected"),
+    [
+        (False, 1, "1bd5d499c0bf406f"),
+        (False, 2, "ee577d3ec43ca97b"),
+        (False, 4, "2fe0e5f0dd3c601a"),
+        (True, 1, "1bd5d499c0bf406f"),
+        (True, 2, "b892eb2555fc2a7d"),
+        (True, 4, "7202123fbd7bc167"),
+    ],
+)
+def test_the_rows_of_each_rank_never_change_between_versions(balanced: bool, world_size: int, expected: str) -> None:
+    row_tokens = (20 + np.arange(1000) * 7919 % 881).__getitem__ if balanced else None
+    ranks = []
+    for rank in range(world_size):
+        sampler = RankBatches([DatasetRows(1000, 31)], 32, 2, rank, world_size, 42, row_tokens)
+        sampler.set_epoch(1)
+        ranks.append(list(sampler))
+    assert sha256(np.array(ranks))[:16] == expected
