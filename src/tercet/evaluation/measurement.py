@@ -146,7 +146,7 @@ def _num_leaked_rows(plan: TrainPlan, storage: Storage, splits: dict[str, Datase
     held_out = {row_hash(pair) for pair in zip(splits[TEST]["anchor"], splits[TEST]["positive"], strict=True)}
     return sum(
         row_hash(pair) in held_out
-        for rows in load_train_rows(plan, storage, splits)
-        for batch in rows.select_columns(["anchor", "positive"]).iter(batch_size=1000)
+        for part in load_train_rows(plan, storage, splits)
+        for batch in part.rows.select_columns(["anchor", "positive"]).iter(batch_size=1000)
         for pair in zip(batch["anchor"], batch["positive"], strict=True)
     )

@@ -25,7 +25,7 @@ from tercet.model.loss import make_loss
 from tercet.model.packed_model import prepare
 from tercet.planning.parallelism import shards_weights
 from tercet.planning.plan import TrainPlan
-from tercet.planning.rows import concatenate, load_splits, load_train_rows, rows_to_order
+from tercet.planning.rows import PlannedRows, concatenate, load_splits, load_train_rows, rows_to_order
 from tercet.storage import Storage
 from tercet.training.arguments import column_prompts, gathers, training_arguments
 from tercet.training.attempt import HeldRun
@@ -41,7 +41,7 @@ class TrainingRows(NamedTuple):
 
     splits: dict[str, Dataset]
     """Train, eval and test of the dataset that the model is measured on."""
-    parts: list[Dataset]
+    parts: list[PlannedRows]
     """The rows of each dataset that are trained on, in the plan's order."""
     train: Dataset
     """All parts, one after the other."""

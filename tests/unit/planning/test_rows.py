@@ -72,8 +72,8 @@ def test_a_dataset_by_itself_stays_as_it_is(plan: Callable[..., TrainPlan], stor
     assert sorted(splits) == ["eval", "test", "train"]
     train = load_train_rows(plan(), storage, splits)
     assert len(train) == 1
-    assert train[0] is splits["train"] is concatenate(train)
-    chosen = load_train_rows(plan(max_train_rows=20), storage, splits)[0]
+    assert train[0].rows is splits["train"] is concatenate(train)
+    chosen = load_train_rows(plan(max_train_rows=20), storage, splits)[0].rows
     assert chosen["anchor"] == splits["train"].select(subset(len(splits["train"]), 20, 42))["anchor"]
 
 
@@ -85,11 +85,12 @@ def test_each_batch_has_the_columns_of_its_own_dataset(
     made_plan = plan("docs", "faq")
     splits = load_splits(made_plan, storage)
     train = load_train_rows(made_plan, storage, splits)
-    assert [len(part) for part in train] == [len(splits["train"]), 20, 30]
+    assert [part.dataset for part in train] == list(made_plan.datasets)
+    assert [len(part.rows) for part in train] == [len(splits["train"]), 20, 30]
     whole = concatenate(train)
     assert whole.column_names == ["anchor", "positive", "negative", "negative_1", "negative_2"]
     first = 0
-    for part in train:
+    for part in (part.rows for part in train):
         numbers = list(range(first, first + len(part)))
         assert whole.__getitems__(numbers) == part.__getitems__(list(range(len(part))))  # what a DataLoader calls
         assert list(whole.__getitems__(numbers[:2])[0]) == part.column_names
@@ -103,10 +104,12 @@ def test_the_tokens_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: St
     for made_plan in (plan("docs"), plan("docs", max_train_rows=15)):
         train = load_train_rows(made_plan, storage, load_splits(made_plan, storage))
         whole = concatenate(train)
-        expected = [estimated_tokens(part, None)(np.array([n]))[0] for part in train for n in range(len(part))]
+        expected = [
+            estimated_tokens(part.rows, None)(np.array([n]))[0] for part in train for n in range(len(part.rows))
+        ]
         numbers = np.random.default_rng(0).permutation(len(whole))
         assert estimated_tokens(whole, None)(numbers).tolist() == [expected[n] for n in numbers]
-        longest = estimated_tokens(whole, 10)(np.arange(len(train[0]), len(whole))).max()
+        longest = estimated_tokens(whole, 10)(np.arange(len(train[0].rows), len(whole))).max()
         assert longest == 2 * 16 * 10  # of each text no more than ten
 
 
@@ -116,11 +119,11 @@ def test_max_train_rows_chooses_in_each_dataset(
     publish("docs", rows("docs", 50, "anchor", "positive"))
     short = plan("docs", max_train_rows=15)
     train = load_train_rows(short, storage, load_splits(short, storage))
-    assert [len(part) for part in train] == [15, 15] == [part.num_train_rows for part in short.datasets]
+    assert [len(part.rows) for part in train] == [15, 15] == [part.num_train_rows for part in short.datasets]
     full = plan("docs")
-    docs = load_train_rows(full, storage, load_splits(full, storage))[1]
-    assert train[1]["anchor"] == docs.select(subset(50, 15, 42, 1))["anchor"]
-    assert concatenate(train).__getitems__([15]) == train[1].__getitems__([0])
+    docs = load_train_rows(full, storage, load_splits(full, storage))[1].rows
+    assert train[1].rows["anchor"] == docs.select(subset(50, 15, 42, 1))["anchor"]
+    assert concatenate(train).__getitems__([15]) == train[1].rows.__getitems__([0])
 
 
 @pytest.mark.parametrize("split", ["eval", "test"])
@@ -137,7 +140,7 @@ def test_a_text_of_eval_or_test_is_found(
     assert error.message == (
         f"1 train rows of docs hold an anchor or a positive of poems's eval or test split, such as {bad[7][into]!r}"
     )
-    assert "take these rows out" in error.hint
+    assert "remove these rows" in error.hint
 
 
 def test_leaks_are_counted_and_three_are_shown(
