@@ -1,8 +1,9 @@
 """A store written by commit 393eb53, before the files moved into wings, is read, resumed, verified and promoted.
 
-`tests/fixtures/store_393eb53.tar.xz` holds the store, the recipes of its runs, and the Python package that carries their
-model of 25,000 weights. The store has a dataset of two versions, a finished run, a night that made the first champion,
-and a run that was killed while its second checkpoint was uploaded. Never rebuild the archive: its age is its purpose.
+`tests/fixtures/store_393eb53.tar.xz` holds the store, the recipes of its runs, and the Python package that carries
+their model of 25,000 weights. The store has a dataset of two versions, a finished run, a night that made the first
+champion, and a run that was killed while its second checkpoint was uploaded.
+Never rebuild the archive: its age is its purpose.
 """
 
 from __future__ import annotations
