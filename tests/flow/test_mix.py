@@ -25,6 +25,7 @@ from tercet.data.build import build_version
 from tercet.data.ingest import IngestOptions
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
+from tercet.storage.documents import unseal
 
 # `pairs` fills 5 global batches of 16, and gives 8 to an epoch.
 MIX = [{"name": "pairs", "weight": 1.6}]
@@ -132,7 +133,7 @@ def test_a_run_of_a_mix_from_recipe_to_card(
     done = check(run_command(tercet("train", recipe, "--run-id", "whole"), environment, tmp_path))
     assert "  mix      tiny " in done.stdout
     assert "  mix      pairs " in done.stdout
-    report = RunReport.model_validate_json((mixed_store / "runs/whole/report.json").read_bytes())
+    report = unseal(RunReport, (mixed_store / "runs/whole/report.json").read_bytes(), "report.json")
     assert report.gain > 0.1
     card = (mixed_store / "runs/whole/best/README.md").read_text()
     assert "85 rows of `pairs` (version `" in card

@@ -5,6 +5,7 @@
 - `best`: the best checkpoint of a run, and how long the others are kept
 - `uploader`: uploads checkpoints off the training path
 - `journal`: the events and incidents of a run
+- `training_log`: metrics of each evaluation, and the log of a finished training
 - `report`: the result of a run, as a document and as a page
 - `decision`: what a gate decided, with every number it rests on
 - `champion`: the pointer to the version that serves, and its history

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Literal, TypeVar
-
-from pydantic import BaseModel
+from typing import ClassVar, Literal
 
 from tercet.errors import AlreadyExists, ChampionMoved, Conflict, CorruptObject, ObjectNotFound
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
-from tercet.storage.documents import Document, as_bytes, parse, sha256
+from tercet.storage.documents import Document, seal, sha256, unseal
 from tercet.storage.layout import champion_key, generation_key
 
 Kind = Literal["gated", "by hand", "rollback"]
 
 
-D = TypeVar("D", bound=BaseModel)
-
-
 class Champion(Document):
     """One generation of the pointer."""
+
+    once_unsealed: ClassVar[bool] = True
 
     name: str
     generation: int
@@ -50,7 +47,7 @@ class Champion(Document):
 def read_champion(storage: Storage, name: str) -> Champion | None:
     """The present champion, or None. Raises CorruptObject."""
     data, _ = _read(storage, name)
-    return None if data is None else parse(Champion, data, storage.uri_of(champion_key(name)))
+    return None if data is None else unseal(Champion, data, storage.uri_of(champion_key(name)))
 
 
 def move_champion(
@@ -71,7 +68,7 @@ def move_champion(
     Raises ChampionMoved when another one is the champion by now; then this changed nothing. After StorageUnavailable it
     is open whether it was done: look again."""
     data, token = _read(storage, name)
-    present = None if data is None else parse(Champion, data, storage.uri_of(champion_key(name)))
+    present = None if data is None else unseal(Champion, data, storage.uri_of(champion_key(name)))
     if present != expected:
         raise _moved(name, present)
     if present is not None and data is not None:
@@ -91,12 +88,12 @@ def move_champion(
     )
     crash_point("before_champion", champion.generation)
     try:
-        storage.compare_and_swap(champion_key(name), as_bytes(champion), token)
+        storage.compare_and_swap(champion_key(name), seal(champion), token)
     except Conflict:
         if not _was_champion(storage, champion):  # or it was this swap, and the answer got lost
             raise _moved(name, read_champion(storage, name)) from None
     crash_point("after_champion", champion.generation)
-    _file(storage, champion, as_bytes(champion))
+    _file(storage, champion, seal(champion))
     return champion
 
 
@@ -106,7 +103,7 @@ def history(storage: Storage, name: str) -> list[Champion]:
     data, _ = _read(storage, name)
     chain: list[Champion] = []
     while data is not None:
-        chain.append(parse(Champion, data, f"generation {chain[-1].generation - 1 if chain else 'now'} of {name}"))
+        chain.append(unseal(Champion, data, f"generation {chain[-1].generation - 1 if chain else 'now'} of {name}"))
         data = _parent(storage, chain[-1])
     if [champion.generation for champion in chain] != list(range(len(chain), 0, -1)):
         raise CorruptObject(
@@ -137,10 +134,10 @@ def _file(storage: Storage, champion: Champion, data: bytes) -> None:
 def _was_champion(storage: Storage, champion: Champion) -> bool:
     """Whether a champion is in its place, or was: who replaced it must have filed it."""
     present, _ = _read(storage, champion.name)
-    if present == as_bytes(champion):
+    if present == seal(champion):
         return True
     try:
-        return storage.read(generation_key(champion.name, champion.generation)) == as_bytes(champion)
+        return storage.read(generation_key(champion.name, champion.generation)) == seal(champion)
     except ObjectNotFound:
         return False
 

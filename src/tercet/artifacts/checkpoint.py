@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.artifacts.lease import Attempt, is_fenced, read_attempts
 from tercet.errors import Conflict, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.base import sha256_of
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, Frozen, seal, unseal
 from tercet.storage.layout import COMMIT, attempt_folder, checkpoints_prefix, commit_key, part_key, step_of
 
 logger = logging.getLogger(__name__)
@@ -41,30 +39,27 @@ TRAINER_STATE_FILES = (
 )
 
 
-class FileRecord(BaseModel):
+class FileRecord(Frozen):
     """One file of a commit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: str
     num_bytes: int
 
 
-class Part(BaseModel):
+class Part(Document):
     """What one rank uploaded to `folder`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     folder: str
     rank: int
     files: dict[str, FileRecord]
 
 
-class Commit(BaseModel):
+class Commit(Document):
     """The document that makes a folder count. `files` maps paths below `folder` (a key in storage) to their records.
 
     `lineage` is of the attempts that the checkpoint goes back to, the one that wrote it last. `metrics` are of this
     very step; without an evaluation there are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     step: int
     epoch: float
     lineage: tuple[Attempt, ...]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from tercet.config.sections import GateConfig
+from tercet.storage.documents import Document, Frozen
 
 Verdict = Literal["promote", "keep", "undecided", "refused"]
 State = Literal["not_worse", "worse", "undecided"]
@@ -71,14 +72,7 @@ StoredRole = Annotated[
 ]
 
 
-class _Frozen(BaseModel):
-    # Some fields are stored under an older name, which is their alias: what is stored keeps its names.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
-    )
-
-
-class Estimate(_Frozen):
+class Estimate(Frozen):
     """One metric of both models on the same rows."""
 
     metric: str
@@ -99,7 +93,7 @@ class Estimate(_Frozen):
     confidence: float
 
 
-class Guard(_Frozen):
+class Guard(Frozen):
     """Something that must not get worse."""
 
     name: str
@@ -115,7 +109,7 @@ class Guard(_Frozen):
     state: State
 
 
-class Origin(_Frozen):
+class Origin(Frozen):
     """What is known of a candidate before its results are looked at."""
 
     weights_sha256: str | None = None
@@ -129,8 +123,10 @@ class Origin(_Frozen):
     """NaN or Inf. They may be where no row of the test split comes by."""
 
 
-class GateDecision(_Frozen):
+class GateDecision(Document):
     """What was decided, and everything that it rests on."""
+
+    once_unsealed: ClassVar[bool] = True
 
     verdict: Verdict
     reasons: tuple[Reason, ...]

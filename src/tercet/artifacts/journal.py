@@ -14,9 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any, ClassVar
 
 from tercet.errors import (
     AccessDenied,
@@ -35,6 +33,7 @@ from tercet.errors import (
     first_line,
 )
 from tercet.storage import Storage, layout
+from tercet.storage.documents import Document, seal, unseal
 
 logger = logging.getLogger("tercet")
 
@@ -57,10 +56,11 @@ _KINDS: tuple[tuple[type[TercetError], str], ...] = (
 _WRITE_FAILED = ("No space left on device", "iostream error", "unexpected pos")
 
 
-class Incident(BaseModel):
+class Incident(Document):
     """One document."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    once_unsealed: ClassVar[bool] = True
+
     kind: str
     message: str
     unix_seconds: float
@@ -102,7 +102,7 @@ def report_incident(storage: Storage, run_id: str, name: str, kind: str, message
     """Write an incident down, unless one of that name is known. Where storage fails too, a warning must do."""
     incident = Incident(kind=kind, message=message, unix_seconds=round(time.time(), 3))
     try:
-        storage.put_if_absent(layout.incident_key(run_id, name), incident.model_dump_json(indent=1).encode())
+        storage.put_if_absent(layout.incident_key(run_id, name), seal(incident))
     except AlreadyExists:
         pass
     except StorageError as error:
@@ -135,8 +135,8 @@ def counts(storage: Storage, run_id: str) -> dict[str, int]:
 
 def _read_kind(storage: Storage, key: str) -> str:
     try:
-        return Incident.model_validate_json(storage.read(key)).kind
-    except (ValidationError, CorruptObject):
+        return unseal(Incident, storage.read(key), storage.uri_of(key)).kind
+    except CorruptObject:
         return "unreadable"
 
 

@@ -20,12 +20,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.artifacts.journal import end_name, report_incident
 from tercet.errors import Conflict, CorruptObject, LeaseLost, ObjectNotFound, RunIsTaken, StorageError
 from tercet.storage import Storage
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, Frozen, seal, unseal
 from tercet.storage.layout import lease_key
 
 logger = logging.getLogger("tercet")
@@ -34,20 +32,18 @@ RENEWALS_PER_LEASE = 4  # so that a few may fail
 POLLS_PER_LEASE = 20
 
 
-class Attempt(BaseModel):
+class Attempt(Frozen):
     """One start of the worker group, and the step that it went on from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     generation: int
     first_step: int
     world_size: int
 
 
-class Holder(BaseModel):
+class Holder(Document):
     """The document. `owner` is who starts attempts (a driver's launch), `place` and `pid` say where rank 0 runs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     run_id: str
     generation: int
     owner: str

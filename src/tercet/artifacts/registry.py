@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from filelock import FileLock
 
@@ -22,7 +22,7 @@ from tercet.artifacts.decision import GateDecision
 from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNotFound
 from tercet.storage import Storage, layout
 from tercet.storage.base import sha256_of
-from tercet.storage.documents import Document, as_bytes, parse, sha256
+from tercet.storage.documents import Document, seal, sha256, unseal
 
 MAX_PROMOTION_ATTEMPTS = 10  # each of them gates the candidate against another champion
 
@@ -39,6 +39,8 @@ class Lineage(Document):
 
 class Version(Document):
     """A published model. It never changes; were its files to change, they would not be served."""
+
+    once_unsealed: ClassVar[bool] = True
 
     name: str
     number: int
@@ -84,7 +86,7 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
             nonce=nonce,
         )
         try:
-            storage.put_if_absent(layout.model_version_key(name, number), as_bytes(version))
+            storage.put_if_absent(layout.model_version_key(name, number), seal(version))
         except AlreadyExists:
             if read_version(storage, name, number) != version:  # or it was this one, and the answer got lost
                 number += 1
@@ -163,7 +165,7 @@ def version_of(storage: Storage, champion: Champion) -> Version:
             f"{storage.uri_of(key)} is not what was made the champion",
             hint="roll back to another version: tercet models rollback",
         )
-    return parse(Version, data, storage.uri_of(key))
+    return unseal(Version, data, storage.uri_of(key))
 
 
 def download(storage: Storage, version: Version, folder: Path) -> Path:
@@ -189,7 +191,7 @@ def read_version(storage: Storage, name: str, number: int) -> Version:
     """Raises ObjectNotFound, CorruptObject."""
     key = layout.model_version_key(name, number)
     try:
-        return parse(Version, storage.read(key), storage.uri_of(key))
+        return unseal(Version, storage.read(key), storage.uri_of(key))
     except ObjectNotFound:
         known = ", ".join(map(str, list_versions(storage, name)[-10:])) or "none"
         raise ObjectNotFound(
@@ -199,7 +201,7 @@ def read_version(storage: Storage, name: str, number: int) -> Version:
 
 def read_decision(storage: Storage, key: str) -> GateDecision:
     """What `Champion.decision` or `Version.decision` names. Raises ObjectNotFound, CorruptObject."""
-    return parse(GateDecision, storage.read(key), storage.uri_of(key))
+    return unseal(GateDecision, storage.read(key), storage.uri_of(key))
 
 
 def list_models(storage: Storage) -> list[str]:
@@ -219,7 +221,7 @@ def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
 
 
 def _keep(storage: Storage, name: str, decision: GateDecision) -> str:
-    data = decision.model_dump_json(indent=1).encode()
+    data = seal(decision)
     key = layout.decision_key(name, sha256(data))
     with contextlib.suppress(AlreadyExists):  # of this very content
         storage.put_if_absent(key, data)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from tercet.storage.documents import Document
 
 Metrics = dict[str, float]
 
@@ -13,12 +15,10 @@ Metrics = dict[str, float]
 LOWER_IS_BETTER = {"loss"}
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunMetrics(_Document):
+class RunMetrics(Document):
     """metrics.json: every measurement of a run, on the eval split and on the test split."""
+
+    once_unsealed: ClassVar[bool] = True
 
     baseline_eval: Metrics
     baseline_test: Metrics
@@ -30,8 +30,10 @@ class RunMetrics(_Document):
     """Of the model reloaded from storage in a fresh process."""
 
 
-class RunReport(_Document):
+class RunReport(Document):
     """report.json: written at the end of every run, also of a failed one."""
+
+    once_unsealed: ClassVar[bool] = True
 
     run_id: str
     status: Literal["finished", "failed"]
@@ -47,7 +49,7 @@ class RunReport(_Document):
     """Of the last attempt."""
     num_attempts: int = 1
     """Starts of the workers. Each but the first went on from a checkpoint, or from nothing where there was none."""
-    incidents: dict[str, int] = {}
+    incidents: dict[str, int] = Field(default_factory=dict)
     """What went wrong on the way, by kind: see docs/failures.md."""
     metric: str
     num_steps: int

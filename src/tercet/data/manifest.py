@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from tercet import __version__
 from tercet.data.row_checks import is_text, normalise
+from tercet.storage.documents import Document, Frozen
 from tercet.storage.layout import version_prefix
 
 SPLITS = ("train", "eval", "test")
@@ -23,10 +23,8 @@ SPLIT_SALT = "tercet-split-1"
 """Never changes: with another salt, rows would move between train, eval and test."""
 
 
-class SplitRule(BaseModel):
+class SplitRule(Frozen):
     """How a row's split is decided: blake2b(salt + the value of column `by`) against the cumulated fractions."""
-
-    model_config = ConfigDict(frozen=True)
 
     by: str
     """`anchor` or `group`."""
@@ -52,11 +50,7 @@ class SplitRule(BaseModel):
         return "test"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Shard(_Frozen):
+class Shard(Frozen):
     """One Parquet file of one split."""
 
     path: str
@@ -68,14 +62,14 @@ class Shard(_Frozen):
     """The version that it lies in, where that is an earlier one which this one adds to."""
 
 
-class TextStatistics(_Frozen):
+class TextStatistics(Frozen):
     """Lengths of one column's texts in characters, over the rows of all splits."""
 
     mean_chars: float
     max_chars: int
 
 
-class Source(_Frozen):
+class Source(Frozen):
     """A file that rows were read from."""
 
     name: str
@@ -85,10 +79,9 @@ class Source(_Frozen):
     """Rows read from it, bad ones included."""
 
 
-class Manifest(_Frozen):
+class Manifest(Document):
     """One immutable version of a dataset."""
 
-    format: Literal[1] = 1
     dataset: str
     version: str
     columns: tuple[str, ...]
@@ -98,14 +91,14 @@ class Manifest(_Frozen):
     split_rule: SplitRule
     num_rows: dict[str, int]
     """Good rows of each split."""
-    bad_rows: dict[str, int] = {}
+    bad_rows: dict[str, int] = Field(default_factory=dict)
     """Quarantined rows by kind (`checks.BadKind`)."""
     num_duplicate_rows: int = 0
     """A warning: rows that equal an earlier row. They are in the shards."""
     num_leaked_rows: int = 0
     """Rows that were left out, because a later split (of train, eval, test) has their anchor and positive too. They are
     in the quarantine."""
-    text_statistics: dict[str, TextStatistics] = {}
+    text_statistics: dict[str, TextStatistics] = Field(default_factory=dict)
     sources: tuple[Source, ...] = ()
     created_at: datetime
     tercet_version: str = __version__

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import json
 import random
 import time
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from tercet.data.manifest import Manifest
 from tercet.errors import AlreadyExists, Conflict, CorruptObject, DataError, DatasetNotFound, ObjectNotFound
 from tercet.storage import Storage, layout
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, seal, unseal
 
 _HEAD_ATTEMPTS = 20
+
+
+class Head(Document):
+    """The pointer to the newest version of a dataset."""
+
+    once_unsealed: ClassVar[bool] = True
+
+    version: str
+    generation: int
+    """1, 2, 3, …: how often the pointer was moved."""
+    updated_at: str
+    """UTC, ISO 8601."""
 
 
 def list_datasets(storage: Storage) -> list[str]:
@@ -49,7 +60,7 @@ def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manif
 def read_head(storage: Storage, name: str) -> str | None:
     """The newest version's id, or None where nothing was published yet."""
     head, _ = _read_head(storage, name)
-    return None if head is None else str(head["version"])
+    return None if head is None else head.version
 
 
 def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> Manifest:
@@ -87,15 +98,15 @@ def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
     key, version = layout.head_key(manifest.dataset), manifest.version
     for attempt in range(_HEAD_ATTEMPTS):
         head, token = _read_head(storage, manifest.dataset)
-        if head is not None and head["version"] == version:
+        if head is not None and head.version == version:
             return
         if after is not None:
-            _check_newest(None if head is None else str(head["version"]), manifest, after)
-        generation = 1 if head is None else int(head["generation"]) + 1
+            _check_newest(None if head is None else head.version, manifest, after)
+        generation = 1 if head is None else head.generation + 1
         updated_at = datetime.now(UTC).isoformat(timespec="seconds")
-        new = {"version": version, "generation": generation, "updated_at": updated_at}
+        new = Head(version=version, generation=generation, updated_at=updated_at)
         try:
-            storage.compare_and_swap(key, (json.dumps(new) + "\n").encode(), token)
+            storage.compare_and_swap(key, seal(new), token)
         except Conflict:
             time.sleep(random.SystemRandom().uniform(0, 0.01 * 2 ** min(attempt, 6)))
         else:
@@ -106,19 +117,14 @@ def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
     )
 
 
-def _read_head(storage: Storage, name: str) -> tuple[dict[str, str | int] | None, str | None]:
+def _read_head(storage: Storage, name: str) -> tuple[Head | None, str | None]:
     key = layout.head_key(name)
     try:
         data, token = storage.read_versioned(key)
     except ObjectNotFound:
         return None, None
-    try:
-        head = json.loads(data)
-        return {"version": str(head["version"]), "generation": int(head["generation"])}, token
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptObject(
-            f"{storage.uri_of(key)} is not a HEAD: {error}", "Delete it and publish a version again."
-        ) from error
+    hint = "Delete it and publish a version again."
+    return unseal(Head, data, storage.uri_of(key), hint), token
 
 
 def _not_found(storage: Storage, name: str, version: str | None) -> NoReturn:

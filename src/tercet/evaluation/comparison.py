@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from tercet.artifacts.decision import GateDecision, Origin
 from tercet.config.sections import SliceConfig
@@ -19,6 +18,7 @@ from tercet.evaluation.measurement import TEST, Measurement, groups_of, read_tab
 from tercet.evaluation.paired import Paired, slices_of
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
+from tercet.storage.documents import Frozen
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,10 +142,8 @@ def _table(storage: Storage, run_id: str, measured: Measurement, data: str, kind
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-class IndexImpact(BaseModel):
+class IndexImpact(Frozen):
     """Two models never share an index: every row is embedded again. This says how much changes for who searches."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_queries: int
     overlap_at_10: float

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tercet.artifacts.checkpoint import Commit, FileRecord, upload_files
 from tercet.artifacts.decision import CANDIDATE, StoredRole
@@ -23,7 +23,7 @@ from tercet.model.libraries import import_quietly
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits, load_train_rows
 from tercet.storage import Storage, layout, open_storage
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, Frozen, seal, unseal
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,12 +33,8 @@ TEST = "test"
 KINDS = ("queries", "triplets")
 
 
-class Request(BaseModel):
+class Request(Frozen):
     """Which model to measure, and on what beside the test split."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, serialize_by_alias=True
-    )
 
     role: StoredRole = Field(validation_alias="who", serialization_alias="who")
     commit: Commit | None
@@ -47,10 +43,8 @@ class Request(BaseModel):
     """Versions of datasets, by name; of each the test split."""
 
 
-class Measurement(BaseModel):
+class Measurement(Document):
     """The document that makes a measurement count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
     request: Request
     files: dict[str, FileRecord]

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.artifacts.champion import read_champion
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.registry import resolve
@@ -36,7 +34,7 @@ from tercet.data.row_checks import is_text
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError, ObjectNotFound
 from tercet.storage import Storage, layout, open_storage
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, seal, unseal
 
 logger = logging.getLogger("tercet")
 
@@ -52,10 +50,8 @@ class Pool:
     num_rows: int
 
 
-class Mined(BaseModel):
+class Mined(Document):
     """What was mined from a version. Kept, because the model that mined it may not be the champion any more."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str
     """The version that was mined."""

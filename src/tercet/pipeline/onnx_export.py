@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.artifacts.checkpoint import FileRecord, upload_files
 from tercet.artifacts.registry import Version
 from tercet.errors import ConfigError, CorruptObject
@@ -22,7 +20,7 @@ from tercet.evaluation.evaluate import evaluate
 from tercet.planning.rows import load_splits
 from tercet.planning.survey import read_plan
 from tercet.storage import Storage, layout
-from tercet.storage.documents import seal
+from tercet.storage.documents import Document, seal
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,10 +30,8 @@ OUTPUT = "sentence_embedding"
 EXAMPLES = ("a text", "another text, which is longer")
 
 
-class Exported(BaseModel):
+class Exported(Document):
     """The document that makes an export count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: int
     inputs: tuple[str, ...]

@@ -12,14 +12,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tercet.artifacts.champion import Champion, read_champion
 from tercet.artifacts.registry import Version, download, resolve
 from tercet.config.recipe import Config
 from tercet.errors import ConfigError, first_line
 from tercet.storage import Storage, layout
-from tercet.storage.documents import Document, as_bytes
+from tercet.storage.documents import Document, seal
 
 TIMEOUT_SECONDS = 30
 ALIAS = "champion"
@@ -27,6 +27,8 @@ ALIAS = "champion"
 
 class Notification(Document):
     """One publisher knows of one champion."""
+
+    once_unsealed: ClassVar[bool] = True
 
     publisher: str
     generation: int
@@ -82,7 +84,7 @@ def notify(storage: Storage, config: Config, say: Callable[[str], None]) -> dict
                 say(f"not told: {name} {target}: {problems[name]}; the next night tries again")
                 continue
             told = Notification(publisher=name, generation=champion.generation, where=where, unix_seconds=time.time())
-            storage.put(key, as_bytes(told))
+            storage.put(key, seal(told))
             say(f"told: {name} {where}")
     return problems
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections import Counter
 from typing import Any
@@ -14,6 +13,7 @@ from tercet.artifacts.checkpoint import Commit, read_commits
 from tercet.artifacts.journal import Events
 from tercet.artifacts.lease import read_attempts
 from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
+from tercet.artifacts.training_log import Evaluation, TrainingLog
 from tercet.cluster import session, train
 from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
 from tercet.config.recipe import Config, as_yaml
@@ -23,7 +23,7 @@ from tercet.planning.plan import TrainPlan
 from tercet.planning.survey import read_report, survey
 from tercet.storage import Storage, layout
 from tercet.storage.base import retries as storage_retries
-from tercet.storage.documents import as_json, seal
+from tercet.storage.documents import seal, unseal
 
 logger = logging.getLogger("tercet")
 
@@ -49,11 +49,11 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             test = train.evaluate_test(plan, best)
         with events.timed("publish"):
             metrics = _metrics(_evaluations(storage, plan), best.step, test)
-            log_history = json.loads(storage.read(layout.training_key(plan.run_id)))["log_history"]
+            log_history = _training_log(storage, plan.run_id).log_history
             # Where it was stored and on what it ran is not a reader's business: a card may become public.
             public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
             publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
-            storage.put(layout.metrics_key(plan.run_id), as_json(metrics))
+            storage.put(layout.metrics_key(plan.run_id), seal(metrics))
         report = _report(storage, plan, events, metrics=metrics)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
@@ -83,7 +83,14 @@ def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
 
 
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:
-    return [json.loads(storage.read(layout.evaluation_key(plan.run_id, step))) for step in plan.evaluation_steps]
+    keys = [layout.evaluation_key(plan.run_id, step) for step in plan.evaluation_steps]
+    hint = "Train again with another --run-id."
+    return [unseal(Evaluation, storage.read(key), storage.uri_of(key), hint).entry() for key in keys]
+
+
+def _training_log(storage: Storage, run_id: str) -> TrainingLog:
+    key = layout.training_key(run_id)
+    return unseal(TrainingLog, storage.read(key), storage.uri_of(key), "Delete it: the same command writes it again.")
 
 
 def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
@@ -142,11 +149,11 @@ def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
     found = journal.counts(storage, run_id)
     retries = Counter(storage_retries)
     with contextlib.suppress(ObjectNotFound):
-        retries.update(json.loads(storage.read(layout.training_key(run_id)))["storage_retries"])
+        retries.update(_training_log(storage, run_id).storage_retries)
     return {**found, **({"storage_retried": retries.total()} if retries else {})}
 
 
 def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:
     page = html(report, log_history, as_yaml(plan.config))
     storage.put(layout.report_page_key(plan.run_id), page.encode())
-    storage.put(layout.report_key(plan.run_id), as_json(report))
+    storage.put(layout.report_key(plan.run_id), seal(report))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from tercet.config.recipe import Config
 from tercet.config.sections import DatasetConfig, ReplayConfig
 from tercet.data.manifest import Manifest
 from tercet.data.order import Rows, num_steps_per_epoch, subset
+from tercet.storage.documents import Frozen
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class FoundDataset:
     """Manifest of the version that the champion was trained on. Read for replay only, and None if there is none."""
 
 
-class PlannedDataset(BaseModel):
+class PlannedDataset(Frozen):
     """A dataset version to train on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str
@@ -72,10 +70,8 @@ def plan_dataset(config: Config, dataset: FoundDataset) -> PlannedDataset:
     )
 
 
-class Cohort(BaseModel):
+class Cohort(Frozen):
     """The train rows that one version added; they are consecutive."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str
     num_rows: int

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.config.recipe import Config, rows_per_rank_and_micro_batch
 from tercet.config.sections import LoraConfig, Parallelism, TrainingConfig, WorkersConfig
 from tercet.data.manifest import Manifest
 from tercet.planning.model_files import ModelFacts
+from tercet.storage.documents import Frozen
 
 # Weights and gradients are fp32 in every mode; Adam keeps two fp32 moments (ZeRO, section 3.1).
 WEIGHT_BYTES = GRADIENT_BYTES = 4
@@ -41,10 +40,8 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-class Memory(BaseModel):
+class Memory(Frozen):
     """Estimated peak of one worker: on the device it computes on, and beside it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights_bytes: int
     gradients_bytes: int

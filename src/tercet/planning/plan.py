@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.registry import Lineage
@@ -34,6 +34,7 @@ from tercet.planning.estimates import (
 from tercet.planning.model_files import ModelFacts
 from tercet.planning.parallelism import choose
 from tercet.planning.problems import data_problems, dataset_problems, loss_problems, worker_problems
+from tercet.storage.documents import Document, Frozen
 
 ENGINE = 1
 """Number of the rules by which this code turns a plan into numbers.
@@ -62,10 +63,8 @@ def check_engine(engine: int, run_id: str) -> None:
     )
 
 
-class PlannedChampion(BaseModel):
+class PlannedChampion(Frozen):
     """The champion at the time when a run was planned."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     generation: int
     version: int
@@ -74,10 +73,8 @@ class PlannedChampion(BaseModel):
     """Dataset versions that it was trained on, by name: all other rows are new."""
 
 
-class TrainPlan(BaseModel):
+class TrainPlan(Document):
     """Everything derived from a recipe: the workers' only input. Counts are of rows, steps or texts as named."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
     engine: int = 1

@@ -210,6 +210,7 @@ def unknown_run(storage: Storage, run_id: str) -> ConfigError:
 def read_report(storage: Storage, run_id: str) -> RunReport | None:
     """Return the report of a run that ended, else None. None for a damaged one too: repeating the run rewrites it."""
     try:
-        return RunReport.model_validate_json(storage.read(layout.report_key(run_id)))
-    except (ObjectNotFound, CorruptObject, ValueError):
+        key = layout.report_key(run_id)
+        return unseal(RunReport, storage.read(key), storage.uri_of(key))
+    except (ObjectNotFound, CorruptObject):
         return None

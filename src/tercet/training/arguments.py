@@ -10,15 +10,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from tercet.config.sections import role_of
 from tercet.errors import AlreadyExists, PlanError
 from tercet.planning.engine_settings import deepspeed_settings, fsdp_settings
 from tercet.planning.parallelism import is_zero
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
-from tercet.storage.documents import seal, unseal
+from tercet.storage.documents import Document, seal, unseal
 
 
 def use_cpu(plan: TrainPlan) -> bool:
@@ -98,10 +96,8 @@ SECONDS = 1.0
 MIN_SPEED_UP = 1.2
 
 
-class Precision(BaseModel):
+class Precision(Document):
     """What was chosen, and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     precision: Literal["fp32", "bf16"]
     speed_up: float

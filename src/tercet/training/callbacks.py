@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -16,12 +15,14 @@ from transformers import TrainerCallback
 
 from tercet.artifacts.best import retain
 from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.training_log import Evaluation
 from tercet.artifacts.uploader import Uploader
 from tercet.evaluation.evaluate import recipe_metrics
 from tercet.evaluation.evaluators import require_finite
 from tercet.failpoints import crash_point
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
+from tercet.storage.documents import seal
 from tercet.training.ledger import Ledger
 
 logger = logging.getLogger("tercet")
@@ -83,7 +84,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         entry = {"step": step, "epoch": epoch, **values}
         if state.is_world_process_zero:
             self._confirm()
-            self._storage.put(layout.evaluation_key(self._plan.run_id, step), json.dumps(entry).encode())
+            self._storage.put(layout.evaluation_key(self._plan.run_id, step), seal(Evaluation.model_validate(entry)))
             logger.info("step %d/%d  eval  %s", step, self._plan.num_steps, _metrics_text(values))
         if self._report is not None:
             self._report(entry)

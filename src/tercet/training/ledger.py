@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from tercet.artifacts.checkpoint import Commit, fetch, read_commits
 from tercet.data.order import Rows, mixed_batches, splitmix64
 from tercet.errors import CorruptObject, ObjectNotFound, TrainingError
 from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import Storage
+from tercet.storage.documents import Frozen
 
 Digests = npt.NDArray[np.uint64]
 
@@ -87,10 +87,8 @@ def read(folder: Path) -> Digests:
 NUM_SHOWN = 5
 
 
-class PassProof(BaseModel):
+class PassProof(Frozen):
     """One pass over one dataset, as far as the run came."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     number: int
@@ -112,10 +110,8 @@ class PassProof(BaseModel):
         return f"{self.dataset}, pass {self.number}: {rows}, {state}"
 
 
-class RowsProof(BaseModel):
+class RowsProof(Frozen):
     """What the ledger of a run proves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
     num_steps: int

@@ -7,7 +7,6 @@ It also runs without Ray, as a single process or under torchrun:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.artifacts.best import retain
+from tercet.artifacts.training_log import TrainingLog
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import Preempted
 from tercet.model.libraries import import_quietly
@@ -27,6 +27,7 @@ from tercet.planning.engine_settings import environment
 from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import layout, open_storage
 from tercet.storage.base import retries
+from tercet.storage.documents import seal
 from tercet.training.arguments import resolve_precision, use_cpu
 
 logger = logging.getLogger("tercet")
@@ -90,18 +91,18 @@ def run_worker(
                 run.confirm()
                 # Once more: an attempt that died after its last commit may have left files that no commit cleans up.
                 retain(storage, plan.run_id, plan.metric, plan.config.checkpoint.keep_last)
-                log = {
-                    "resumed_from_step": run.commit.step if run.commit else 0,
-                    "world_size": args.world_size,
-                    "parallelism": plan.parallelism,
-                    "precision": plan.config.training.precision,
-                    "device": str(args.device),
-                    "seconds": require_finite(seconds, "time"),
-                    "storage_retries": dict(retries),
-                    "first_step_unix_seconds": recorder.first_step_unix_seconds,
-                    "log_history": trainer.state.log_history,
-                }
-                storage.put(layout.training_key(plan.run_id), json.dumps(log, indent=1).encode())
+                log = TrainingLog(
+                    resumed_from_step=run.commit.step if run.commit else 0,
+                    world_size=args.world_size,
+                    parallelism=plan.parallelism,
+                    precision=plan.config.training.precision,
+                    device=str(args.device),
+                    seconds=require_finite(seconds, "time"),
+                    storage_retries=dict(retries),
+                    first_step_unix_seconds=recorder.first_step_unix_seconds,
+                    log_history=trainer.state.log_history,
+                )
+                storage.put(layout.training_key(plan.run_id), seal(log))
             wait_for_all_ranks()
 
 

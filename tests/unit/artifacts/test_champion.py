@@ -16,7 +16,7 @@ from tercet.artifacts.champion import Champion, history, move_champion, read_cha
 from tercet.errors import ChampionMoved, ConfigError, CorruptObject, StorageUnavailable
 from tercet.failpoints import VARIABLE
 from tercet.storage import Storage
-from tercet.storage.documents import as_bytes, sha256
+from tercet.storage.documents import seal, sha256
 from tercet.storage.local import LocalStorage
 
 
@@ -51,9 +51,9 @@ def test_each_generation_names_the_one_before(storage: LocalStorage) -> None:
     assert read_champion(storage, "m") == chain[2]
     assert history(storage, "m") == chain[::-1]
     assert [found.generation for found in chain] == [1, 2, 3]
-    assert [found.parent_sha256 for found in chain] == [None, sha256(as_bytes(chain[0])), sha256(as_bytes(chain[1]))]
+    assert [found.parent_sha256 for found in chain] == [None, sha256(seal(chain[0])), sha256(seal(chain[1]))]
     for found in chain:
-        assert storage.read(generation(found.generation)) == as_bytes(found)
+        assert storage.read(generation(found.generation)) == seal(found)
 
 
 def test_a_rollback_is_a_generation(storage: LocalStorage) -> None:
@@ -154,27 +154,27 @@ def test_a_kill_around_the_swap(storage: LocalStorage, tmp_path: Path, place: st
     assert not storage.exists(generation(2))  # the newest is only the champion
     move(storage, read_champion(storage, "m"), 3)
     assert [found.version for found in history(storage, "m")] == versions
-    assert storage.read(generation(1)) == as_bytes(first)
+    assert storage.read(generation(1)) == seal(first)
 
 
 def test_a_chain_that_does_not_hold(storage: LocalStorage) -> None:
     chain = three(storage)
     forged = chain[1].model_copy(update={"version": 9})
-    storage.put(generation(2), as_bytes(forged))
+    storage.put(generation(2), seal(forged))
     with pytest.raises(CorruptObject, match="is not the champion that generation 3 replaced"):
         history(storage, "m")
     storage.delete(generation(2))
     with pytest.raises(CorruptObject, match="is not the champion that generation 3 replaced"):
         history(storage, "m")
-    storage.put(generation(2), as_bytes(chain[1]))
-    storage.put("models/m/champion.json", as_bytes(chain[0].model_copy(update={"generation": 7})))
+    storage.put(generation(2), seal(chain[1]))
+    storage.put("models/m/champion.json", seal(chain[0].model_copy(update={"generation": 7})))
     with pytest.raises(CorruptObject, match="are not 1, 2, 3"):
         history(storage, "m")
 
 
 def test_a_file_in_the_way_of_the_present_champion(storage: LocalStorage) -> None:
     chain = three(storage)
-    storage.put(generation(3), as_bytes(chain[0]))
+    storage.put(generation(3), seal(chain[0]))
     with pytest.raises(CorruptObject, match="is not what the champion was"):
         move(storage, chain[2], 4)
     assert read_champion(storage, "m") == chain[2]

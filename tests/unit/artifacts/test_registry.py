@@ -26,7 +26,7 @@ from tercet.artifacts.registry import (
 )
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.storage import Storage, open_storage
-from tercet.storage.documents import as_bytes, sha256
+from tercet.storage.documents import seal, sha256
 from tercet.storage.layout import best_prefix
 from tercet.storage.local import LocalStorage
 
@@ -248,7 +248,7 @@ def test_what_a_killed_reader_left_is_no_model(storage: LocalStorage, tmp_path: 
 
 def test_a_version_that_was_changed_is_not_served(storage: LocalStorage) -> None:
     version = serving(storage, "r1")
-    storage.put("models/m/versions/00000001.json", as_bytes(version.model_copy(update={"who": "another"})))
+    storage.put("models/m/versions/00000001.json", seal(version.model_copy(update={"who": "another"})))
     with pytest.raises(CorruptObject, match="is not what was made the champion"):
         resolve(storage, "m")
 

@@ -9,7 +9,7 @@ import pytest
 from support import builders
 from tercet.artifacts.report import RunReport, losses, verdict
 from tercet.cli.screens import next_commands, screen
-from tercet.storage.documents import as_json
+from tercet.storage.documents import seal, unseal
 
 SCREEN = """\
 Run 20260314-made-0a1b2c3d-4e5f6a7b  finished
@@ -75,8 +75,8 @@ def test_the_verdict_is_about_the_test_split() -> None:
 
 @pytest.mark.parametrize("report", [builders.report(), builders.report(status="failed", error="x", metrics=None)])
 def test_a_report_survives_storage(report: RunReport) -> None:
-    assert RunReport.model_validate_json(as_json(report)) == report
-    assert json.loads(as_json(report))["run_id"] == report.run_id
+    assert unseal(RunReport, seal(report), "report.json") == report
+    assert json.loads(seal(report))["run_id"] == report.run_id
 
 
 def test_losses_are_those_of_training() -> None:

@@ -20,7 +20,7 @@ from tercet.data.versions import publish, read_manifest
 from tercet.pipeline import run
 from tercet.planning import survey
 from tercet.storage import open_storage
-from tercet.storage.documents import as_json
+from tercet.storage.documents import seal
 
 RECIPE = """\
 name: made
@@ -368,7 +368,7 @@ def test_runs(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     for run_id, report in reports.items():
         storage.put(f"runs/{run_id}/plan.json", b"{}")
         if report is not None:
-            storage.put(f"runs/{run_id}/report.json", as_json(report))
+            storage.put(f"runs/{run_id}/report.json", seal(report))
     assert main(["runs", "list", "--storage", store]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "r3  not finished",
