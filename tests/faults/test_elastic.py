@@ -37,7 +37,7 @@ def test_a_node_is_drained(
     wait_until(lambda: cluster.num_logs_with("received preemption signal") >= 2, driver, PATIENCE_SECONDS)
     go.touch()
     output = run.ends_well(driver)
-    assert "step 14 is saved; going on elsewhere" in output
+    assert "step 14 is saved; continuing elsewhere" in output
     assert "in 2 attempts" in output
     assert "trouble  1 preempted" in output
     assert training_log(store, run.run_id)["resumed_from_step"] == 14

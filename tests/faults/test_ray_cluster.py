@@ -49,7 +49,7 @@ def test_the_controller_dies(
     code, output = run.ends(driver)
     assert code == 6
     assert "tercet: Ray Train's controller is lost" in output
-    assert "→ the same command again: the run goes on from its last checkpoint" in output
+    assert "→ run the same command again: the run resumes from its last checkpoint" in output
     assert "Traceback" not in of_the_command(output)
 
     run.ends_well(run.train(cluster))
@@ -123,7 +123,7 @@ def test_the_head_is_lost_twice(
     code, output = run.ends(driver)
     assert code != 0
     assert "tercet: the head of the Ray cluster" in output
-    assert "→ start the cluster again, then the same command: the run goes on from its last checkpoint" in output
+    assert "→ start the cluster again, then run the same command: the run resumes from its last checkpoint" in output
     assert "Traceback" not in of_the_command(output)
 
     second, fired = new_cluster(dashboard=True), tmp_path / "fired-2"

@@ -3,7 +3,7 @@
 - `session`: joins or starts a Ray cluster, and waits no longer than its head lives
 - `process_group`: the process group of the workers, without torch in the driver
 - `policies`: scaling and failure policies inside the controller of Ray Train
-- `failures`: what ended the workers: one classifier of Ray's errors
-- `train`: runs the workers to the end, or says why not
-- `jobs`: from a laptop to a cluster, through Ray Jobs
+- `failures`: what ended the workers, from Ray's and torch's errors
+- `train`: runs the workers to the end, or raises why they did not get there
+- `jobs`: runs on a remote cluster, through Ray Jobs
 """

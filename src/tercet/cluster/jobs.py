@@ -1,7 +1,6 @@
-"""From a laptop to a cluster, through Ray Jobs.
+"""Submit runs to a remote cluster, through Ray Jobs.
 
-The submission id is the run id, so a second submission of a run finds the first one's job: it is followed, not
-repeated.
+The submission id is the run id, so a second submission of a run finds the job of the first and follows it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ UNREACHABLE_SECONDS = 120.0  # a head that restarts is back within a minute or t
 def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], None], follow: bool = True) -> str:
     """Start `tercet train` on the cluster at `address` (such as http://127.0.0.1:8265), unless it runs there already.
 
-    Returns the submission id. The cluster needs tercet installed (docker/Dockerfile); only the recipe travels, in full.
-    Raises JobError when the cluster does not answer, or when the job ends other than SUCCEEDED."""
+    say: shows a line to the user. follow: wait for the end of the job, and show its log.
+    Returns the submission id. tercet must be installed on the cluster (docker/Dockerfile): only the recipe is sent.
+    Raises JobError if the cluster does not answer, or if the job does not succeed."""
     from ray.job_submission import JobStatus
 
     if "://" not in config.storage.uri:
@@ -52,7 +52,7 @@ def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], N
             except (RuntimeError, OSError) as error:
                 raise JobError(
                     f"the cluster did not take job {job_id}: {first_line(error)}",
-                    hint="submit again: if somebody else started it in this moment, it is followed",
+                    hint="submit again: if the job was started elsewhere at the same moment, it will be followed",
                 ) from None
         say(f"submitted {job_id} to {address}")
     if follow:
@@ -61,7 +61,7 @@ def submit(plan: TrainPlan, config: Config, address: str, say: Callable[[str], N
 
 
 def job_environment(config: Config) -> dict[str, str]:
-    """What the driver on the cluster needs: credentials, endpoint, offline flags."""
+    """Return the environment variables of the driver on the cluster: credentials, endpoint, offline flags."""
     return {**environment(config.workers), "RAY_JOB_STOP_WAIT_TIME_S": "30", "PYTHONUNBUFFERED": "1"}
 
 
@@ -74,7 +74,7 @@ def _client(address: str) -> Any:
     except (RuntimeError, OSError, ValueError, RayError) as error:
         raise JobError(
             f"no Ray cluster answers at {address}: {first_line(error)}",
-            hint="is the head up (`ray status`), and the dashboard's port (8265) forwarded "
+            hint="is the head up (`ray status`), and is the dashboard's port (8265) forwarded "
             "(`ray dashboard cluster.yaml`)?",
         ) from None
 
@@ -87,13 +87,15 @@ def _status(client: Any, job_id: str) -> Any:
             return None
         raise JobError(
             f"cannot read the status of job {job_id}: {first_line(error)}",
-            hint="is the head up (`ray status`)? Submitting again follows the job",
+            hint="is the head up (`ray status`)? Submit again to follow the job",
         ) from None
 
 
 def _follow(client: Any, job_id: str, say: Callable[[str], None]) -> None:
-    """Print the job's log as it grows. Polls, because the log stream ends silently when the connection does, and
-    because `ray job submit` exits 0 for a job that was stopped."""
+    """Show the job's log as it grows, until the job ends.
+
+    Polls, because Ray's log stream ends silently when the connection is lost, and `ray job submit` exits 0 for a job
+    that was stopped."""
     from ray.job_submission import JobStatus
 
     num_shown, answered_at = 0, time.monotonic()

@@ -1,101 +1,117 @@
 """The process group of Ray Train's workers, without torch in the driver and in Ray's controller.
 
-Ray 2.60's own TorchConfig imports torch where it is made and where it is unpacked, two seconds each, one after the
-other, before the first worker begins to start. Here only workers import it, and do there what Ray does.
+Ray 2.60's own TorchConfig imports torch where it is made and where it is unpacked: two seconds each, one after the
+other, before the first worker begins to start. Here only the workers import torch. They do what Ray's workers do, with
+public functions of Ray and torch.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.util import TrainingFramework
 
 logger = logging.getLogger("tercet")
 
-# As Ray's own: the workers' processes end after it in any case.
-SHUTDOWN_SECONDS = 30
+# Both are Ray's own. After the second, Ray ends the workers' processes even if they are still in the group.
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+SHUTDOWN_TIMEOUT_SECONDS = 30
 
 
 @dataclass
 class LazyTorchConfig(BackendConfig):  # type: ignore[misc]
-    """In the place of TorchConfig."""
+    """Replaces Ray's TorchConfig."""
 
     backend: str
-    """nccl or gloo."""
+    """`nccl` or `gloo`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What sets it up."""
+        """Class that sets up the process group."""
         return _TorchGroupBackend
 
     @property
     def train_func_context(self) -> type[TorchDeviceContext]:
-        """Entered by each worker around its work."""
+        """Context that each worker enters around its work."""
         return TorchDeviceContext
-
-    @property
-    def framework(self) -> TrainingFramework:
-        """For Ray's dashboard."""
-        return TrainingFramework.TORCH
-
-    def to_dict(self) -> dict[str, Any]:
-        """Likewise."""
-        return asdict(self)
 
 
 class TorchDeviceContext:
-    """Ray's own context, imported where it is entered."""
+    """Makes the worker's GPU, if it has one, torch's current device."""
 
     def __enter__(self) -> None:
-        from ray.train.torch.config import TorchConfigContextManager
+        import torch
+        from ray.train.torch import get_device
 
-        self._context = TorchConfigContextManager()
-        self._context.__enter__()
+        device = get_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
-    def __exit__(self, *error: Any) -> Any:
-        return self._context.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class _TorchGroupBackend(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: LazyTorchConfig) -> None:
-        """All workers join, or an error is raised."""
-        ray.get(worker_group.execute_async(_import))  # takes seconds, in which a free port need not stay free
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        joining = (backend_config.backend, len(worker_group), address, port)
-        ray.get([worker_group.execute_single_async(rank, _join, rank, *joining) for rank in range(len(worker_group))])
+        """Let all workers join; raise the error of one that cannot."""
+        ray.get(worker_group.execute_async(_import))  # takes seconds, during which a free port may be taken
+        address, port = worker_group.execute_single(0, _address_and_free_port)
+        arguments = (backend_config.backend, address, port)
+        ray.get(worker_group.execute_async(_join, *arguments))
 
     def on_shutdown(self, worker_group: Any, backend_config: LazyTorchConfig) -> None:  # noqa: ARG002
-        """All workers leave, those that can."""
+        """Let the workers leave that still can."""
         try:
-            ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=SHUTDOWN_SECONDS)
+            ray.get(worker_group.execute_async(_leave), timeout=SHUTDOWN_TIMEOUT_SECONDS)
         except GetTimeoutError:
-            logger.warning("the workers did not leave their process group within %d s", SHUTDOWN_SECONDS)
+            logger.warning("the workers did not leave their process group within %d s", SHUTDOWN_TIMEOUT_SECONDS)
 
 
 def _import() -> None:
-    import_module("ray.train.torch.config")  # and so torch
+    import_module("ray.train.torch")  # and with it torch
 
 
-def _join(rank: int, backend: str, world_size: int, address: str, port: int) -> None:
-    import os
-
-    from ray.train.torch import config
-
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    config._set_torch_distributed_env_vars()
-    config._setup_torch_process_group(backend, rank, world_size, "env://")
+def _address_and_free_port() -> tuple[str, int]:
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind(("", 0))
+        return address, probe.getsockname()[1]
 
 
-def _leave(there_is_a_group: bool) -> None:
-    from ray.train.torch.config import _shutdown_torch
+def _join(backend: str, address: str, port: int) -> None:
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
 
-    _shutdown_torch(destroy_process_group=there_is_a_group)
+    context = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+        "ACCELERATE_TORCH_DEVICE": str(get_device()),
+    }
+    if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
+        # As Ray sets it: a collective that times out ends the process instead of hanging.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS))
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A job is followed to its end, and its end is told by the exit code."""
+"""A submitted job is followed to its end, and the exit code reports how it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from ray.job_submission import JobStatus
 
 from support import builders
-from tercet.cluster import jobs as submit_module
+from tercet.cluster import jobs
 from tercet.cluster.jobs import submit
 from tercet.config.recipe import Config
 from tercet.errors import JobError
@@ -24,8 +24,8 @@ PLAN, CONFIG = builders.plan(storage=PLACE), builders.config(storage=PLACE)
 
 
 class Cluster:
-    """Stands for ray's JobSubmissionClient: plays one job that was `before`, and then goes through `states`, each
-    (status, its log so far). A state that is an exception is raised instead."""
+    """Stands in for Ray's JobSubmissionClient: one job that was in the state `before`, and then passes through
+    `states`, each (status, log so far). A state that is an exception is raised instead."""
 
     def __init__(self, *states: tuple[JobStatus, str] | Exception, before: JobStatus | None = None) -> None:
         self.states, self.before = list(states), before
@@ -70,12 +70,12 @@ Play = Callable[..., list[str]]
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Submit to a cluster; returns what was said."""
-    monkeypatch.setattr(submit_module, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(submit_module, "UNREACHABLE_SECONDS", 60.0)
+    """Submit to a cluster and return the lines shown."""
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(jobs, "UNREACHABLE_SECONDS", 60.0)
 
     def start(cluster: Cluster, follow: bool = True, said: list[str] | None = None) -> list[str]:
-        monkeypatch.setattr(submit_module, "_client", lambda _: cluster)
+        monkeypatch.setattr(jobs, "_client", lambda _: cluster)
         said = [] if said is None else said
         assert submit(PLAN, CONFIG, ADDRESS, said.append, follow=follow) == PLAN.run_id
         return said
@@ -83,7 +83,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     return start
 
 
-def test_a_job_that_succeeds_and_its_log_once(play: Play) -> None:
+def test_a_job_that_succeeds_shows_its_log_once(play: Play) -> None:
     cluster = Cluster((PENDING, ""), (RUNNING, "one\ntw"), (RUNNING, "one\ntwo\n"), (SUCCEEDED, "one\ntwo\nthree"))
     said = play(cluster)
     assert said == [f"submitted {PLAN.run_id} to {ADDRESS}", "one", "two", "three"]
@@ -126,24 +126,24 @@ def test_a_job_that_ended_before_is_started_again_under_its_id(play: Play, statu
     assert cluster.names == ["delete", "submit"]
 
 
-def test_without_following_nothing_is_waited_for(play: Play) -> None:
+def test_without_following_it_returns_at_once(play: Play) -> None:
     cluster = Cluster((FAILED, "never asked"))
     assert play(cluster, follow=False) == [f"submitted {PLAN.run_id} to {ADDRESS}"]
 
 
 @pytest.mark.parametrize("error", [ConnectionError("refused"), RuntimeError("500\nlong"), OSError("reset")], ids=repr)
-def test_a_head_that_is_away_for_a_moment(play: Play, error: Exception) -> None:
+def test_a_head_that_does_not_answer_for_a_moment(play: Play, error: Exception) -> None:
     assert play(Cluster((RUNNING, "one\n"), error, error, (SUCCEEDED, "one\ntwo\n")))[1:] == ["one", "two"]
 
 
-def test_a_head_that_stays_away(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "UNREACHABLE_SECONDS", 0.05)
+def test_a_head_that_never_answers_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "UNREACHABLE_SECONDS", 0.05)
     with pytest.raises(JobError, match=r"the cluster stopped answering: refused$") as caught:
         play(Cluster((RUNNING, ""), ConnectionError("refused")))
     assert "resumes from its last checkpoint" in caught.value.hint
 
 
-def test_a_cluster_that_does_not_take_the_job(play: Play) -> None:
+def test_a_cluster_that_refuses_the_job(play: Play) -> None:
     cluster = Cluster((RUNNING, ""))
     cluster.refuses = RuntimeError("Job with submission_id r already exists\nTraceback ...")
     with pytest.raises(JobError, match=r"did not take job .*: Job with submission_id r already exists$"):
@@ -170,15 +170,15 @@ def test_no_cluster_at_the_address(address: str) -> None:
 
 
 def test_a_local_folder_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "_client", lambda _: Cluster((SUCCEEDED, "")))
+    monkeypatch.setattr(jobs, "_client", lambda _: Cluster((SUCCEEDED, "")))
     said: list[str] = []
     submit(builders.plan(), builders.config(), ADDRESS, said.append)
     assert said[0].startswith("note: storage is the folder ./tercet-store")
 
 
-def test_the_workers_environment_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://h")
     monkeypatch.setenv("SOMETHING_ELSE", "1")
-    environment = submit_module.job_environment(builders.config())
+    environment = jobs.job_environment(builders.config())
     assert environment["AWS_ENDPOINT_URL"] == "https://h"
     assert "SOMETHING_ELSE" not in environment

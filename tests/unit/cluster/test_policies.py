@@ -1,4 +1,4 @@
-"""What tercet says in Ray Train's controller."""
+"""tercet's policies and reporter inside Ray Train's controller."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_numbers_of_workers_that_share_the_batch(room: int, taken: int, monkeypa
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray warns of its own settings
 @pytest.mark.parametrize(("num_workers", "elastic"), [((2, 4), True), (2, False)])
 def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That this is the place where the installed Ray takes it."""
+    """The installed Ray takes it at the place that is overridden."""
     got: dict[str, Any] = {}
 
     class Done:
@@ -54,7 +54,7 @@ def test_ray_gets_the_policy(num_workers: Any, elastic: bool, monkeypatch: pytes
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("own_cluster", [True, False])
-def test_nobody_cleans_up_a_cluster_that_ends_anyway(own_cluster: bool) -> None:
+def test_no_cleaner_in_a_cluster_that_ends_with_the_process(own_cluster: bool) -> None:
     trainer = ElasticTrainer(lambda: None, world_sizes=(2,), own_cluster=own_cluster)
     names = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
     assert ("PlacementGroupCleanerCallback" in names) != own_cluster
@@ -70,7 +70,7 @@ def test_nobody_cleans_up_a_cluster_that_ends_anyway(own_cluster: bool) -> None:
         (WorkerGroupStartupTimeoutError(2), True, 3),
     ],
 )
-def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(
+def test_a_worker_that_dies_while_it_starts_counts_as_a_failure(
     failure: Exception, elastic: bool, chances: int
 ) -> None:
     policy = RetryStartupFailures(FailureConfig(max_failures=3, controller_failure_limit=1), elastic)
@@ -78,8 +78,8 @@ def test_a_worker_that_dies_while_it_starts_is_no_cluster_without_room(
     assert decisions == [FailureDecision.RETRY] * chances + [FailureDecision.RAISE]
 
 
-def test_a_lost_connection_alone_tells_nothing(tmp_path: Path) -> None:
-    """The death of the rank at its other end may be known a moment later."""
+def test_a_lost_connection_alone_is_not_recorded(tmp_path: Path) -> None:
+    """The next attempt records `lost` instead: the death of the rank at the other end is not known yet."""
     storage = LocalStorage(tmp_path / "s")
     lease = Lease(storage, "r", "one", 60)
     lease.begin("a", 0, 2)
@@ -114,7 +114,7 @@ NODE = "The actor died because its node has died. Node Id: 5f"
 def test_why_an_attempt_ended(errors: dict[int, Exception], kind: str, tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "s")
     DeadWorkerReporter(storage, "r").after_exception(None, errors)
-    assert journal.counts(storage, "r") == {}  # none had begun
+    assert journal.counts(storage, "r") == {}  # no attempt had begun
     lease = Lease(storage, "r", "one", 60)
     lease.begin("a", 0, 2)
     lease.release()

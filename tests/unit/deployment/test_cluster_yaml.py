@@ -1,7 +1,7 @@
-"""cluster.yaml is what Ray's launcher and EC2 accept, as far as that can be known without an AWS account.
+"""Ray's launcher and EC2 accept cluster.yaml, as far as that can be checked without an AWS account.
 
-Ray checks the file's own keys, botocore's model of EC2 checks what Ray passes through (`node_config`), and moto stands
-in for AWS to let Ray resolve the whole file and launch its machines.
+Ray checks the file's own keys, and botocore's model of EC2 checks what Ray passes through (`node_config`). moto stands
+in for AWS, so that Ray resolves the whole file and launches its machines.
 """
 
 from __future__ import annotations
@@ -57,36 +57,36 @@ def not_in_enum(value: Any, shape: Shape, at: str) -> Iterator[str]:
 
 
 def problems(config: Config, run_instances: StructureShape) -> list[str]:
-    """Everything that is wrong with a cluster.yaml, by the three judges that can be asked offline."""
+    """Everything that is wrong with a cluster.yaml, by the three judges that work offline: Ray, EC2, tercet."""
     try:
         validate_config(prepare_config(copy.deepcopy(config)))
     except (ValidationError, ValueError, AssertionError) as error:
         return [f"ray: {error}"]
-    found: list[str] = []
+    messages: list[str] = []
     for name, node_type in config["available_node_types"].items():
         # Ray adds the counts, and turns its own SubnetIds into the SubnetId of the zone it tries.
         request = {"MinCount": 1, "MaxCount": 1, **node_type["node_config"]}
         report = ParamValidator().validate(request, run_instances)
         if report.has_errors():
-            found.append(f"ec2: {name}: {report.generate_report()}")
+            messages.append(f"ec2: {name}: {report.generate_report()}")
         else:
-            found += [f"ec2: {problem}" for problem in not_in_enum(request, run_instances, name)]
+            messages += [f"ec2: {problem}" for problem in not_in_enum(request, run_instances, name)]
         if node_type.get("min_workers", 0) > node_type.get("max_workers", config["max_workers"]):
-            found.append(f"tercet: {name}: min_workers is above max_workers")
+            messages.append(f"tercet: {name}: min_workers is above max_workers")
         if not node_type["node_config"].get("ImageId"):
-            found.append(f"tercet: {name}: no ImageId, so Ray would take Ubuntu 18.04")
+            messages.append(f"tercet: {name}: no ImageId, so Ray would take Ubuntu 18.04")
         if not node_type["node_config"].get("IamInstanceProfile"):
-            found.append(f"tercet: {name}: no IamInstanceProfile, so no rights to S3, or to all of it")
+            messages.append(f"tercet: {name}: no IamInstanceProfile, so no rights to S3, or to all of it")
     if "-e RAY_AUTH_MODE=token" not in options(config):
-        found.append("tercet: RAY_AUTH_MODE is not set to token in the container")
-    return found
+        messages.append("tercet: RAY_AUTH_MODE is not set to token in the container")
+    return messages
 
 
 def test_ray_and_ec2_accept_the_file(run_instances: StructureShape) -> None:
     assert problems(load(), run_instances) == []
 
 
-def test_spot_as_the_comment_writes_it_is_accepted(run_instances: StructureShape) -> None:
+def test_spot_as_in_the_comment_is_accepted(run_instances: StructureShape) -> None:
     text, count = re.subn(r"# (InstanceMarketOptions: .*)", r"\1", CLUSTER_YAML.read_text())
     assert count == 1
     config = yaml.safe_load(text)
@@ -132,13 +132,13 @@ def test_a_broken_file_is_refused(
 ) -> None:
     config = load()
     break_it(config)
-    found = problems(config, run_instances)
-    assert found
-    assert all(problem.startswith(f"{judge}:") for problem in found), found
+    messages = problems(config, run_instances)
+    assert messages
+    assert all(message.startswith(f"{judge}:") for message in messages), messages
 
 
 def test_nothing_is_filled_in_from_rays_defaults() -> None:
-    """What the file leaves out, Ray takes from its defaults.yaml, which installs a nightly build of Ray."""
+    """Ray takes what the file omits from its defaults.yaml, which installs a nightly build of Ray."""
     ours, filled = load(), prepare_config(load())
     optional = {"file_mounts_sync_continuously", "cluster_synced_files", "rsync_exclude", "rsync_filter"}
     assert set(filled) - set(ours) <= optional | {"upscaling_speed"}
@@ -156,7 +156,7 @@ def test_containers_get_the_settings_that_tercet_relies_on() -> None:
 
 
 def test_the_names_of_the_settings_are_rays() -> None:
-    """A misspelt variable is ignored in silence, so each name is looked up in the installed Ray."""
+    """Ray ignores a misspelt variable silently, so each name is looked up in the installed Ray."""
     from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
     from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 
@@ -195,7 +195,7 @@ def test_no_secret_is_in_the_file() -> None:
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """AWS, played by moto inside this process. Ray keeps its key pair in ~/.ssh, so home is a temporary folder."""
+    """AWS, simulated by moto in this process. Ray keeps its key pair in ~/.ssh, so home is a temporary folder."""
     from moto import mock_aws
     from ray.autoscaler._private.aws import config as ray_aws_config
     from ray.autoscaler._private.aws import utils as ray_aws
@@ -230,7 +230,7 @@ def test_ray_resolves_the_file_and_launches_its_machines() -> None:
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["gpu"]["resources"]["CPU"] == 4
 
-    for name in ("tercet-head", "tercet-worker"):  # what the file asks a person to make beforehand
+    for name in ("tercet-head", "tercet-worker"):  # which the file asks the user to create beforehand
         boto3.client("iam").create_instance_profile(InstanceProfileName=name)
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     ami = next(iter(boto3.client("ec2", "us-west-2").describe_images(Owners=["amazon"])["Images"]))["ImageId"]

@@ -1,4 +1,4 @@
-"""docker/Dockerfile, as far as it can be judged without building it: see docker/README.md for what was not run."""
+"""docker/Dockerfile, as far as it can be checked without building it. docker/README.md lists what was not run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCKERIGNORE = ROOT / ".dockerignore"
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(instruction, arguments), comments dropped and continued lines joined."""
+    """Pairs of instruction and arguments, without comments, with continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     pairs = (line.split(None, 1) for line in joined.splitlines())
@@ -33,7 +33,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every command of every RUN, in words."""
+    """Every command of every RUN, split into words."""
     runs = (arguments for word, arguments in instructions(text) if word == "RUN")
     return [shlex.split(command) for run in runs for command in re.split(r"\s+&&\s+", run)]
 
@@ -49,7 +49,7 @@ def python_snippets(text: str) -> list[str]:
 
 
 def ignored(path: str, rules: str) -> bool:
-    """Docker's rule: the last line that matches the path or a folder above it decides."""
+    """Whether Docker ignores a path: the last rule that matches it, or a folder above it, decides."""
     verdict = False
     parts = path.split("/")
     above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
@@ -64,41 +64,42 @@ def ignored(path: str, rules: str) -> bool:
 
 
 def problems(text: str) -> list[str]:
-    found = []
+    """Everything that is wrong with a Dockerfile, each message led by the instruction or the tool."""
+    messages = []
     steps = instructions(text)
     bases = [arguments for word, arguments in steps if word == "FROM"]
     if len(bases) != 1 or not re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", bases[0]):
-        found.append(f"FROM: one base with a version in its tag, not {bases}")
+        messages.append(f"FROM: one base with a version in its tag, not {bases}")
 
     for source in sources(text):
         if not (ROOT / source).exists():
-            found.append(f"COPY: {source} is not in the repository")
+            messages.append(f"COPY: {source} is not in the repository")
         elif ignored(source, DOCKERIGNORE.read_text()):
-            found.append(f"COPY: {source} is kept out by .dockerignore")
+            messages.append(f"COPY: {source} is kept out by .dockerignore")
 
     pips = [words for words in commands(text) if words[:2] == ["pip", "install"]]
     for words in pips:
         if "--no-deps" not in words and ("--constraint", "constraints.txt") not in pairwise(words):
-            found.append(f"pip: without constraints.txt: {shlex.join(words)}")
+            messages.append(f"pip: without constraints.txt: {shlex.join(words)}")
         loose = [w for w in words[2:] if re.match(r"[a-z]", w) and w != "constraints.txt" and "==" not in w]
         if loose:
-            found.append(f"pip: no version for {loose}")
+            messages.append(f"pip: no version for {loose}")
     if not any(word.startswith(".") for words in pips for word in words):
-        found.append("pip: tercet itself is not installed")
+        messages.append("pip: tercet itself is not installed")
 
     installed = {word for words in commands(text) if words[:2] == ["apt-get", "install"] for word in words}
     needed = {"rsync", "openssh-client", "wget"}
     if not needed <= installed:
-        found.append(f"apt: the launchers need {sorted(needed - installed)}")
+        messages.append(f"apt: the launchers need {sorted(needed - installed)}")
 
     users = [arguments for word, arguments in steps if word == "USER"]
     if not users or users[-1] in ("root", "0"):
-        found.append("USER: the image runs as root")
+        messages.append("USER: the image runs as root")
     if any(word == "ENTRYPOINT" for word, _ in steps):
-        found.append("ENTRYPOINT: Ray's launcher runs `docker run IMAGE bash`")
+        messages.append("ENTRYPOINT: Ray's launcher runs `docker run IMAGE bash`")
     names = " ".join(arguments for word, arguments in steps if word in ("ENV", "ARG"))
     if re.search(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY)\w*\s*=?", names, re.I):
-        found.append(f"ENV/ARG: looks like a secret: {names}")
+        messages.append(f"ENV/ARG: looks like a secret: {names}")
 
     modules = {
         alias.name
@@ -107,12 +108,12 @@ def problems(text: str) -> list[str]:
         if isinstance(node, ast.Import)
         for alias in node.names
     }
-    found += [f"smoke: no module {name}" for name in sorted(modules) if importlib.util.find_spec(name) is None]
+    messages += [f"smoke: no module {name}" for name in sorted(modules) if importlib.util.find_spec(name) is None]
     if not {"tercet", "torch", "ray"} <= modules:
-        found.append("smoke: the build does not import tercet, torch and ray")
+        messages.append("smoke: the build does not import tercet, torch and ray")
     if "torch.version.cuda" not in "".join(python_snippets(text)):
-        found.append("smoke: a build of torch without CUDA would pass")
-    return found
+        messages.append("smoke: a build of torch without CUDA would pass")
+    return messages
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
@@ -141,12 +142,12 @@ def test_the_dockerfile_is_sound() -> None:
 def test_a_broken_dockerfile_is_refused(kind: str, old: str, new: str) -> None:
     text = DOCKERFILE.read_text()
     assert old in text
-    found = [problem for problem in problems(text.replace(old, new)) if problem not in problems(text)]
-    assert [problem.partition(":")[0] for problem in found] == [kind], found
+    messages = [message for message in problems(text.replace(old, new)) if message not in problems(text)]
+    assert [message.partition(":")[0] for message in messages] == [kind], messages
 
 
 def test_hadolint_finds_nothing() -> None:
-    """The linter for Dockerfiles, which also runs shellcheck's rules over each RUN."""
+    """hadolint checks Dockerfiles, and each RUN by shellcheck's rules."""
     beside = Path(sys.executable).with_name("hadolint")
     hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
     if hadolint is None:
@@ -174,15 +175,15 @@ def test_home_is_where_the_launcher_mounts_the_token() -> None:
 @pytest.mark.parametrize(
     ("path", "kept_out"),
     [
-        ("src/tercet/cli.py", False),
+        ("src/tercet/cli/main.py", False),
         ("ray_jobs/train.py", False),
         ("constraints.txt", False),
-        ("src/tercet/__pycache__/cli.pyc", True),
+        ("src/tercet/cli/__pycache__/main.pyc", True),
         (".git/config", True),
         (".env", True),
         ("tercet-store/models/model.safetensors", True),
-        ("tests/unit/test_dockerfile.py", True),
+        ("tests/unit/deployment/test_dockerfile.py", True),
     ],
 )
-def test_only_what_is_named_enters_the_build(path: str, kept_out: bool) -> None:
+def test_only_listed_files_enter_the_build(path: str, kept_out: bool) -> None:
     assert ignored(path, DOCKERIGNORE.read_text()) is kept_out

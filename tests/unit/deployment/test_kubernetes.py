@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes: their form, and that they say the same. There is no cluster here to try them on."""
+"""The Kubernetes manifests are well formed and agree with each other. They are not run on a cluster here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def job() -> dict[str, Any]:
-    [found] = documents("rayjob.yaml")
-    return found
+    [rayjob] = documents("rayjob.yaml")
+    return rayjob
 
 
 def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
