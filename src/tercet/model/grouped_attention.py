@@ -55,9 +55,10 @@ class Matrices(NamedTuple):
 class Layout:
     """Where the texts lie in a row, shortest first."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        """lengths: tokens of each text, ascending, 1 or more."""
-        self.max_length = lengths[-1]
+    def __init__(self, lengths: Sequence[int], device: torch.device, by_bounds: bool | None = None) -> None:
+        """lengths: tokens of each text, ascending, 1 or more. by_bounds: whether attention uses the kernel that knows
+        the bounds of texts, where that can do what is asked; None: if a trial shows that it is right here."""
+        self.max_length, self.by_bounds = lengths[-1], by_bounds
         self._lengths, self._device = lengths, device
         self._matrices: Matrices | None = None
         self._cu_seq_lens: torch.Tensor | None = None

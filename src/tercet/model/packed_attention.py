@@ -32,7 +32,7 @@ MAX_TRIAL_ERROR = 0.05
 # up to twice the length; with dropout on a CPU they always are, and the smaller ones (docs/log.md).
 LONG_TEXT = 512
 
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("tercet")
 
@@ -53,9 +53,9 @@ def attend(
     the scores. On a GPU, in 16 bits, it is torch's attention for rows of texts, where that is found to be right; it
     knows neither bias nor dropout. Long texts go to torch's attention for matrices, where that is better."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
-    if _knows_bounds(value, dropout, bias) and bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None:
+    if _knows_bounds(value, dropout, bias) and _uses_bounds(layout, value):
         return _with_bounds(query, key, value, layout, scaling, window)
-    slow_kernel = not value.is_cuda and value.dtype in _SIXTEEN_BITS
+    slow_kernel = not value.is_cuda and value.dtype in SIXTEEN_BITS
     short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
     if long is None or bias is not None or (dropout and not value.is_cuda):
         return _in_matrices(query, key, value, layout, scaling, window, dropout, bias)
@@ -68,7 +68,13 @@ def attend(
 
 
 def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
-    return value.is_cuda and value.dtype in _SIXTEEN_BITS and not dropout and bias is None
+    return value.is_cuda and value.dtype in SIXTEEN_BITS and not dropout and bias is None
+
+
+def _uses_bounds(layout: Layout, value: torch.Tensor) -> bool:
+    if layout.by_bounds is not None:
+        return layout.by_bounds
+    return bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None
 
 
 def _with_bounds(
@@ -97,6 +103,8 @@ def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -
                 error = float((left - right).abs().max() / right.abs().max())
                 if not error <= MAX_TRIAL_ERROR:
                     raise ArithmeticError(f"its {name} is off by {error:.0%}")
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel, and the answer is kept
     except (RuntimeError, ValueError, ArithmeticError) as error:
         why = first_line(error)
         logger.warning("attention: torch's own for rows of texts is not used on %s (%s), but a slower one", device, why)

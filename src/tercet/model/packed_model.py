@@ -21,7 +21,7 @@ from tercet.model import grouped_attention
 from tercet.model.dropout import use_fast_cpu_dropout
 from tercet.model.grouped_attention import Layout
 from tercet.model.loss import Features, loss_of
-from tercet.model.packed_attention import PACKED_ATTENTION, attend
+from tercet.model.packed_attention import PACKED_ATTENTION, SIXTEEN_BITS, attend, bounds_obstacle
 from tercet.planning import packing
 from tercet.planning.packing import Facts, Packing
 
@@ -62,20 +62,48 @@ def prepare(
     wanted: Literal["auto"] | Packing,
     is_cached: bool = False,
     guide: SentenceTransformer | None = None,
+    by_bounds: bool | None = None,
 ) -> Forward:
-    """Decide how `model` runs, and make it take rows where it is to.
+    """Decide how the texts of a batch share `model`'s forward pass, and change the model if it is to take rows.
 
-    is_cached: the loss calls the model for each of its own mini-batches, which are packed each for itself. guide:
-    another model that the loss gives the same features to."""
-    facts = _facts(model, is_cached)
-    if guide is not None:
-        facts = facts._replace(guide_obstacle=packing.obstacle(_facts(guide, is_cached)))
+    is_cached: the loss calls the model for each of its own mini-batches, each of which is packed separately. guide:
+    another model, which the loss gives the same features. by_bounds: as `Layout` takes it."""
+    facts = _facts_of_all(model, is_cached, guide)
     chosen, reason = packing.choose(wanted, facts)
     if chosen == "packed":
-        take_rows(model)
-        if guide is not None:
-            take_rows(guide)
+        for each in (model, *([guide] if guide is not None else [])):
+            take_rows(each, by_bounds)
     return Forward(chosen, reason, is_cached, facts.drops_prompts)
+
+
+def choose_packing(
+    model: SentenceTransformer,
+    wanted: Literal["auto"] | Packing,
+    is_cached: bool = False,
+    guide: SentenceTransformer | None = None,
+) -> tuple[Packing, str]:
+    """Return what `prepare` would decide, and why. Changes nothing."""
+    return packing.choose(wanted, _facts_of_all(model, is_cached, guide))
+
+
+def kernel_obstacle(model: SentenceTransformer, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a packed model does not use the attention kernel that knows the bounds of texts; None if it does.
+
+    dtype: of its activations. Tries the kernel out on this device where it might be used."""
+    config = model[0].model.config
+    if device.type != "cuda" or dtype not in SIXTEEN_BITS:
+        return f"it needs a GPU and 16 bits, and here is {device.type} with {str(dtype).removeprefix('torch.')}"
+    if config.model_type == "mpnet":
+        return "it does not add a position bias, which MPNet has"
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return bounds_obstacle(device, dtype, head_width)
+
+
+def _facts_of_all(model: SentenceTransformer, is_cached: bool, guide: SentenceTransformer | None) -> Facts:
+    facts = _facts(model, is_cached)
+    if guide is None:
+        return facts
+    return facts._replace(guide_obstacle=packing.obstacle(_facts(guide, is_cached)))
 
 
 def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
@@ -96,8 +124,8 @@ def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
     )
 
 
-def take_rows(model: SentenceTransformer) -> None:
-    """From now on the model tokenizes into rows and runs on them, in `encode` too. Padded features still work.
+def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None:
+    """Make a model tokenize into rows and run on them, in `encode` too. Padded features still work.
 
     Does what `Transformer._can_flatten_inputs` of sentence-transformers 6.2 does where flash attention is installed.
     Nothing of it is saved with the model."""
@@ -115,6 +143,7 @@ def take_rows(model: SentenceTransformer) -> None:
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= ROW_KEYS
     transformer.can_flatten_inputs = True
+    transformer.by_bounds = by_bounds
     # A method, not a function with the module in it: a copy of the model gets one of its own.
     transformer.forward = MethodType(_forward_row, transformer)
 
@@ -146,7 +175,10 @@ def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
     order = sorted(range(len(bounds) - 1), key=lambda text: bounds[text + 1] - bounds[text])
     lengths = [bounds[text + 1] - bounds[text] for text in order]
     place = torch.cat([torch.arange(bounds[text], bounds[text + 1]) for text in order]).to(device)
-    layout, offset = Layout([length for length in lengths if length], device), self._flatten_position_offset
+    layout, offset = (
+        Layout([length for length in lengths if length], device, self.by_bounds),
+        self._flatten_position_offset,
+    )
     row = {
         "input_ids": features["input_ids"][:, place],
         # Not those of the features: a guide may count from another number than the model that they were made for.

@@ -3,6 +3,7 @@
     runs/<run_id>/plan.json  the plan that the run follows
     runs/<run_id>/LEASE.json  which attempt may commit, and every attempt so far; changed by compare-and-swap alone
     runs/<run_id>/precision.json  the precision that a trial on the first machine chose
+    runs/<run_id>/forward.json  the packing and the attention kernel that the first machine chose
     runs/<run_id>/events.jsonl  what happened and when, one event a line
     runs/<run_id>/incidents/<incident>.json  one thing that went wrong
     runs/<run_id>/evaluations/<step>.json  metrics on the eval split after a step
@@ -83,6 +84,11 @@ def lease_key(run_id: str) -> str:
 def precision_key(run_id: str) -> str:
     """Return the key of the precision chosen for a run."""
     return f"{run_prefix(run_id)}/precision.json"
+
+
+def forward_key(run_id: str) -> str:
+    """Return the key of the forward pass chosen for a run."""
+    return f"{run_prefix(run_id)}/forward.json"
 
 
 def events_key(run_id: str) -> str:

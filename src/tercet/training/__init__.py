@@ -1,6 +1,8 @@
 """What one rank does. No Ray.
 
 - `arguments`: the plan in the words of transformers, and the choice of precision
+- `choices`: what a trial on a machine decides, stored once per run
+- `forward`: the forward pass that the run chose: packing and attention kernel
 - `ledger`: which rows each step consumed, and the proof of it
 - `prefetch`: prepares the next batch while a step runs
 - `embedding_gradient`: the gradient of the word embeddings, row by row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import os
 import statistics
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tercet.config.sections import role_of
-from tercet.errors import AlreadyExists, PlanError
+from tercet.errors import PlanError
 from tercet.planning.engine_settings import deepspeed_settings, fsdp_settings
 from tercet.planning.parallelism import is_zero
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
-from tercet.storage.documents import Document, seal, unseal
+from tercet.storage.documents import Document
+from tercet.training.choices import choose_once
 
 
 def use_cpu(plan: TrainPlan) -> bool:
@@ -106,25 +107,37 @@ class Precision(Document):
 
 
 def resolve_precision(plan: TrainPlan, storage: Storage, on_cpu: bool) -> TrainPlan:
-    """The plan with its precision named. Raises CorruptObject where what was chosen before is damaged."""
+    """Return the plan with its precision named: for `auto`, the one that the run chose when it began.
+
+    Raises PlanError where this machine cannot compute in it, CorruptObject where the stored choice is damaged."""
     if plan.config.training.precision != "auto":
         return plan
-    key = layout.precision_key(plan.run_id)
-    if not storage.exists(key):
-        device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        with contextlib.suppress(AlreadyExists):
-            storage.put_if_absent(key, seal(choose(device, speed_up_of_bf16(device))))
-    found = unseal(Precision, storage.read(key), storage.uri_of(key), hint="choose a new --run-id")
+    device = "cpu" if on_cpu else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    choice = choose_once(
+        storage,
+        layout.precision_key(plan.run_id),
+        Precision,
+        make=lambda: choose(device, speed_up_of_bf16(device)),
+        obstacle=functools.partial(_precision_obstacle, device),
+    )
     if os.environ.get("RANK", "0") == "0":
-        why = f"bf16 is {found.speed_up:.1f} times as fast as fp32 on {found.device}"
-        logger.info("precision: %s (%s)", found.precision, why)
-    training = plan.config.training.model_copy(update={"precision": found.precision})
+        why = f"bf16 is {choice.speed_up:.1f} times as fast as fp32 on {choice.device}"
+        logger.info("precision: %s (%s)", choice.precision, why)
+    training = plan.config.training.model_copy(update={"precision": choice.precision})
     return plan.model_copy(update={"config": plan.config.model_copy(update={"training": training})})
 
 
 def choose(device: str, speed_up: float) -> Precision:
-    """What a speed-up leads to."""
+    """Choose bf16 if it is at least MIN_SPEED_UP times as fast as fp32."""
     return Precision(precision="bf16" if speed_up >= MIN_SPEED_UP else "fp32", speed_up=speed_up, device=device)
+
+
+def _precision_obstacle(device: str, choice: Precision) -> str | None:
+    import torch
+
+    if choice.precision == "bf16" and device != "cpu" and not torch.cuda.is_bf16_supported():
+        return "it trains in bf16, which the GPU here does not support"
+    return None
 
 
 def speed_up_of_bf16(device: str) -> float:

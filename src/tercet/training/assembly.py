@@ -22,7 +22,6 @@ from tercet.evaluation.evaluate import make_evaluator
 from tercet.evaluation.evaluators import split_loss
 from tercet.model.encoder import make_model, reloaded, save_whole
 from tercet.model.loss import make_loss
-from tercet.model.packed_model import prepare
 from tercet.planning.parallelism import shards_weights
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import PlannedRows, concatenate, load_splits, load_train_rows, rows_to_order
@@ -30,6 +29,7 @@ from tercet.storage import Storage
 from tercet.training.arguments import column_prompts, gathers, training_arguments
 from tercet.training.attempt import HeldRun
 from tercet.training.callbacks import LeaseGuard, RunRecorder, StopOnPreemption
+from tercet.training.forward import resolve_forward
 from tercet.training.guards import Deadline, LearningGuard
 from tercet.training.trainer import TercetTrainer
 
@@ -85,7 +85,7 @@ def make_trainer(
     model = make_model(start, str(args.device), run.resume_dir)
     args.prompts = column_prompts(tuple(rows.train.column_names), model.prompts)
     loss = make_loss(config.loss, model, guide)
-    forward = prepare(model, config.workers.packing, config.loss.is_cached, guide)
+    forward = resolve_forward(plan, run.storage, model, guide, args.device)
     if args.process_index == 0:
         logger.info("forward pass: %s (%s)", forward.packing, forward.reason)
     eval_batch_size = config.evaluation.batch_size

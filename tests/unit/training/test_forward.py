@@ -1,0 +1,125 @@
+"""A run keeps the forward pass that it began with: its packing, and the kernel of its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from support import builders, tiny_model
+from tercet.errors import PlanError
+from tercet.model import packed_model
+from tercet.planning.plan import TrainPlan
+from tercet.storage.documents import unseal
+from tercet.storage.layout import forward_key
+from tercet.storage.local import LocalStorage
+from tercet.training import forward as module
+from tercet.training.forward import ForwardChoice, resolve_forward
+
+Load = Callable[[], SentenceTransformer]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "storage")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    folder = tiny_model.tiny_bert(tmp_path_factory.mktemp("made") / "model", tiny_model.all_texts())
+    return lambda: SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Sets why the kernel that knows bounds is not used on this machine; None: it is."""
+    return lambda why: monkeypatch.setattr(module, "kernel_obstacle", lambda *_: why)
+
+
+def plan(packing: str = "auto") -> TrainPlan:
+    return builders.plan(workers={"packing": packing})
+
+
+def resolve(storage: LocalStorage, model: SentenceTransformer, packing: str = "auto") -> Any:
+    return resolve_forward(plan(packing), storage, model, None, torch.device("cpu"))
+
+
+def stored(storage: LocalStorage) -> ForwardChoice:
+    return unseal(ForwardChoice, storage.read(forward_key(plan().run_id)), "forward.json")
+
+
+def no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with libraries in which this architecture takes no row."""
+    monkeypatch.setattr(packed_model.packing, "PACKED_MODEL_TYPES", ())
+
+
+@pytest.mark.parametrize("packing", ["auto", "packed"])
+def test_what_the_run_chose_is_stored_and_used(storage: LocalStorage, load: Load, packing: str) -> None:
+    """A run of an earlier tercet has stored nothing: it chooses when it resumes, as it would have done."""
+    model = load()
+    forward = resolve(storage, model, packing)
+    assert (forward.packing, forward.reason) == ("packed", "one row of real tokens, no padding")
+    assert stored(storage) == ForwardChoice(packing="packed", reason=forward.reason, attention="matrices")
+    assert model[0].by_bounds is False
+    assert model[0].can_flatten_inputs
+
+
+@pytest.mark.parametrize("packing", ["plain", "chunked"])
+def test_what_the_recipe_names_is_not_stored(storage: LocalStorage, load: Load, packing: str) -> None:
+    assert resolve(storage, load(), packing).packing == packing
+    assert not storage.exists(forward_key(plan().run_id))
+
+
+def test_a_run_that_began_without_packing_goes_on_without(
+    storage: LocalStorage, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        no_row(patch)
+        first = resolve(storage, load())
+    second = resolve(storage, load())
+    assert first.packing == second.packing == "chunked"
+    assert first.reason == second.reason
+    assert resolve(LocalStorage(Path(storage.uri) / "other"), load()).packing == "packed"
+
+
+def test_a_run_that_began_packed_is_refused_where_nothing_can_be_packed(
+    storage: LocalStorage, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve(storage, load())
+    no_row(monkeypatch)
+    with pytest.raises(PlanError, match=r"pass is packed, which is not possible here \(not packed: untested"):
+        resolve(storage, load())
+
+
+def test_the_kernel_is_kept(storage: LocalStorage, load: Load, kernel: Callable[[str | None], None]) -> None:
+    kernel("it is off by 9%")
+    resolve(storage, load())
+    kernel(None)
+    model = load()
+    resolve(storage, model)
+    assert (stored(storage).attention, model[0].by_bounds) == ("matrices", False)
+
+
+def test_a_kernel_that_does_not_run_here_is_refused(
+    storage: LocalStorage, load: Load, kernel: Callable[[str | None], None]
+) -> None:
+    kernel(None)
+    model = load()
+    resolve(storage, model)
+    assert (stored(storage).attention, model[0].by_bounds) == ("bounds", True)
+    kernel("only supports Ampere GPUs or newer")
+    with pytest.raises(PlanError, match=r"kernel for rows of texts, which is not possible here \(only supports Ampere"):
+        resolve(storage, load())
+
+
+def test_a_kernel_that_fails_on_another_rank_is_used_on_none(
+    storage: LocalStorage, load: Load, kernel: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel(None)
+    monkeypatch.setattr(module, "gather_objects", lambda own: [own, ["only supports Ampere GPUs or newer"]])
+    resolve(storage, load())
+    assert stored(storage).attention == "matrices"
