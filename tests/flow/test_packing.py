@@ -56,7 +56,7 @@ def test_every_way_ends_with_the_plain_weights(trained: dict[str, Any], mode: st
 
 def test_the_worker_says_how_it_runs(trained: dict[str, Any]) -> None:
     assert trained["output"].count("forward pass: packed (one row of real tokens, no padding)") == 8
-    assert trained["output"].count("forward pass: chunked (as the recipe says; 4 chunks of like lengths)") == 4
+    assert trained["output"].count("forward pass: chunked (as the recipe says; 4 chunks of similar lengths)") == 4
     assert trained["output"].count("forward pass: plain (as the recipe says)") == 1
 
 

@@ -1,4 +1,9 @@
-"""A plan's parallelism in DeepSpeed's and FSDP2's words."""
+"""Pure: settings of DeepSpeed and of PyTorch's FSDP2 for a plan's parallelism. Derived, never written by hand.
+
+`workers.deepspeed` overrides them by DeepSpeed's own names. Settings that follow from the rest of the recipe (batch
+sizes, accumulation, clipping, the ZeRO stage, precision, the optimizer) cannot be overridden: the two would drift
+apart.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,9 @@ from tercet.config.sections import Parallelism
 from tercet.planning.estimates import BUCKET_ELEMENTS
 from tercet.planning.parallelism import ZERO_STAGES, is_zero
 
-_OWN = "what tercet itself relies on"
+_OWN = "the way tercet trains"
 
-# Of the recipe alone. A dotted name also covers what lies below it.
+# DeepSpeed's settings that follow from the recipe. A dotted name also covers the settings below it.
 DERIVED = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.global_batch_size and workers.num_workers",
@@ -41,7 +46,7 @@ DERIVED = {
     "gradient_allreduce_op": _OWN,
 }
 
-# What else DeepSpeed 0.19 reads at the top level and a run may set.
+# The other settings that DeepSpeed 0.19 reads at the top level: a recipe may set them.
 FREE = {
     *("zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "aio", "compile", "checkpoint"),
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_python_gc", "log_level"),
@@ -53,18 +58,20 @@ _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_and_micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. There is no `optimizer` in it: DeepSpeed's own would leave out the parameters of the
-    loss, and is compiled on first use on every node. torch's fused AdamW steps on a CPU as well."""
+    """Return DeepSpeed's configuration.
+
+    It has no `optimizer`: DeepSpeed's own would omit the parameters of the loss, and is compiled on first use on every
+    node. torch's fused AdamW works on a CPU too."""
     training, workers = config.training, config.workers
     on_gpu = workers.use_gpu is True
     zero: dict[str, Any] = {
         "stage": ZERO_STAGES[parallelism],
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
-        "reduce_bucket_size": BUCKET_ELEMENTS,  # allocated whole: DeepSpeed's default would take 1.9 GiB
+        "reduce_bucket_size": BUCKET_ELEMENTS,  # allocated as a whole: DeepSpeed's default takes 1.9 GiB
     }
     if parallelism in ("zero3", "zero3_offload"):
-        # By default DeepSpeed 0.19 releases no gathered weight of a model below about 500 million parameters.
+        # By default, DeepSpeed 0.19 releases no gathered weights if a model has less than about 500 million parameters.
         zero["stage3_max_live_parameters"] = BUCKET_ELEMENTS
         zero["stage3_max_reuse_distance"] = 0
         zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
@@ -82,16 +89,17 @@ def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_a
         "steps_per_print": 10**9,
     }
     if training.precision in _AUTOCAST:
-        # fp32 weights and autocast, as in the other modes; DeepSpeed's `bf16` would train and save bf16 weights.
+        # fp32 weights with autocast, as in the other modes. DeepSpeed's `bf16` would train and save bf16 weights.
         settings["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[training.precision]}
-    return _laid_over(settings, workers.deepspeed)
+    return _merged(settings, workers.deepspeed)
 
 
 def fsdp_settings() -> dict[str, Any]:
-    """transformers' `fsdp_config`. The state goes to storage by tercet's own hand, in one format for all modes.
+    """Return transformers' `fsdp_config`. tercet itself stores the state, in one format for all modes.
 
-    Nothing of activation checkpointing: transformers does it, as in the other modes. accelerate 1.15 would do it
-    without `preserve_rng_state`: dropout would differ between the two forward passes, and gradients would be wrong."""
+    Activation checkpointing is omitted, because transformers does it, as in the other modes. accelerate 1.15 would do
+    it without `preserve_rng_state`: dropout would differ between the two forward passes, and gradients would be
+    wrong."""
     return {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -101,19 +109,20 @@ def fsdp_settings() -> dict[str, Any]:
 
 
 def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:
-    """Variables that DeepSpeed reads when it is imported."""
+    """Return environment variables that DeepSpeed reads at import."""
     if not is_zero(parallelism):
         return {}
     return {"DS_ACCELERATOR": "cpu" if use_cpu else "cuda", "DS_IGNORE_CUDA_DETECTION": "1"}
 
 
 def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong with `workers.deepspeed`: pairs of problem and hint. Imports DeepSpeed for its own check of the
-    ZeRO settings, and only when there are some."""
+    """Return problems of `workers.deepspeed` as pairs of problem and hint.
+
+    If there are ZeRO settings, this imports DeepSpeed for its own check of them."""
     problems = [
         (
             f"workers.deepspeed: `{name}` follows from {source} and cannot be set here",
-            "leave it away" if source == _OWN else f"change {source} instead",
+            "remove it" if source == _OWN else f"change {source} instead",
         )
         for name, source in DERIVED.items()
         if _has(overrides, name)
@@ -138,7 +147,7 @@ def _zero_problems(zero: dict[str, Any]) -> list[tuple[str, str]]:
     except ValidationError as error:
         for item in error.errors():
             dotted = ".".join(["zero_optimization", *map(str, item["loc"])])
-            if item["loc"] and item["loc"][0] in known:  # the others were found above, with a guess
+            if item["loc"] and item["loc"][0] in known:  # unknown names are reported above, with a suggestion
                 problem = f"workers.deepspeed: DeepSpeed refuses `{dotted}`={item['input']!r}: {item['msg']}"
                 problems.append((problem, "see DeepSpeed's list of settings"))
     return problems
@@ -148,11 +157,11 @@ def _unknown(dotted: str, known: set[str]) -> tuple[str, str]:
     section, dot, name = dotted.rpartition(".")
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     guess = f"did you mean `{section}{dot}{close[0]}`?" if close else "see DeepSpeed's list of settings"
-    return f"workers.deepspeed: `{dotted}` is unknown to DeepSpeed, or of no use here", guess
+    return f"workers.deepspeed: `{dotted}` is unknown to DeepSpeed, or has no effect here", guess
 
 
 def _has(settings: dict[str, Any], dotted: str) -> bool:
-    """Whether a setting is given, or replaced together with the section that it is in (`section: null`)."""
+    """Return whether a setting is given, or replaced together with its section (`section: null`)."""
     value: Any = settings
     for part in dotted.split("."):
         if not isinstance(value, dict):
@@ -163,9 +172,9 @@ def _has(settings: dict[str, Any], dotted: str) -> bool:
     return True
 
 
-def _laid_over(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(settings)
     for name, value in overrides.items():
         below = merged.get(name)
-        merged[name] = _laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged

@@ -1,7 +1,7 @@
-"""Pure: what a worker holds in memory while it trains, part by part, and the parallelism that fits.
+"""Pure: estimates of a worker's memory while it trains, part by part, of tokens and of the training time.
 
-ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054. Activations: Korthikanti et al. 2022, arXiv 2205.05198. What they do
-not say (the copies that torch 2.13 and DeepSpeed 0.19 keep) was read in the sources; docs/parallelism.md has the table.
+ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054. Activations: Korthikanti et al. 2022, arXiv 2205.05198. The copies that
+torch 2.13 and DeepSpeed 0.19 keep are taken from their sources; docs/parallelism.md has the table.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from tercet.storage.documents import Frozen
 # Weights and gradients are fp32 in every mode; Adam keeps two fp32 moments (ZeRO, section 3.1).
 WEIGHT_BYTES = GRADIENT_BYTES = 4
 ADAM_BYTES = 8
-# Under autocast a matrix product keeps a 16-bit copy of its weight for the backward pass.
+# Under autocast, a matrix product keeps a 16-bit copy of its weight for the backward pass.
 AUTOCAST_COPY_BYTES = 2
-# Activations of a layer in 16 bits are about 34 bytes a token and hidden unit (Korthikanti, equation 2), without the
-# attention term, which is small for short texts and absent where attention is fused; fp32 doubles it. The layer's input
-# is 2 of the 34, and all that gradient checkpointing keeps of it (section 5).
+# Activations of a layer in 16 bits are about 34 bytes per token and hidden unit (Korthikanti, equation 2), without the
+# attention term, which is small for short texts and absent if attention is fused; fp32 doubles it. The layer's input is
+# 2 of the 34, and is all that gradient checkpointing keeps (section 5).
 ACTIVATION_BYTES_16_BIT = 34
 LAYER_INPUT_BYTES_16_BIT = 2
-# DeepSpeed's communication bucket (`reduce_bucket_size`), allocated whole: its default of 5e8 would be 1.9 GiB in fp32
-# for the smallest model. Two of them where communication overlaps the backward pass.
+# DeepSpeed allocates its communication bucket (`reduce_bucket_size`) as a whole: the default of 5e8 would be 1.9 GiB in
+# fp32 even for the smallest model. There are two if communication overlaps the backward pass.
 BUCKET_ELEMENTS = 25_000_000
-# What is planned for; the rest is for what the estimate leaves out (docs/parallelism.md, Limits).
+# The share of a worker's memory that a plan may use; the rest is for what the estimate omits (docs/parallelism.md,
+# Limits).
 SHARE_OF_MEMORY = 0.9
 
 
 def size_text(num_bytes: float) -> str:
-    """Such as `1.5 GiB`."""
+    """Return a size in words, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}"
@@ -41,26 +42,26 @@ def size_text(num_bytes: float) -> str:
 
 
 class Memory(Frozen):
-    """Estimated peak of one worker: on the device it computes on, and beside it."""
+    """Estimated peak memory of one worker, on its device and in host memory."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     host_bytes: int = 0
-    """In host memory, where weights and optimizer state are offloaded."""
+    """Offloaded weights and optimizer state; 0 without offloading."""
 
     @property
     def total_bytes(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
     def needed_bytes(self, workers: WorkersConfig) -> int:
-        """What counts against a worker's memory: for CPU workers, device and host are one."""
+        """Return the bytes to compare with a worker's memory; for CPU workers, device and host memory are one."""
         return self.total_bytes + (self.host_bytes if workers.use_gpu is False else 0)
 
     def text(self) -> str:
-        """One line: the parts and their sum."""
+        """Return the parts and their sum as one line."""
         parts = {
             "weights": self.weights_bytes,
             "gradients": self.gradients_bytes,
@@ -73,10 +74,10 @@ class Memory(Frozen):
 
 
 def num_trainable_parameters(facts: ModelFacts, lora: LoraConfig | None) -> int:
-    """All of them, or those of the adapters: rank * (inputs + outputs) for each linear layer that gets one.
+    """Return the number of trained parameters: all, or with LoRA rank * (inputs + outputs) for each adapted layer.
 
-    For `all-linear`, a layer is taken for BERT's: four linear layers h → h and the two of a feed-forward network of
-    width 4 h, in all 4 * 2 h + 2 * 5 h = 18 h. One that is named is taken for h → h, and found once in each layer."""
+    `all-linear` assumes the layers of BERT: four linear layers h → h, and the two of a feed-forward network of width
+    4 h; together 4 * 2 h + 2 * 5 h = 18 h. A named layer is assumed to be h → h, and to be in each layer once."""
     if lora is None:
         return facts.num_parameters
     inputs_and_outputs = 18 if lora.target_modules == "all-linear" else 2 * len(lora.target_modules)
@@ -97,12 +98,14 @@ def memory_of(
     lora: LoraConfig | None = None,
     loss_is_cached: bool = False,
 ) -> Memory:
-    """The memory of one of `num_workers`, which keeps the activations of `num_tokens` tokens for a backward pass."""
+    """Estimate the memory of one of `num_workers` workers.
+
+    num_tokens: tokens whose activations a worker keeps at a time for a backward pass."""
     training = training or TrainingConfig()
     trained = num_trainable_parameters(facts, lora)
     total = facts.num_parameters + (trained if lora else 0)
     weights, gradients, optimizer = WEIGHT_BYTES * total, GRADIENT_BYTES * trained, ADAM_BYTES * trained
-    # ZeRO-3 and FSDP2 gather one unit at a time: a layer, or the embeddings where they are larger.
+    # ZeRO-3 and FSDP2 gather one unit at a time: a layer, or the embeddings if they are larger.
     layer = math.ceil((facts.num_parameters - facts.num_embedding_parameters) / max(facts.num_layers, 1))
     unit = max(layer, facts.num_embedding_parameters)
     trained_of_unit = unit if lora is None else math.ceil(trained / max(facts.num_layers, 1))
@@ -112,13 +115,13 @@ def memory_of(
     def shard(num_bytes: float) -> float:
         return num_bytes / num_workers
 
-    # Gradients are whole all the same while they add up: under DeepSpeed over the several backward passes of a cached
-    # loss (see trainer.py), under FSDP2 over the accumulation steps (accelerate reduces them at the last).
+    # Gradients are not sharded while they accumulate: under DeepSpeed over the backward passes of a cached loss (see
+    # deepspeed_engine.py), under FSDP2 over the accumulation steps (accelerate reduces them in the last).
     match parallelism:
-        case "ddp":  # gradients lie in the buckets that are sent
+        case "ddp":  # gradients are views of the buckets that are sent
             pass
         case "zero1" | "zero2":
-            # DeepSpeed updates a copy of its own shard of the weights, also where they are fp32 already.
+            # DeepSpeed updates a copy of its shard of the weights, even if they are fp32 already.
             weights += math.ceil(shard(WEIGHT_BYTES * trained))
             whole = parallelism == "zero1" or loss_is_cached
             gradients = 2 * buckets + (gradients if whole else math.ceil(shard(gradients)))
@@ -130,15 +133,15 @@ def memory_of(
             gradients += buckets if parallelism == "zero3" else 0
             optimizer = math.ceil(shard(optimizer))
         case "zero3_offload":
-            # In host memory: the weights, and of what is trained DeepSpeed's copy to update, two gradient buffers (what
-            # is reduced, and what Adam reads), and the moments.
+            # Host memory holds the weights and, for each trained weight, the copy that DeepSpeed updates, two gradient
+            # buffers (one to reduce, one that Adam reads) and the moments.
             copies = (WEIGHT_BYTES + 2 * GRADIENT_BYTES + ADAM_BYTES) * trained
             host = math.ceil(shard(weights + copies))
             gradients = buckets + (gradients if loss_is_cached else GRADIENT_BYTES * trained_of_unit)
             weights, optimizer = WEIGHT_BYTES * unit, 0
     if _is_16_bit(training) and parallelism in ("ddp", "zero1", "zero2"):
-        # The sharded modes gather a unit in 16 bits, and free it. Frozen weights, unlike trained ones, are not in
-        # autocast's cache, so with gradient checkpointing only one layer's copies are left.
+        # The sharded modes gather a unit in 16 bits, and free it. Autocast caches copies of trained weights but not of
+        # frozen ones, so that with gradient checkpointing only one layer's copies remain.
         one_layer = lora is not None and training.gradient_checkpointing
         weights += AUTOCAST_COPY_BYTES * (layer if one_layer else facts.num_parameters - facts.num_embedding_parameters)
     return Memory(
@@ -162,35 +165,34 @@ def _activations_bytes(facts: ModelFacts, num_tokens: float, training: TrainingC
 
 
 def available_bytes(workers: WorkersConfig, share_of_this_machine: int | None) -> int | None:
-    """Memory of one worker: as the recipe says, else a CPU worker's share of this machine, else unknown."""
+    """Return the memory of one worker: from the recipe, else a CPU worker's share of this machine, else None."""
     if workers.memory_gib_per_worker is not None:
         return int(workers.memory_gib_per_worker * 2**30)
     return share_of_this_machine if workers.use_gpu is False else None
 
 
 def fits(memory: Memory, workers: WorkersConfig, memory_bytes_available: int) -> bool:
-    """Within the share that is planned for."""
+    """Return whether the memory is within the share that a plan may use."""
     return memory.needed_bytes(workers) <= SHARE_OF_MEMORY * memory_bytes_available
 
 
-# English text: about four characters a token for WordPiece vocabularies.
+# English text has about four characters per token of a WordPiece vocabulary.
 CHARACTERS_PER_TOKEN = 4.0
 
-# Floating-point operations a second on real tokens, roughly, for fp32 on one core: the demo's two workers did 24e9
-# each at their best (docs/log.md, 0.56 steps/s of 32 rows). A GPU's rate differs a hundredfold between models, so no
-# time is given for one.
+# Rough floating-point operations per second on real tokens, for fp32 on one core: each of the demo's two workers did
+# 24e9 at best (docs/log.md, 0.56 steps/s of 32 rows). GPUs differ a hundredfold, so there is no estimate for them.
 CPU_FLOPS_PER_CORE = 30e9
 
 
 def tokens_per_text(config: Config, manifest: Manifest, facts: ModelFacts | None) -> list[float]:
-    """Mean tokens of a text of each column, padding not counted; two of them are special."""
+    """Return the mean number of tokens per text for each column, without padding, with two special tokens."""
     limit = config.model.max_seq_length or (facts.max_seq_length if facts else None) or 512
     means = [manifest.text_statistics[column].mean_chars / CHARACTERS_PER_TOKEN + 2 for column in manifest.text_columns]
     return [min(mean, limit) for mean in means]
 
 
 def tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None) -> float:
-    """Tokens whose activations are kept at a time: of a micro-batch, or of a cached loss's mini-batch of texts."""
+    """Return the tokens whose activations a worker keeps at a time: a micro-batch, or a mini-batch of a cached loss."""
     rows_per_micro_batch = rows_per_rank_and_micro_batch(config)
     means = tokens_per_text(config, manifest, facts)
     kept = rows_per_micro_batch * sum(means)
@@ -201,7 +203,9 @@ def tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None) ->
 
 
 def training_seconds(config: Config, facts: ModelFacts | None, num_tokens: float) -> float | None:
-    """Six multiply-adds a token and parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1); CPU workers only."""
+    """Estimate the seconds to train on `num_tokens` tokens; None for GPUs, or if the model is unknown.
+
+    Six floating-point operations per token and parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
     if facts is None or config.workers.use_gpu is True:
         return None
     flops = 6.0 * (facts.num_parameters - facts.num_embedding_parameters) * num_tokens

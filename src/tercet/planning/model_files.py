@@ -1,6 +1,7 @@
-"""Where the base model comes from, and what its files alone tell: a folder, a Python package, or a hub.
+"""Locate the base model (a folder, a Python package, or a hub), and read its size from its files.
 
-Reads JSON and the header of the weights; imports no machine-learning library, so that `tercet plan` answers at once.
+Only JSON and the headers of the weights are read, without a machine-learning library, so that `tercet plan` answers at
+once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PACKAGE_SCHEME = "package:"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What decides memory and time. Sizes in elements."""
+    """Facts about a model that determine memory and time. Sizes are in elements."""
 
     num_parameters: int
     num_embedding_parameters: int
@@ -32,23 +33,24 @@ class ModelFacts:
 
 
 def locate(model: ModelConfig) -> Path | None:
-    """The model's folder on this machine, or None for a hub name.
+    """Return the model's folder on this machine; None for a hub name.
 
-    Raises ConfigError when a package is not installed or carries no model, CorruptObject when the weights are not those
-    that the recipe names."""
+    Raises ConfigError if there is no such folder or package, or it contains no model; CorruptObject if the sha256 of
+    the weights is not the one in the recipe."""
     if model.name_or_path.startswith(PACKAGE_SCHEME):
         folder = _inside_package(model.name_or_path.removeprefix(PACKAGE_SCHEME))
     else:
         folder = Path(model.name_or_path)
         if folder.is_file():
-            raise ConfigError(f"model.name_or_path: {folder} is a file", hint="name the folder of a model")
+            raise ConfigError(f"model.name_or_path: {folder} is a file", hint="give the folder of a model")
         if not folder.is_dir():
             if folder.is_absolute() or model.name_or_path.startswith((".", "~")):
-                raise ConfigError(f"model.name_or_path: no folder {folder}", hint="check the path")
+                raise ConfigError(f"model.name_or_path: there is no folder {folder}", hint="check the path")
             return None
         if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
             raise ConfigError(
-                f"model.name_or_path: {folder} holds no model", hint="it has neither config.json nor modules.json"
+                f"model.name_or_path: {folder} contains no model: neither config.json nor modules.json",
+                hint="check the path",
             )
     if model.sha256 is not None:
         check_sha256(folder, model.sha256)
@@ -56,17 +58,17 @@ def locate(model: ModelConfig) -> Path | None:
 
 
 def check_sha256(folder: Path, expected: str) -> None:
-    """Raises CorruptObject unless `model.safetensors` in `folder` is the pinned one."""
+    """Raise CorruptObject unless `model.safetensors` in `folder` has the expected sha256."""
     path = folder / "model.safetensors"
     if not path.is_file():
         raise CorruptObject(
-            f"{folder}: holds no model.safetensors, but the recipe pins its sha256", hint="check model.sha256"
+            f"{folder} contains no model.safetensors, but the recipe pins its sha256", hint="check model.sha256"
         )
     actual = sha256_of(path)
     if actual != expected:
         raise CorruptObject(
-            f"{path}: sha256 is {actual}, the recipe pins {expected}",
-            hint="these are other weights: reinstall the model, or change model.sha256 on purpose",
+            f"{path}: the sha256 is {actual}, but the recipe pins {expected}",
+            hint="the weights are different: install the model again, or change model.sha256 on purpose",
         )
 
 
@@ -80,24 +82,27 @@ def _inside_package(package: str) -> Path:
     root = Path(spec.origin).parent
     folders = sorted(path.parent for path in root.rglob("modules.json"))
     if not folders:
-        raise ConfigError(f"model.name_or_path: package {package!r} carries no model", hint="it holds no modules.json")
+        raise ConfigError(
+            f"model.name_or_path: package {package!r} contains no model: there is no modules.json",
+            hint="check the name of the package",
+        )
     return folders[0]
 
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Raises ConfigError for a file of the model in `folder` that cannot be read, or holds something else."""
+    """Raise ConfigError for an error in the block: a file of the model is unreadable, or has another format."""
     try:
         yield
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         what = f"the files of the model {folder} cannot be read: {type(error).__name__}: {error}"
-        raise ConfigError(what, hint="fetch the model again") from None
+        raise ConfigError(what, hint="download the model again") from None
 
 
 def read_facts(folder: Path) -> ModelFacts | None:
-    """From config.json and the headers of the weights' files; None when they do not say.
+    """Read the facts from config.json and the headers of the weights; None if the files do not have all of them.
 
-    Raises ConfigError when the weights are no safetensors file, or a file cannot be read."""
+    Raises ConfigError if the weights are not in safetensors format, or a file cannot be read."""
     with reading(folder):
         return _read_facts(folder)
 
@@ -124,7 +129,7 @@ def _read_facts(folder: Path) -> ModelFacts | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """One file, or those that its index names when the weights are cut in pieces; none when one of them is missing."""
+    """Return the file of the weights, or all files that the index names; empty if one is missing."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -133,11 +138,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """From the header of a safetensors file: eight bytes of length, then JSON. Integers are no parameters."""
+    """Read the shapes of floating-point tensors from a safetensors header: eight bytes of length, then JSON."""
     with path.open("rb") as file:
-        # A pointer of git-lfs is text: its first eight bytes would be a length beyond any memory.
+        # A git-lfs pointer is text: its first eight bytes would be an impossible length.
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > path.stat().st_size:
-            raise ConfigError(f"{path} is not a safetensors file", hint="was it cloned without git-lfs? git lfs pull")
+            raise ConfigError(
+                f"{path} is not a safetensors file", hint="if it was cloned without LFS, run: git lfs pull"
+            )
         header = json.loads(file.read(num_bytes))
     return {name: entry["shape"] for name, entry in header.items() if "F" in entry.get("dtype", "")}

@@ -1,9 +1,7 @@
-"""How texts share a forward pass: attention matrices, padded chunks, or nothing. Pure.
+"""Choose how texts share a forward pass, from the model's files: in one packed row, in padded chunks, or not at all.
 
-In one row of real tokens, linear layers, norms and activations need no padding. Attention is told of the boundaries,
-and where it knows only matrices, texts are sorted by length and cut into groups: a group is one batched attention, as
-wide as its longest text. Few groups waste little time on calls, many waste little on padding; dynamic programming finds
-the cut that costs least.
+In one row of real tokens, linear layers, norms and activations need no padding; only attention needs to know where each
+text begins (model/packed_attention.py, model/grouped_attention.py).
 """
 
 from __future__ import annotations
@@ -20,42 +18,41 @@ from tercet.planning.model_files import locate, reading
 
 Packing = Literal["packed", "chunked", "plain"]
 
-# The architectures whose forward pass takes a row of many texts, as transformers 5.23 writes them; each is under test.
+# The model types of transformers 5.23 whose forward pass accepts a row of many texts; each is tested.
 PACKED_MODEL_TYPES = ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
-# Modules that take each text, or each of its tokens, by itself.
+# Modules that process each text, or each token, independently.
 TEXT_BY_TEXT = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LayerNorm")
 PACKED_POOLING = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens")
 
-# Padded chunks: more of them pad less, and each is a forward pass of its own. Four were faster than two; more were not
-# tried.
+# More padded chunks need less padding, but each is a forward pass. Four were faster than two; more were not tried.
 NUM_CHUNKS = 4
 
 
 class Facts(NamedTuple):
-    """What decides how a model's texts can share a forward pass."""
+    """Facts about a model and its loss that determine how texts can share a forward pass."""
 
     model_type: str | None
-    """As in config.json."""
+    """`model_type` of config.json."""
     own_code: bool
-    """The architecture is Python code of the model's own folder."""
+    """Whether the architecture is Python code in the model's folder."""
     pooling: tuple[str, ...]
-    """Modes of the Pooling module."""
+    """Modes of the Pooling module; empty without one."""
     is_cached: bool
-    """The loss embeds mini-batches of one column by itself."""
+    """Whether the loss itself embeds mini-batches of one column."""
     drops_prompts: bool = False
-    """Prompts are left out of the pooling."""
+    """Whether pooling excludes the tokens of prompts."""
     pads_left: bool = False
-    """The tokenizer pads on the left."""
+    """Whether the tokenizer pads on the left."""
     other_modules: tuple[str, ...] = ()
-    """Of the model's modules, those that are none of TEXT_BY_TEXT."""
+    """Class names of modules that are not in TEXT_BY_TEXT."""
     is_decoder: bool = False
-    """Tokens see those before them only."""
+    """Whether tokens attend to earlier tokens only."""
     guide_obstacle: str | None = None
-    """Why a guide of the loss, which gets the same features, cannot take them in one row."""
+    """Why the guide of the loss, which gets the same features, cannot process one row; None if nothing prevents it."""
 
 
 def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, str]:
-    """How training runs the forward pass, and why. What cannot be had falls back to the next best."""
+    """Return how training runs the forward pass, and the reason. An impossible choice falls back to the next best."""
     if wanted == "plain":
         return "plain", "as the recipe says"
     why_not = obstacle(facts) or (facts.guide_obstacle and f"the guide: {facts.guide_obstacle}")
@@ -63,29 +60,29 @@ def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, st
         return "packed", "one row of real tokens, no padding"
     why = "as the recipe says" if wanted == "chunked" else f"not packed: {why_not}"
     if facts.other_modules:
-        return "plain", f"{why}; nor in chunks"
+        return "plain", f"{why}, and for the same reason not chunked"
     if facts.is_cached:
-        return "plain", f"{why}; the loss cuts its own mini-batches"
+        return "plain", f"{why}; not chunked: the loss makes its own mini-batches"
     if facts.drops_prompts:
-        return "plain", f"{why}; a chunk has texts with different prompts, which its pooling cannot leave out"
+        return "plain", f"{why}; not chunked: pooling cannot exclude the different prompts in a chunk"
     if facts.pads_left:
-        return "plain", f"{why}; the tokenizer pads on the left"
-    return "chunked", f"{why}; {NUM_CHUNKS} chunks of like lengths"
+        return "plain", f"{why}; not chunked: the tokenizer pads on the left"
+    return "chunked", f"{why}; {NUM_CHUNKS} chunks of similar lengths"
 
 
 def other_modules(names: Iterable[str]) -> tuple[str, ...]:
-    """Of the classes of a model's modules, those that may look beyond a text."""
+    """Return those class names of modules that may mix several texts."""
     return tuple(name for name in names if name not in TEXT_BY_TEXT)
 
 
 def obstacle(facts: Facts) -> str | None:
-    """Why a model cannot take its texts in one row; None where it can."""
+    """Return why a model cannot process its texts in one row; None if it can."""
     if facts.other_modules:
-        return f"its module {facts.other_modules[0]} may look beyond a text"
+        return f"its module {facts.other_modules[0]} may mix several texts"
     if facts.is_decoder:
-        return "its tokens see only those before them"
+        return "its tokens attend to earlier tokens only"
     if facts.own_code:
-        return "the model's own code would have to know of boundaries"
+        return "the model has code of its own, which does not know where a text begins"
     if facts.model_type not in PACKED_MODEL_TYPES:
         return f"untested for the architecture {facts.model_type or 'of this model'}"
     other = [mode for mode in facts.pooling if mode not in PACKED_POOLING]
@@ -94,7 +91,7 @@ def obstacle(facts: Facts) -> str | None:
     return None
 
 
-# As sentence-transformers wrote a Pooling module before version 5.
+# Settings of a Pooling module that sentence-transformers before version 5 saved.
 _OLD_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -106,8 +103,10 @@ _OLD_POOLING = {
 
 
 def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
-    """Of the recipe's model, whose files are in `folder`, its loss, and the loss's guide. None where the files of one
-    are not on this machine. Raises ConfigError where a file of theirs cannot be read; and as `locate`, of the guide."""
+    """Read the facts of the recipe's model, whose files are in `folder`, and of the guide of its loss.
+
+    None if the files of either are not on this machine. Raises ConfigError if one of their files cannot be read, and
+    otherwise as `locate` for the guide."""
     facts = _of_model(config.model, folder, config.loss.is_cached)
     if facts is None or not isinstance(config.loss, GuidedLossConfig):
         return facts
@@ -139,8 +138,7 @@ def _read_facts(model: ModelConfig, folder: Path, is_cached: bool) -> Facts:
 
 
 def _pooling(folder: Path) -> dict[str, Any] | None:
-    """The settings of the Pooling module, None where the model has none. A folder that does not name its modules gets
-    the mean."""
+    """Return the settings of the Pooling module; None without one. A folder without modules.json gets mean pooling."""
     if not (folder / "modules.json").is_file():
         return {"pooling_mode": "mean"}
     module = _module(folder, "Pooling")
@@ -149,7 +147,7 @@ def _pooling(folder: Path) -> dict[str, Any] | None:
 
 def _module(folder: Path, name: str) -> Path | None:
     modules = _read(folder / "modules.json") or []
-    return next((folder / found["path"] for found in modules if found["type"].endswith(f".{name}")), None)
+    return next((folder / module["path"] for module in modules if module["type"].endswith(f".{name}")), None)
 
 
 def _type_names(folder: Path) -> list[str]:
@@ -164,8 +162,8 @@ def _modes(pooling: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = _read(folder / "config.json")
-    return found
+    config: dict[str, Any] = _read(folder / "config.json")
+    return config
 
 
 def _read(path: Path) -> Any:

@@ -1,8 +1,4 @@
-"""Pure: how a recipe's parallelism is said to DeepSpeed and to PyTorch's FSDP2. Derived, never hand-written.
-
-`workers.deepspeed` is laid over it by DeepSpeed's own names. What follows from the rest of the recipe (batch sizes,
-accumulation, clipping, the ZeRO stage, precision, the optimizer) cannot be set there: the two would drift apart.
-"""
+"""Pure: choose the parallelism that fits into memory, and say why."""
 
 from __future__ import annotations
 
@@ -16,22 +12,23 @@ ZERO_STAGES: dict[Parallelism, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero
 
 
 def is_zero(parallelism: Parallelism) -> bool:
-    """DeepSpeed runs it."""
+    """Return whether DeepSpeed runs this mode."""
     return parallelism in ZERO_STAGES
 
 
 def shards_weights(parallelism: Parallelism) -> bool:
-    """No rank holds the whole model: a forward pass is a collective of all ranks."""
+    """Return whether no rank holds the whole model, so that a forward pass is a collective of all ranks."""
     return parallelism in ("zero3", "zero3_offload", "fsdp2")
 
 
 def choose(
     config: Config, facts: ModelFacts | None, num_tokens: float, memory_bytes_available: int | None
 ) -> tuple[Parallelism, str]:
-    """The parallelism of a run, and why. A mode that the recipe names is never overruled; `auto` is the one that
-    communicates least of those that fit.
+    """Return the parallelism of a run, and the reason. A mode named in the recipe is always used; for `auto`, the mode
+    with the least communication among those that fit.
 
-    Raises PlanError when the memory is known and none fits."""
+    num_tokens: tokens whose activations a worker keeps. memory_bytes_available: of one worker, None when unknown.
+    Raises PlanError if the memory is known and no mode fits."""
     workers = config.workers
     if workers.parallelism != "auto":
         alone = workers.num_workers == 1 and workers.parallelism in ("zero1", "zero2", "zero3")
@@ -39,13 +36,13 @@ def choose(
     unused = "; workers.deepspeed is not used" if workers.deepspeed else ""
     if facts is None:
         return "ddp", (
-            "auto: how much memory the model needs is not known before its files are on this machine; "
-            f"to choose another, name it in workers.parallelism{unused}"
+            "auto: the memory that the model needs is unknown until its files are on this machine; "
+            f"to use another mode, set workers.parallelism{unused}"
         )
     if memory_bytes_available is None:
         return "ddp", (
-            "auto: the memory of a worker is not known; "
-            f"tell it with workers.memory_gib_per_worker, or name a mode in workers.parallelism{unused}"
+            "auto: the memory of a worker is unknown; "
+            f"set workers.memory_gib_per_worker, or a mode in workers.parallelism{unused}"
         )
     has = size_text(memory_bytes_available)
     too_large: list[str] = []
@@ -63,28 +60,29 @@ def choose(
         if not fits(memory, workers, memory_bytes_available):
             too_large.append(f"{parallelism} {needed}")
         elif parallelism == "ddp":
-            return "ddp", f"auto: it fits, with {has} a worker, and nothing is faster{unused}"
+            return "ddp", f"auto: it fits into the {has} of a worker, and no mode is faster{unused}"
         else:
             return parallelism, (
-                f"auto: of the {has} a worker has, {SHARE_OF_MEMORY:.0%} is planned for: {', '.join(too_large)} would "
-                f"be too much; {parallelism} needs {needed}{_price(parallelism, workers)}"
+                f"auto: a worker may use {SHARE_OF_MEMORY:.0%} of its {has}; {', '.join(too_large)} would be too much; "
+                f"{parallelism} needs {needed}{_price(parallelism, workers)}"
             )
     raise PlanError(
-        f"the model fits no worker: of {has}, {SHARE_OF_MEMORY:.0%} is planned for, and a worker would need "
-        f"{', '.join(too_large)}; its activations alone are {size_text(memory.activations_bytes)}",
+        f"the model does not fit into a worker, which may use {SHARE_OF_MEMORY:.0%} of its {has} and would need "
+        f"{', '.join(too_large)}; activations alone need {size_text(memory.activations_bytes)}",
         hint=_what_helps(config),
     )
 
 
 def _candidates(workers: WorkersConfig) -> list[Parallelism]:
-    """From the least communication to the least memory. For a CPU worker there is no other memory to offload to."""
+    """Return modes from the least communication to the least memory. A CPU worker has no other memory to offload to."""
     sharded: list[Parallelism] = ["zero2", "zero3"] if workers.num_workers > 1 else []
     offload: list[Parallelism] = [] if workers.use_gpu is False else ["zero3_offload"]
     return ["ddp", *sharded, *offload]
 
 
 def _price(parallelism: Parallelism, workers: WorkersConfig) -> str:
-    """ZeRO, section 7: stages 1 and 2 send what data parallelism sends, stage 3 half as much again."""
+    """Return the price of a mode in words. ZeRO, section 7: stages 1 and 2 send as much as data parallelism, stage 3
+    half as much again."""
     if parallelism == "zero2":
         return " and communicates as much as ddp"
     if parallelism == "zero3":
@@ -103,4 +101,4 @@ def _what_helps(config: Config) -> str:
         "training.precision: bf16": not _is_16_bit(training),
         "model.lora": config.model.lora is None,
     }
-    return "what would help: " + ", ".join(way for way, is_open in ways.items() if is_open)
+    return "any of these helps: " + ", ".join(way for way, is_open in ways.items() if is_open)

@@ -307,7 +307,7 @@ def test_plan_of_memory_and_parallelism(
         return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
     assert shown()["memory"] == shown()["storage"] == "unknown until the model is on this machine"
-    assert shown()["parallelism"].startswith("ddp  (auto: how much memory the model needs is not known")
+    assert shown()["parallelism"].startswith("ddp  (auto: the memory that the model needs is unknown")
     monkeypatch.setattr(survey, "locate", lambda _: Path("somewhere"))
     monkeypatch.setattr(survey, "read_facts", lambda _: builders.FACTS)
     assert shown()["memory"] == (
@@ -322,9 +322,9 @@ def test_plan_of_memory_and_parallelism(
     monkeypatch.setattr(survey, "_bytes_per_worker", lambda num_workers: 6 * 2**30 // num_workers)
     assert shown("use_gpu=false", "num_workers=2").keys() == on_cpu.keys()
     fits = shown("use_gpu=false", "num_workers=2")["parallelism"]
-    assert fits == "ddp  (auto: it fits, with 3.0 GiB a worker, and nothing is faster)"
+    assert fits == "ddp  (auto: it fits into the 3.0 GiB of a worker, and no mode is faster)"
     monkeypatch.setattr(survey, "_bytes_per_worker", lambda _: None)
-    assert "the memory of a worker is not known" in shown("use_gpu=false")["parallelism"]
+    assert "the memory of a worker is unknown" in shown("use_gpu=false")["parallelism"]
     assert dataset.num_rows
 
 

@@ -44,4 +44,6 @@ def test_how_texts_share_a_forward_pass() -> None:
         for kind in ("bert", "electra")
     )
     assert "packed  (one row of real tokens, no padding)" in plan_text(packed)
-    assert "chunked  (not packed: untested for the architecture electra; 4 chunks of like lengths)" in plan_text(other)
+    assert "chunked  (not packed: untested for the architecture electra; 4 chunks of similar lengths)" in plan_text(
+        other
+    )

@@ -344,7 +344,7 @@ def test_other_losses_have_no_guide(name: str) -> None:
 @pytest.mark.parametrize(
     ("guide", "message", "hint"),
     [
-        ("/not/there", "loss.guide: no folder /not/there", "check the path"),
+        ("/not/there", "loss.guide: there is no folder /not/there", "check the path"),
         ("package:not_there_at_all", "loss.guide: the Python package 'not_there_at_all' is not installed", "pip insta"),
     ],
 )

@@ -206,7 +206,7 @@ def chosen(memory_bytes: float | None, facts: ModelFacts | None = BERT, **sectio
 @pytest.mark.parametrize(
     ("memory_bytes", "parallelism", "price"),
     [
-        (1960e6, "ddp", "nothing is faster"),
+        (1960e6, "ddp", "no mode is faster"),
         (1950e6, "zero2", "and communicates as much as ddp"),
         (1690e6, "zero2", "and communicates as much as ddp"),
         (1680e6, "zero3", "and communicates 1.5 times as much as ddp"),
@@ -224,7 +224,7 @@ def test_auto_is_the_least_communication_that_fits(memory_bytes: float, parallel
 
 def test_the_reason_has_the_numbers() -> None:
     assert chosen(1680e6)[1] == (
-        "auto: of the 1.6 GiB a worker has, 90% is planned for: ddp 1.6 GiB, zero2 1.4 GiB would be too much; "
+        "auto: a worker may use 90% of its 1.6 GiB; ddp 1.6 GiB, zero2 1.4 GiB would be too much; "
         "zero3 needs 1.1 GiB and communicates 1.5 times as much as ddp"
     )
 
@@ -240,8 +240,8 @@ def test_auto_for_one_worker() -> None:
 
 def test_auto_without_knowledge_is_ddp_and_tells_how_to_tell() -> None:
     assert chosen(None)[0] == chosen(1, facts=None)[0] == "ddp"
-    assert "tell it with workers.memory_gib_per_worker" in chosen(None)[1]
-    assert "before its files are on this machine" in chosen(1, facts=None)[1]
+    assert "set workers.memory_gib_per_worker" in chosen(None)[1]
+    assert "until its files are on this machine" in chosen(1, facts=None)[1]
 
 
 @pytest.mark.parametrize("arguments", [(None,), (1e12,), (1e12, None)])
@@ -262,9 +262,9 @@ def test_nothing_fits() -> None:
     with pytest.raises(PlanError) as caught:
         chosen(324e6)
     assert "ddp 1.6 GiB, zero2 1.4 GiB, zero3 1.1 GiB, zero3_offload 278.5 MiB" in caught.value.message
-    assert "of 309.0 MiB, 90% is planned for" in caught.value.message
+    assert "may use 90% of its 309.0 MiB" in caught.value.message
     assert caught.value.hint == (
-        "what would help: more workers, smaller micro-batches (raise training.gradient_accumulation_steps), "
+        "any of these helps: more workers, smaller micro-batches (raise training.gradient_accumulation_steps), "
         "training.gradient_checkpointing: true, training.precision: bf16, model.lora"
     )
     with pytest.raises(PlanError) as caught:
@@ -278,7 +278,7 @@ def test_nothing_fits() -> None:
             },
             model={"lora": {}},
         )
-    assert caught.value.hint == "what would help: more workers"
+    assert caught.value.hint == "any of these helps: more workers"
 
 
 def test_a_cpu_worker_has_nowhere_to_offload_to() -> None:

@@ -58,7 +58,7 @@ def test_a_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")  # it is found without being run
     monkeypatch.syspath_prepend(str(folder.parent))
-    with pytest.raises(ConfigError, match="carries no model"):
+    with pytest.raises(ConfigError, match="contains no model"):
         located("package:carries_a_model")
     folder.rename(package / "model")
     assert located("package:carries_a_model") == package / "model"
@@ -112,7 +112,7 @@ def test_pinned_weights(folder: Path) -> None:
     with pytest.raises(CorruptObject, match=f"the recipe pins {sha256}"):
         located(str(folder), sha256=sha256)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CorruptObject, match=r"holds no model\.safetensors"):
+    with pytest.raises(CorruptObject, match=r"contains no model\.safetensors"):
         located(str(folder), sha256=sha256)
 
 
@@ -161,7 +161,7 @@ def test_a_pointer_of_git_lfs_is_not_taken_for_weights(folder: Path) -> None:
 def test_what_holds_no_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a file"):
         located(str(folder / "config.json"))
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="contains no model"):
         located(str(tmp_path))
 
 
@@ -180,4 +180,4 @@ def test_a_damaged_model(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be read") as caught:
         read_facts(folder)
-    assert caught.value.hint == "fetch the model again"
+    assert caught.value.hint == "download the model again"

@@ -153,5 +153,5 @@ def test_a_model_that_packing_would_change(tmp_path: Path, kind: str) -> None:
     assert facts == _facts(SentenceTransformer(str(folder), device="cpu"), False)
     way, why = choose("auto", facts)
     assert way == ("chunked" if kind == "decoder" else "plain")
-    assert ("those before them" if kind == "decoder" else f"its module {kind}") in why
+    assert ("earlier tokens only" if kind == "decoder" else f"its module {kind}") in why
     assert choose("packed", facts)[0] == way

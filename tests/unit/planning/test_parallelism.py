@@ -112,7 +112,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 def test_what_follows_from_the_recipe_cannot_be_set(name: str) -> None:
     [(problem, hint)] = override_problems(nested(name, "cpu"))
     assert problem == f"workers.deepspeed: `{name}` follows from {DERIVED[name]} and cannot be set here"
-    assert hint == ("leave it away" if "tercet" in DERIVED[name] else f"change {DERIVED[name]} instead")
+    assert hint == ("remove it" if "tercet" in DERIVED[name] else f"change {DERIVED[name]} instead")
 
 
 @pytest.mark.parametrize(

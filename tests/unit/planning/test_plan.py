@@ -135,7 +135,7 @@ def test_a_model_that_fits_nowhere() -> None:
     small = {"memory_gib_per_worker": 0.0001}
     error = refused(manifest(eval_=0), workers=small)
     assert len(error.message.splitlines()) == 2  # beside the other problem
-    assert "the model fits no worker" in error.message
+    assert "the model does not fit into a worker" in error.message
     assert "model.lora" in error.hint
     assert plan(workers={**small, "parallelism": "ddp"}).memory_warning is not None
 
@@ -320,9 +320,9 @@ def test_problems_of_a_mix() -> None:
     assert caught.value.message.splitlines() == [
         "9 train rows of docs do not fill one global batch of 10",
         f"loss.name=TripletLoss needs a column `negative`; docs {mix[0].version} has anchor, positive",
-        "the weight 0.05 of faq, which has 10 global batches, gives no batch to an epoch",
+        "with weight 0.05, faq contributes no batch to an epoch: its train rows make 10 global batches",
     ]
-    assert caught.value.hint.endswith("raise it to 0.1 or more")
+    assert caught.value.hint.endswith("raise the weight to 0.1 or more")
 
 
 def test_what_a_mix_need_not_have() -> None:
@@ -348,7 +348,7 @@ def test_mini_batches_by_tokens_do_not_go_with_sharded_weights(parallelism: str,
     """Each gathers the weights on all ranks, and ranks would have unequal numbers of them."""
     loss = {"name": "CachedMultipleNegativesRankingLoss", "mini_batch_num_tokens": 50}
     workers = {**number, "parallelism": parallelism}
-    with pytest.raises(PlanError, match=f"mini_batch_num_tokens=50 does not go with {parallelism}"):
+    with pytest.raises(PlanError, match=f"mini_batch_num_tokens=50 cannot be used with {parallelism}"):
         plan(loss=loss, workers=workers)
     assert plan(loss={**loss, "mini_batch_num_tokens": None}, workers=workers)
     assert plan(loss=loss, workers={**workers, "parallelism": "zero2"})
