@@ -1,4 +1,4 @@
-"""Raw rows become dataset versions, versions are cached on this machine, and the order of rows is decided.
+"""From raw rows to dataset versions, to this machine's cache, to the order in which training uses them.
 
 - `row_checks`: what is wrong with a row
 - `csv_records`: CSV records with their line numbers
@@ -6,12 +6,12 @@
 - `ingest`: raw rows to checked rows; bad rows are quarantined
 - `manifest`: what a dataset version holds, and which split a row belongs to
 - `versions`: published versions, and HEAD, which names the newest
-- `shard_writer`: the Parquet shards of one split
+- `shard_writer`: Parquet shards of each split
 - `build`: raw rows to a new version
-- `near_duplicates`: rows that are nearly the same
+- `near_duplicates`: an index that finds rows that are nearly the same
 - `append`: new rows to a version that extends the newest
-- `cache`: the shards on this machine: downloaded once, verified, memory-mapped
-- `no_duplicates`: an order in which no batch holds a text twice
-- `order`: (seed, epoch, step, world size) to rows: the one place that decides order
+- `cache`: shards on this machine: downloaded once, verified, memory-mapped
+- `no_duplicates`: batches in which no text occurs twice
+- `order`: (seed, epoch, step, world size) to rows; no other module decides order
 - `text_stats`: which texts are equal, and about how many tokens a row has
 """

@@ -1,15 +1,15 @@
-"""The shards on this machine: downloaded once, verified, memory-mapped.
+"""Cache shards on this machine: downloaded once, verified, memory-mapped.
 
-    <cache>/shards/<sha256>.<xxh3>.arrow    the rows of a Parquet file in storage as an Arrow stream, to be mapped
-    <cache>/shards/<sha256>.lock            held while it is made
+    <cache>/shards/<sha256>.<xxh3>.arrow    the rows of a Parquet shard as an Arrow stream, to be memory-mapped
+    <cache>/shards/<sha256>.lock            held while the Arrow file is made
 
-Files are named by content, so versions share the shards they have in common. All processes of a machine may ask at
-once: one works, the others wait for it. What is verified when:
+Files are named by content, so versions share the shards that they have in common. If several processes need a shard at
+once, one makes the file and the others wait. What is verified, and when:
 
-- Parquet: sha256 as it comes from storage; a damaged one is CorruptObject. It is not kept.
+- Parquet: its sha256, during the download. A mismatch raises CorruptObject. The Parquet file is deleted afterwards.
 - Parquet → Arrow: page checksums, and the number of rows.
-- Arrow: the hash in its name (XXH3, 64 bits), each time it is opened; where it differs the file is made anew, after a
-  loss of power too. What a failing disk does to it while it is mapped is not seen.
+- Arrow: the hash in its name (64-bit XXH3), each time it is opened. If it differs, for example after a power loss, the
+  file is made again. Damage by a failing disk while the file is mapped is not detected.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SHARDS_AT_ONCE = 8
 
 
 def default_cache_dir() -> Path:
-    """`$TERCET_CACHE_DIR`, or `~/.cache/tercet`."""
+    """Return `$TERCET_CACHE_DIR`, or `~/.cache/tercet` if it is not set."""
     return Path(os.environ.get("TERCET_CACHE_DIR") or Path.home() / ".cache" / "tercet")
 
 
 def cache_dir_of(workers: WorkersConfig) -> Path:
-    """The recipe's, or the default."""
+    """Return the cache folder of the recipe, or the default."""
     return Path(workers.cache_dir) if workers.cache_dir else default_cache_dir()
 
 
@@ -52,27 +52,26 @@ def load_split(
     cache_dir: Path | None = None,
     columns: Sequence[str] | None = None,
 ) -> Dataset:
-    """A split as a memory-mapped `datasets.Dataset`: rows in shard order, all columns or `columns`, as text.
-    Shards that are not in the cache are downloaded, 8 at a time.
+    """Return a split as a memory-mapped `datasets.Dataset`: rows in shard order, all columns or `columns`, as text.
 
-    Costs memory for no row: pages come from the Arrow files as they are read, shared by all processes of the
-    machine. Pickling it carries paths, not rows. Raises CorruptObject for a shard that is missing or damaged in
-    storage, ConfigError for an unknown split or column.
-    """
+    Downloads the shards that are not in the cache, 8 at a time. Rows take no memory: pages of the Arrow files are
+    loaded when they are read, and shared by all processes of the machine. Pickling the dataset stores paths, not rows.
+
+    Raises CorruptObject if a shard is missing or damaged in storage, ConfigError for an unknown split or column."""
     names = list(manifest.columns if columns is None else columns)
     for column in names:
         if column not in manifest.columns:
-            hint = f"Columns of {manifest.dataset} {manifest.version}: {', '.join(manifest.columns)}."
+            hint = f"{manifest.dataset} {manifest.version} has the columns {', '.join(manifest.columns)}."
             raise ConfigError(f"the dataset has no column {column!r}", hint)
     if split not in manifest.splits:
-        raise ConfigError(f"no split {split!r}", f"Splits: {', '.join(manifest.splits)}.")
+        raise ConfigError(f"the dataset has no split {split!r}", f"It has {', '.join(manifest.splits)}.")
     paths = _each(_Cache(storage, manifest, cache_dir).path_of, manifest.splits[split])
 
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable, MemoryMappedTable, concat_tables
 
-    pa.default_memory_pool().release_unused()  # 100 MB that each thread's conversion left with the allocator
+    pa.default_memory_pool().release_unused()  # each thread's conversion leaves about 100 MB with the allocator
     if paths:
         table = concat_tables([MemoryMappedTable.from_file(str(path)) for path in paths]).select(names)
     else:
@@ -111,16 +110,16 @@ class _Cache:
         return next((path for path in paths if path.name == f"{shard.sha256}.{_hash_of(path)}.arrow"), None)
 
     def _made(self, shard: Shard) -> Path:
-        for left in self._folder.glob(f"*{shard.sha256}.*"):  # damaged, or of a process that was killed
-            if left.suffix != ".lock":
-                left.unlink()
+        for stale in self._folder.glob(f"*{shard.sha256}.*"):  # damaged, or left behind by a killed process
+            if stale.suffix != ".lock":
+                stale.unlink()
         parquet, partial = (self._folder / f"{shard.sha256}.{suffix}" for suffix in ("parquet", "partial"))
         key = self._manifest.key_of(shard)
         uri = self._storage.uri_of(key)
         try:
             self._storage.download(key, parquet, sha256=shard.sha256)
         except ObjectNotFound as error:
-            hint = "The version lost a shard; build it again, or use another version."
+            hint = "Build the version again, or use another one."
             raise CorruptObject(f"{uri} is missing, but the manifest lists it", hint) from error
         with local_errors(partial):
             _write_arrow(parquet, partial, shard.num_rows, uri)
@@ -129,7 +128,7 @@ class _Cache:
 
 
 def _hash_of(path: Path) -> str:
-    """XXH3 of a file, 64 bits in hex: finds accidents, many times as fast as sha256."""
+    """Return the 64-bit XXH3 of a file in hex. Detects accidental damage, many times as fast as sha256."""
     import xxhash
 
     return digest_of(path, xxhash.xxh3_64())
@@ -148,7 +147,7 @@ def _write_arrow(parquet: Path, arrow: Path, expected_num_rows: int, uri: str) -
                     writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
                     num_rows += batch.num_rows
     except pa.ArrowException as error:
-        raise CorruptObject(f"{uri} is not a shard: {error}", "Build the version again.") from error
+        raise CorruptObject(f"{uri} is not a readable shard: {error}", "Build the version again.") from error
     if num_rows != expected_num_rows:
         raise CorruptObject(
             f"{uri} has {num_rows:,} rows, the manifest says {expected_num_rows:,}", "Build the version again."

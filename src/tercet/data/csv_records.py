@@ -1,7 +1,7 @@
-"""Records of a CSV stream, such that a stray quote costs one record.
+"""Read the records of a CSV stream so that a stray quote costs only one record.
 
-Python's reader takes a quote that never closes as the start of one field that is the rest of the file. Here it is
-one bad record: reading goes on at the line after the one where that record began.
+Python's reader takes a quote that never closes as the start of a field that spans the rest of the file. Here it is one
+bad record, and reading resumes at the line after the record's first line.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import IO
 from tercet.data.row_checks import Problem
 
 MAX_FIELD_CHARS = 1 << 20
-"""A longer field is bad; also the most that is read ahead for the end of a quote."""
+"""A longer field makes the record bad. Also limits how far ahead a closing quote is searched."""
 
 
 def csv_records(stream: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str], str, Problem | None]]:
-    """Yields (line where the record starts from 1, fields, raw text, what is wrong with its quoting or None).
+    """Yield (first line of the record, from 1; fields; raw text; problem with its quoting or length, or None).
 
-    Fields may be quoted and hold line ends. Empty lines are skipped. Bytes that are not UTF-8 come as surrogates.
+    Fields may be quoted and contain line ends. Empty lines are skipped. Bytes that are not UTF-8 become surrogates.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARS))
     lines = _Lines(stream)
@@ -42,7 +42,7 @@ def csv_records(stream: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[s
 
 
 class _Lines:
-    """Feeds `csv.reader` and remembers the lines of the current record."""
+    """An iterator of lines for `csv.reader` that remembers those of the current record and can take them back."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -55,9 +55,9 @@ class _Lines:
 
     def __next__(self) -> str:
         line = self._waiting.popleft() if self._waiting else self._read()
-        if line is None and self._taken:  # let the record that runs into it fail first
+        if line is None and self._taken:  # first end the record that the over-long line interrupts
             self._waiting.appendleft(None)
-            raise csv.Error("the record runs into an over-long line")
+            raise csv.Error("the record continues into an over-long line")
         self._num_read += 1
         if line is None:
             raise TooLong
@@ -65,7 +65,7 @@ class _Lines:
         return line
 
     def _read(self) -> str | None:
-        """The next line of the stream, None for an over-long one. Raises StopIteration at its end."""
+        """Return the next line of the stream, or None if it is over-long. Raises StopIteration at the end."""
         try:
             data = read_line(self._stream)
         except TooLong:
@@ -89,15 +89,15 @@ class _Lines:
 
 
 MAX_LINE_BYTES = 16 << 20
-"""A longer line is no row, but a file without line ends."""
+"""A longer line is not a row: the file probably has no line ends."""
 
 
 class TooLong(Exception):
-    """A line of more than MAX_LINE_BYTES; the stream stands after it."""
+    """A line has more than MAX_LINE_BYTES. It was skipped; the stream is at the next line."""
 
 
 def read_line(stream: IO[bytes]) -> bytes:
-    """The next line with its line end, or nothing at the end of the stream. Raises TooLong after skipping one."""
+    """Return the next line with its line end; empty at the stream's end. Raises TooLong after an over-long line."""
     line = stream.readline(MAX_LINE_BYTES)
     if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
         return line
@@ -107,6 +107,6 @@ def read_line(stream: IO[bytes]) -> bytes:
 
 
 def decode(data: bytes, first: bool = False) -> str:
-    """Text; each byte that is not UTF-8 becomes a lone surrogate. A mark at the `first` line's start is dropped."""
+    """Decode UTF-8; each invalid byte becomes a lone surrogate. Drops the byte order mark of the `first` line."""
     text = data.decode("utf-8", "surrogateescape")
     return text[1:] if first and text.startswith("\ufeff") else text

@@ -1,6 +1,6 @@
-"""A dataset version: what it holds, how it is named, how it becomes visible.
+"""The manifest of a dataset version: what the version holds, its id, and the split that a row belongs to.
 
-A version is named by what is in it (`content_id`), so building the same rows twice gives the same version.
+The id depends on the content alone (`content_id`), so building the same rows twice gives the same version.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ SPLIT_SALT = "tercet-split-1"
 
 
 class SplitRule(Frozen):
-    """How a row's split is decided: blake2b(salt + the value of column `by`) against the cumulated fractions."""
+    """How a row's split is decided: a hash of salt and group (or anchor), compared with the cumulative fractions."""
 
     by: str
-    """`anchor` or `group`."""
+    """The column that decides: `anchor` or `group`."""
     salt: str
     fractions: tuple[float, float, float]
-    """Of train, eval, test; they sum to 1."""
+    """Shares of train, eval and test; they sum to 1."""
 
     def split_of(self, key: str) -> str:
-        """train, eval or test for a row whose group (or anchor) is `key`.
+        """Return train, eval or test for a row whose group (or anchor) is `key`.
 
-        Depends on nothing else: other rows may come and go. Case, whitespace and Unicode form do not count, so that
-        near copies stay together.
+        Depends on nothing else, so a row keeps its split as the dataset grows. Case, whitespace and Unicode form are
+        ignored, so that nearly equal keys share a split.
         """
         text = f"{self.salt}\n{normalise(normalise(key).casefold())}"
         digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
@@ -44,7 +44,7 @@ class SplitRule(Frozen):
         train, evaluation, test = self.fractions
         if position < train:
             return "train"
-        # The fractions' sum may be a hair below 1: what lies above it goes to the last split that has a share.
+        # The fractions may sum to slightly less than 1. The rest belongs to the last split that has a share.
         if position < train + evaluation or not test:
             return "eval" if evaluation else "train"
         return "test"
@@ -54,16 +54,16 @@ class Shard(Frozen):
     """One Parquet file of one split."""
 
     path: str
-    """Relative to the version, e.g. `shards/train-00000-of-00003.parquet`."""
+    """Path in the version, e.g. `shards/train-00000-of-00003.parquet`."""
     num_rows: int
     num_bytes: int
     sha256: str
     version: str | None = None
-    """The version that it lies in, where that is an earlier one which this one adds to."""
+    """The earlier version whose folder holds the file; None if it is in the folder of this version."""
 
 
 class TextStatistics(Frozen):
-    """Lengths of one column's texts in characters, over the rows of all splits."""
+    """Text lengths of one column in characters, over all splits."""
 
     mean_chars: float
     max_chars: int
@@ -73,10 +73,10 @@ class Source(Frozen):
     """A file that rows were read from."""
 
     name: str
-    """The path or URI as it was given."""
+    """The path or URI as given."""
     sha256: str
     num_rows: int
-    """Rows read from it, bad ones included."""
+    """Rows read, bad ones included."""
 
 
 class Manifest(Document):
@@ -85,34 +85,34 @@ class Manifest(Document):
     dataset: str
     version: str
     columns: tuple[str, ...]
-    """As in the shards: anchor, positive, negatives if any, group if any, slices if any (`slice_<name>`); all text."""
+    """Columns of the shards, in order: anchor, positive, negatives, group, slices (`slice_<name>`); all are text."""
     splits: dict[str, tuple[Shard, ...]]
-    """train, eval, test; a split without rows has no shards."""
+    """Shards of train, eval and test; a split without rows has none."""
     split_rule: SplitRule
     num_rows: dict[str, int]
     """Good rows of each split."""
     bad_rows: dict[str, int] = Field(default_factory=dict)
-    """Quarantined rows by kind (`checks.BadKind`)."""
+    """Bad rows by kind (`row_checks.BadKind`). They are in the quarantine."""
     num_duplicate_rows: int = 0
-    """A warning: rows that equal an earlier row. They are in the shards."""
+    """Rows that equal an earlier row. They are in the shards; the count is a warning."""
     num_leaked_rows: int = 0
-    """Rows that were left out, because a later split (of train, eval, test) has their anchor and positive too. They are
+    """Rows that were excluded because a later split (of train, eval, test) has the same anchor and positive. They are
     in the quarantine."""
     text_statistics: dict[str, TextStatistics] = Field(default_factory=dict)
     sources: tuple[Source, ...] = ()
     created_at: datetime
     tercet_version: str = __version__
     parent: str | None = None
-    """The version that was HEAD when this one was built; of appended rows, the one that they were added to."""
+    """The newest version when this one was built. If rows were appended, the version that they were appended to."""
     num_repeated_rows: int = 0
-    """Rows that were not added, because they were there already."""
+    """Rows that were not appended because the dataset already has them."""
     num_near_copies: int = 0
-    """Rows that were not added, because they are near copies of rows on the other side: of train, or of eval and test.
-    They are in the quarantine."""
+    """Near-duplicates that were not appended: train rows near a row of eval or test, and the reverse. They are in the
+    quarantine."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that are encoded: not `group`, nor slices."""
+        """The columns that are encoded: all but `group` and slices."""
         return tuple(filter(is_text, self.columns))
 
     @property
@@ -122,27 +122,27 @@ class Manifest(Document):
 
     @property
     def new_rows(self) -> dict[str, int]:
-        """Good rows of each split that the version before does not have."""
+        """Rows of each split that the parent does not have."""
         return {
             split: sum(shard.num_rows for shard in shards if shard.version is None)
             for split, shards in self.splits.items()
         }
 
     def key_of(self, shard: Shard) -> str:
-        """Where one of its shards lies in storage."""
+        """Return the key of one of the shards in storage."""
         return f"{version_prefix(self.dataset, shard.version or self.version)}/{shard.path}"
 
     @property
     def content(self) -> str:
-        """What `version` must be for the content this manifest describes."""
+        """The content id of what this manifest describes; must equal `version`."""
         return content_id(self.columns, self.split_rule, self.splits)
 
 
 def content_id(columns: tuple[str, ...], rule: SplitRule, splits: Mapping[str, tuple[Shard, ...]]) -> str:
-    """The name of a version: 16 hex digits over its columns, its split rule and its shards in order.
+    """Return the id of a version: 16 hex digits of a hash over its columns, its split rule and its shards, in order.
 
-    Where rows came from, when, and what was quarantined are not in it. The shards' bytes are, and another version
-    of pyarrow may write the same rows as other bytes: then they are another version.
+    Independent of where the rows came from, when, and what was quarantined. Depends on the bytes of the shards, so the
+    same rows written by another version of pyarrow may get another id.
     """
     shards = {split: [shard.model_dump(exclude_none=True) for shard in splits[split]] for split in sorted(splits)}
     canonical = {"columns": columns, "split_rule": rule.model_dump(), "splits": shards}

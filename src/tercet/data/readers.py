@@ -1,7 +1,7 @@
-"""Reading raw rows: JSONL, JSON array, CSV, TSV and Parquet, plain or gzip or zstd, local or in object storage.
+"""Read raw rows from JSONL, JSON arrays, CSV, TSV and Parquet: plain, gzip or zstd; local or in object storage.
 
-A row that cannot be read is a `BadRow`, never an exception; a file that cannot be read is a `DataError` naming it.
-Memory does not grow with the file, except for JSON arrays, which are read whole.
+A row that cannot be read becomes a `BadRow`, never an exception. A file that cannot be read raises a `DataError` that
+names it. Memory does not grow with the file, except for JSON arrays, which are read whole.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ COMPRESSIONS = (".gz", ".zst")
 
 
 class Row(NamedTuple):
-    """One row as it was read; whether its values are good is for `checks.problem_of` to say."""
+    """A row as it was read. `row_checks.problem_of` decides whether its values are good."""
 
     source: str
     line: int
-    """The line where the record starts, from 1; for Parquet the row number, from 1."""
+    """First line of the record, from 1; for Parquet, the row number, from 1."""
     values: dict[str, object]
-    """By tercet's column names; a column that the row lacks is not in it."""
+    """Values by tercet's column names. A column that the row does not have is absent."""
     raw: str
-    """The record as it stands in the file; empty for Parquet."""
+    """The record's text in the file; empty for Parquet."""
 
 
 class BadRow(NamedTuple):
@@ -54,11 +54,13 @@ class BadRow(NamedTuple):
 def iter_rows(
     source: str | Path, columns: Mapping[str, str], *, name: str | None = None, endpoint_url: str | None = None
 ) -> Iterator[Row | BadRow]:
-    """Read the rows of one file, a path or an `s3://` URI. `columns` maps tercet's column names to the file's; all
-    other columns are ignored, and so are empty lines. `name` stands in errors and rows in the source's place.
+    """Yield the rows of one file, given as a path or an `s3://` URI.
 
-    The format comes from the file's name. Raises DataError for a file that is missing, damaged or of an unknown
-    kind, and for a column that the header, or every row, lacks.
+    `columns` maps tercet's column names to the file's. Other columns and empty lines are ignored. `name` replaces the
+    source's name in errors and rows. The file's name decides its format.
+
+    Raises DataError if the file is missing, damaged or of an unknown format, or if a column is missing from the header
+    or from every row.
     """
     name = name or str(source)
     suffix, compression = format_of(str(source))
@@ -73,18 +75,18 @@ def iter_rows(
                 with _opened(path, compression) as stream:
                     yield from reader(stream, name, columns)
         except FileNotFoundError as error:
-            raise DataError(f"{name}: no such file", "Check the path; it is taken from the working folder.") from error
+            raise DataError(f"{name}: no such file", "Check the path; it is relative to the working folder.") from error
         except IsADirectoryError as error:
             raise DataError(f"{name} is a folder", "Name its files one by one.") from error
         except PermissionError as error:
             raise DataError(f"{name}: no permission to read it", "Check its owner and mode.") from error
         except (OSError, EOFError, zlib.error) as error:
-            whole = f"is not a whole {compression} file" if compression else "cannot be read"
-            raise DataError(f"{name} {whole}: {error}", "Copy or export the file again.") from error
+            problem = f"is a damaged or incomplete {compression} file" if compression else "cannot be read"
+            raise DataError(f"{name} {problem}: {error}", "Copy or export the file again.") from error
 
 
 def format_of(name: str) -> tuple[str, str]:
-    """(format, compression) from a file's name, e.g. (".csv", ".gz"). Raises DataError where it is not known."""
+    """Return (format, compression) by a file's name, e.g. (".csv", ".gz"). Raises DataError for an unknown format."""
     stem, compression = name.lower(), ""
     for suffix in COMPRESSIONS:
         if stem.endswith(suffix):
@@ -92,13 +94,13 @@ def format_of(name: str) -> tuple[str, str]:
     for suffix in FORMATS:
         if stem.endswith(suffix):
             return suffix, compression
-    hint = f"Known: {' '.join(FORMATS)}, each also with {' or '.join(COMPRESSIONS)}."
-    raise DataError(f"{name}: its name does not say a format that tercet reads", hint)
+    hint = f"Known formats: {', '.join(FORMATS)}; each may be followed by {' or '.join(COMPRESSIONS)}."
+    raise DataError(f"{name}: the file name has no known format", hint)
 
 
 @contextmanager
 def local_copy(source: str | Path, endpoint_url: str | None = None) -> Iterator[Path]:
-    """The file itself where it is local, else a temporary download of it."""
+    """Give a local path of the source: the file itself, or a temporary download of an object."""
     if "://" not in str(source):
         yield Path(source)
         return
@@ -137,7 +139,7 @@ def _unpacked(path: Path, compression: str) -> Iterator[Path]:
 
 
 def _jsonl_rows(stream: IO[bytes], name: str, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
-    found = _ColumnsFound(name, columns)
+    picker = _ColumnPicker(name, columns)
     number = 0
     while True:
         number += 1
@@ -150,18 +152,18 @@ def _jsonl_rows(stream: IO[bytes], name: str, columns: Mapping[str, str]) -> Ite
             break
         text = decode(line, first=number == 1).rstrip("\r\n")
         if text.strip():
-            yield _json_row(name, number, text, None, found)
-    found.check()
+            yield _json_row(name, number, text, None, picker)
+    picker.check()
 
 
 def _json_rows(stream: IO[bytes], name: str, columns: Mapping[str, str]) -> Iterator[Row | BadRow]:
     text = decode(stream.read(), first=True)
-    found = _ColumnsFound(name, columns)
+    picker = _ColumnPicker(name, columns)
     parse = json.JSONDecoder().raw_decode
     at, line, counted = 0, 1, 0
 
     def damaged(what: str) -> DataError:
-        hint = "A .json file holds one array of objects; one object a line is .jsonl."
+        hint = "A .json file must hold one array of objects. Name a file with one object per line .jsonl."
         return DataError(f"{name}:{line}: {what}", hint)
 
     def skip(position: int) -> int:
@@ -179,17 +181,17 @@ def _json_rows(stream: IO[bytes], name: str, columns: Mapping[str, str]) -> Iter
             value, end = parse(text, at)
         except (ValueError, RecursionError) as error:
             raise damaged(f"not JSON: {error}") from error
-        yield _json_row(name, line, text[at:end], value, found)
+        yield _json_row(name, line, text[at:end], value, picker)
         at = skip(end)
         if text[at : at + 1] not in (",", "]") or at >= len(text):
-            raise damaged("the array does not go on after this row")
+            raise damaged("no ',' or ']' after this row")
         at = skip(at + 1) if text[at] == "," else at
     if skip(at + 1) < len(text):
         raise damaged("text after the end of the array")
-    found.check()
+    picker.check()
 
 
-def _json_row(name: str, line: int, text: str, value: object, found: _ColumnsFound) -> Row | BadRow:
+def _json_row(name: str, line: int, text: str, value: object, picker: _ColumnPicker) -> Row | BadRow:
     if not is_valid_unicode(text):
         return BadRow(name, line, "bad_utf8", "bytes that are not UTF-8", text)
     if value is None:
@@ -198,15 +200,15 @@ def _json_row(name: str, line: int, text: str, value: object, found: _ColumnsFou
         except (ValueError, RecursionError) as error:
             return BadRow(name, line, "not_json", str(error), text)
     if not isinstance(value, dict):
-        return BadRow(name, line, "wrong_type", f"a row is a JSON object, this is {type(value).__name__}", text)
-    return Row(name, line, found.pick(value), text)
+        return BadRow(name, line, "wrong_type", f"a row must be a JSON object, not {type(value).__name__}", text)
+    return Row(name, line, picker.pick(value), text)
 
 
 def _csv_rows(stream: IO[bytes], name: str, columns: Mapping[str, str], delimiter: str = ",") -> Iterator[Row | BadRow]:
     records = csv_records(stream, delimiter)
     _, header, _, problem = next(records, (1, [], "", None))
     if problem is not None or not header:
-        raise DataError(f"{name}: no header: {problem.detail if problem else 'the file is empty'}", "Add one.")
+        raise DataError(f"{name}: no header: {problem.detail if problem else 'the file is empty'}", "Add a header.")
     header = [field.strip() for field in header]
     for column in columns.values():
         if header.count(column) != 1:
@@ -245,11 +247,13 @@ def _parquet_rows(path: Path, name: str, columns: Mapping[str, str]) -> Iterator
                     number += 1
                     yield Row(name, number, {column: values[column][row] for column in columns}, "")
     except pa.ArrowException as error:
-        raise DataError(f"{name} is not a whole Parquet file: {error}", "Copy or export the file again.") from error
+        raise DataError(
+            f"{name} is a damaged or incomplete Parquet file: {error}", "Copy or export it again."
+        ) from error
 
 
 def _parquet_values(column: Any) -> list[object]:
-    """Python values; a text that is not UTF-8 gets surrogates, which `checks.problem_of` finds."""
+    """Return Python values. Bytes that are not UTF-8 become surrogates, which `row_checks.problem_of` finds."""
     import pyarrow as pa
 
     array = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
@@ -260,8 +264,8 @@ def _parquet_values(column: Any) -> list[object]:
     return list(array.to_pylist())
 
 
-class _ColumnsFound:
-    """Picks the wanted columns from JSON objects, and knows at the end which were in none of them."""
+class _ColumnPicker:
+    """Picks the wanted columns from JSON objects. `check` fails if one of them was in no object."""
 
     def __init__(self, name: str, columns: Mapping[str, str]) -> None:
         self._name = name
@@ -289,8 +293,9 @@ def _no_column(message: str, column: str, existing: Iterable[str]) -> DataError:
     lower = {name.lower(): name for name in reversed(names)}
     close = difflib.get_close_matches(column.lower(), lower, 1, 0.4)
     meant = f"Did you mean {lower[close[0]]!r}? " if close else ""
-    hint = f"{meant}Columns there: {', '.join(names[:20])}. "
-    hint += "Name one with --anchor, --positive, --negative or nightly.columns; --pairs needs no negative."
+    hint = f"{meant}Columns in the file: {', '.join(names[:20])}. "
+    hint += "Name the right ones with --anchor, --positive and --negative, or with nightly.columns. "
+    hint += "Use --pairs if there is no negative."
     return DataError(message, hint)
 
 
@@ -298,26 +303,27 @@ _WILDCARDS = set("*?[")
 
 
 def find_sources(patterns: Sequence[str], endpoint_url: str | None = None) -> list[str]:
-    """The files that patterns such as `incoming/*.jsonl.gz` or `s3://bucket/incoming/*.parquet` name, sorted. A pattern
-    without a file gives none; one without a wildcard names a file, whether it exists or not.
+    """Return the files that match patterns such as `incoming/*.jsonl.gz` or `s3://bucket/incoming/*.parquet`, sorted.
 
-    Raises ConfigError for a wildcard before the last part, and for a local folder that is not there or may not be read:
-    that it holds nothing new is not known."""
-    found: set[str] = set()
+    A pattern may match no file. A pattern without a wildcard names a file, whether it exists or not.
+
+    Raises ConfigError if there is a wildcard before the last part, or if a local folder is missing or not readable: it
+    might hold new files."""
+    sources: set[str] = set()
     for pattern in patterns:
         root, _, name = pattern.rpartition("/")
         if not set(pattern) & _WILDCARDS:
-            found.add(pattern)
+            sources.add(pattern)
         elif set(root) & _WILDCARDS:
-            raise ConfigError(f"{pattern}: only the last part of it may have wildcards", hint="name each folder")
+            raise ConfigError(f"{pattern}: only the last part may have wildcards", hint="name each folder")
         elif "://" in pattern:
             keys = open_storage(root, endpoint_url).list("")
-            found.update(f"{root}/{key}" for key in keys if "/" not in key and fnmatch.fnmatchcase(key, name))
+            sources.update(f"{root}/{key}" for key in keys if "/" not in key and fnmatch.fnmatchcase(key, name))
         else:
             try:
                 files = [path for path in expand_home(pattern).parent.iterdir() if path.is_file()]
             except OSError as error:
                 what, hint = f"{pattern}: {error.filename}: {error.strerror}", "check the path, its owner and its mode"
                 raise ConfigError(what, hint) from None
-            found.update(str(path) for path in files if fnmatch.fnmatchcase(path.name, name))
-    return sorted(found)
+            sources.update(str(path) for path in files if fnmatch.fnmatchcase(path.name, name))
+    return sorted(sources)

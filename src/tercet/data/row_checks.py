@@ -1,8 +1,9 @@
-"""What is wrong with a row, and how often rows repeat. Pure: no files, no storage.
+"""Check rows: what is wrong with one, how often rows repeat, and which leak across splits. No files, no storage.
 
-Each bad row has one kind (`BadKind`); bad rows are quarantined, never repaired. Duplicates are something else: each of
-them is a good row, so they are kept, counted and reported in the manifest as a warning. Leaked rows would be good rows
-if they were not in two splits: they are left out of the one that is not to know them.
+- A *bad* row has one kind (`BadKind`). It is quarantined, never repaired.
+- A *duplicate* is a good row. It is kept, counted, and reported in the manifest as a warning.
+- A *leaked* row is a good row whose anchor and positive are in a later split (of train, eval, test) too. It is excluded
+  from the earlier one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ BadKind = Literal[
     "bad_utf8",  # bytes that are not UTF-8, or half a surrogate pair
     "missing_column",
     "null",
-    "wrong_type",  # a value that is not text, or a row that is not a JSON object
-    "blank",  # nothing but whitespace and invisible characters
+    "wrong_type",  # a value is not text, or a row is not a JSON object
+    "blank",  # only whitespace and invisible characters
     "over_long",
     "anchor_equals_positive",
     "positive_equals_negative",
@@ -29,20 +30,20 @@ BadKind = Literal[
 ]
 
 MAX_TEXT_CHARS = 100_000
-"""Default limit of one text: longer than any encoder's window by far, so what is above it is a broken export."""
+"""Default limit of one text. Far longer than any encoder's window, so a longer text means a broken export."""
 
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\x00"
 
 
 class Problem(NamedTuple):
-    """Why a row is bad: its kind, and a sentence that names the column and the value."""
+    """Why a row is bad: the kind, and a detail that names the column and the value."""
 
     kind: BadKind
     detail: str
 
 
 def normalise(text: str) -> str:
-    """The form in which texts are compared: NFC, runs of whitespace made one space, ends stripped.
+    """Return the form in which texts are compared: NFC, each run of whitespace one space, ends stripped.
 
     Case is kept: `ls -a` and `ls -A` are different texts.
     """
@@ -51,7 +52,7 @@ def normalise(text: str) -> str:
 
 
 def is_valid_unicode(text: str) -> bool:
-    """False where `text` holds a lone surrogate: undecodable bytes (surrogateescape), or a broken JSON escape."""
+    """Whether `text` has no lone surrogate, which stands for an invalid byte or comes from a broken JSON escape."""
     if text.isascii():
         return True
     try:
@@ -62,18 +63,20 @@ def is_valid_unicode(text: str) -> bool:
 
 
 def is_text(column: str) -> bool:
-    """Whether a column is encoded; the others are labels."""
+    """Whether a column holds texts, which are encoded; group and slices hold labels."""
     return column != "group" and not column.startswith("slice_")
 
 
 def problem_of(
     values: Mapping[str, object], columns: Sequence[str], max_text_chars: int = MAX_TEXT_CHARS
 ) -> Problem | None:
-    """The first thing wrong with a row, or None. Every one of `columns` must hold a text of 1 to `max_text_chars`
-    characters; anchor, positive and negatives must differ from one another once normalised."""
+    """Return the first problem of a row, or None if it is good.
+
+    Each of `columns` must hold a text of 1 to `max_text_chars` characters. After `normalise`, the anchor must differ
+    from the positive, and both from each negative."""
     for column in columns:
         if column not in values:
-            return Problem("missing_column", f"no column {column!r}")
+            return Problem("missing_column", f"the row has no column {column!r}")
         value = values[column]
         if value is None:
             return Problem("null", f"{column} is null")
@@ -103,10 +106,10 @@ def _identical_columns(texts: Mapping[str, str]) -> Problem | None:
 
 
 class RepeatCounter:
-    """Counts rows that repeat, and finds pairs that are in more than one split.
+    """Counts repeated rows, and finds pairs that are in more than one split.
 
-    Memory: two 8-byte hashes a row, 16 MB for a million rows, and about twice that while counting. Two different
-    rows share a hash with probability 3e-8 over a million rows, and 3e-4 over a hundred million.
+    Memory: two 8-byte hashes per row (16 MB for a million rows), and about twice that while counting. The probability
+    that two different rows share a hash is 3e-8 among a million rows, and 3e-4 among a hundred million.
     """
 
     def __init__(self, splits: Sequence[str]) -> None:
@@ -114,18 +117,20 @@ class RepeatCounter:
         self._pairs = {split: array("Q") for split in splits}
 
     def add(self, split: str, texts: Sequence[str]) -> None:
-        """Take in one good row: its texts, anchor first and positive second."""
+        """Add a good row: its texts, anchor first and positive second."""
         self._rows.append(_hash8(texts))
         self._pairs[split].append(row_hash(texts[:2]))
 
     def num_duplicate_rows(self) -> int:
-        """Rows that equal an earlier row in every text, character by character (in whatever split)."""
+        """Count the rows whose texts all equal those of an earlier row of any split, character by character."""
         import numpy as np
 
         return len(self._rows) - len(np.unique(np.frombuffer(self._rows, dtype=np.uint64)))
 
     def leaked_pairs(self) -> dict[str, set[int]]:
-        """Of each split, the `row_hash` of pairs (normalised anchor and positive) that a later split has too."""
+        """Return for each split the `row_hash` of pairs (anchor and positive) that a later split has too.
+
+        A split has no entry if all later splits are empty."""
         import numpy as np
 
         pairs = {split: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for split, hashes in self._pairs.items()}
@@ -138,13 +143,14 @@ class RepeatCounter:
 
 
 def text_hash(text: str) -> int:
-    """Eight bytes that tell texts apart, whatever their spacing and Unicode form. One of a hundred million texts has
-    the hash of one of a million others with probability 5e-6."""
+    """Hash a text to 8 bytes, ignoring spacing and Unicode form.
+
+    The probability that any of a million texts shares its hash with one of a hundred million others is 5e-6."""
     return _hash8([normalise(text)])
 
 
 def row_hash(texts: Sequence[str]) -> int:
-    """Eight bytes that tell rows apart by their texts, as `text_hash` does."""
+    """Hash a row's texts to 8 bytes, ignoring spacing and Unicode form."""
     return _hash8([normalise(text) for text in texts])
 
 

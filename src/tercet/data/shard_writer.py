@@ -1,4 +1,4 @@
-"""Writing the Parquet files of one split: bounded memory, and the same bytes for the same rows."""
+"""Write rows to Parquet shards, in bounded memory and with the same bytes for the same rows, and upload them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tercet.storage.base import sha256_of
 
 ROW_GROUP_ROWS = 8_192
 ROW_GROUP_CHARS = 32 << 20
-"""A row group ends at either, so memory is bounded for long texts too."""
+"""A row group ends at either limit, so memory is bounded for long texts too."""
 
 
 class ShardWriter:
-    """Takes the rows of one split in order, and cuts them into files of `rows_per_shard` rows (the last has fewer).
+    """Writes the rows of one split, in order, to files of `rows_per_shard` rows (the last may have fewer).
 
-    The files are zstd Parquet with page checksums, all columns text. Equal rows give equal bytes under one version
-    of pyarrow. Holds one row group in memory.
+    The files are zstd Parquet with page checksums; all columns are text. With one version of pyarrow, equal rows give
+    equal bytes. Holds one row group in memory.
     """
 
     def __init__(self, folder: Path, split: str, columns: tuple[str, ...], rows_per_shard: int) -> None:
@@ -34,10 +34,10 @@ class ShardWriter:
         self._writer: Any = None
         self._written: list[tuple[Path, int]] = []
         self.paths: dict[str, Path] = {}
-        """Once finished: the shard's path in the version → the local file."""
+        """Path in the version → local file, of each shard; filled by `finish`."""
 
     def add(self, row: Sequence[str]) -> None:
-        """Append one row, its values in the order of the columns."""
+        """Write one row; its values are in the order of the columns."""
         self._rows.append(row)
         self._num_chars += sum(map(len, row))
         self._num_in_shard += 1
@@ -48,7 +48,7 @@ class ShardWriter:
             self._end_shard()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Write what is left; the shards in row order, none where there were no rows."""
+        """Write the remaining rows. Return the shards in row order; none if there were no rows."""
         if self._rows:
             self._write_row_group()
         if self._num_in_shard:
@@ -61,7 +61,7 @@ class ShardWriter:
         return tuple(shards)
 
     def close(self) -> None:
-        """Let go of a file that is still open; for a build that failed."""
+        """Close a file that is still open after a failed build."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -93,34 +93,34 @@ _UPLOADS_AT_ONCE = 8
 
 
 class SplitWriters:
-    """Deals rows to the shards of their splits, in a temporary folder."""
+    """Writes each row to the shards of its split, in a temporary folder."""
 
     def __init__(
         self, folder: Path, columns: tuple[str, ...], rule: SplitRule, rows_per_shard: int, stack: ExitStack
     ) -> None:
-        """stack: lets go of open files in the end."""
+        """stack: closes the files if the build fails."""
         self._rule, self._key = rule, columns.index(rule.by)
         self.num_texts = sum(map(is_text, columns))
-        """Texts come first among the columns, then labels."""
+        """Number of text columns; they come before the labels."""
         self._writers = {split: ShardWriter(folder, split, columns, rows_per_shard) for split in SPLITS}
         for writer in self._writers.values():
             stack.callback(writer.close)
 
     def split_of(self, row: GoodRow) -> str:
-        """Where a row belongs."""
+        """Return the split that a row belongs to."""
         return self._rule.split_of(row.values[self._key])
 
     def add(self, row: GoodRow) -> None:
-        """Write a row to where it belongs."""
+        """Write a row to its split."""
         self._writers[self.split_of(row)].add(row.values)
 
     def finish(self) -> dict[str, tuple[Shard, ...]]:
-        """The shards of each split."""
+        """Write the remaining rows. Return the shards of each split."""
         return {split: self._writers[split].finish() for split in SPLITS}
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Once finished: each shard's path in the version → the local file."""
+        """Path in the version → local file, of each shard; filled by `finish`."""
         return {key: path for writer in self._writers.values() for key, path in writer.paths.items()}
 
 
@@ -131,7 +131,7 @@ def upload(
     folder: Path,
     on_progress: OnProgress | None,
 ) -> None:
-    """Bring a version's shards to storage, and the quarantine in `folder` where there is something in it."""
+    """Upload a version's shards, and the quarantine in `folder` unless it is empty."""
     prefix, quarantine = layout.version_prefix(manifest.dataset, manifest.version), folder / "quarantine.jsonl"
     with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
         uploads = [pool.submit(storage.upload, path, f"{prefix}/{key}") for key, path in paths.items()]

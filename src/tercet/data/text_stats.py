@@ -1,7 +1,7 @@
-"""What the order of rows asks of their texts: which are equal, and about how many tokens a row has.
+"""Compute what `order` needs to know about texts: which are equal, and about how many tokens a row has.
 
-Computed for the rows that are asked for, and kept nowhere. A block of some 30,000 rows is looked at in a fraction of a
-second and trained on in minutes.
+Computed for the given rows only, and not stored. A block of about 30,000 rows takes a fraction of a second here, and
+minutes of training.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from tercet.data.order import Rows, RowTokens, TextIds
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Of each byte, in sixteenths of a token: a mark is one, and a letter of a word goes on with the one before. Letters of
-# three bytes are those of scripts without spaces. Measured in docs/decisions/0002-order-is-global.md.
-_OF_MARK, _OF_LETTER, _OF_WIDE_LETTER, _OF_WORD = 16, 2, 5, 10
+# Estimated cost in sixteenths of a token: a punctuation mark is a token; a word costs _PER_WORD, and more for each of
+# its bytes. Characters of three UTF-8 bytes mostly belong to scripts without spaces, so their first byte costs more.
+# Measured in docs/decisions/0002-order-is-global.md.
+_PER_MARK, _PER_LETTER, _PER_WIDE_LETTER, _PER_WORD = 16, 2, 5, 10
 
 
-def _of_byte(byte: int) -> int:
+def _cost_of(byte: int) -> int:
     if byte >= 0x80:
-        return _OF_WIDE_LETTER if byte >= 0xE0 else _OF_LETTER
+        return _PER_WIDE_LETTER if byte >= 0xE0 else _PER_LETTER
     if chr(byte).isalnum():
-        return _OF_LETTER
-    return 0 if byte <= ord(" ") else _OF_MARK
+        return _PER_LETTER
+    return 0 if byte <= ord(" ") else _PER_MARK
 
 
-_OF_BYTE = bytes(_of_byte(byte) for byte in range(256))
+_BYTE_COSTS = bytes(_cost_of(byte) for byte in range(256))
 
 
 def text_ids(rows: Dataset) -> TextIds:
-    """Equal numbers for equal texts of `rows`, in all of its columns, which have no nulls.
+    """Return a function that numbers the texts of given rows: equal numbers for equal texts, in all columns of `rows`.
 
-    The numbers are hashes. Of a billion texts, two that differ have the same one with probability 0.03 (XXH3, 64 bits);
-    two rows would then be kept apart for nothing."""
+    There must be no nulls. The numbers are hashes (64-bit XXH3). The probability that two different texts among a
+    billion share one is 0.03; their rows would then be kept apart needlessly."""
     import xxhash
 
     def hashes(texts: Iterator[memoryview]) -> npt.NDArray[np.int64]:
@@ -49,31 +50,32 @@ def text_ids(rows: Dataset) -> TextIds:
 
 
 def estimated_tokens(rows: Dataset, max_tokens: int | None) -> RowTokens:
-    """About how many tokens there are to compute on, in sixteenths: of all texts of a row together, of each no more
-    than `max_tokens`. A text that is null has none."""
+    """Return a function that estimates the tokens of given rows, in sixteenths of a token: the sum over a row's texts.
+
+    Each text counts at most `max_tokens`; a null counts 0."""
     tokens = _numbers_of_texts(rows, _tokens)
-    most = np.inf if max_tokens is None else 16.0 * max_tokens  # a tokenizer without a limit says 1e30
-    return lambda numbers: np.minimum(tokens(numbers), most).sum(axis=1).astype(np.int64)
+    limit = np.inf if max_tokens is None else 16.0 * max_tokens  # 1e30 for a tokenizer without a limit
+    return lambda numbers: np.minimum(tokens(numbers), limit).sum(axis=1).astype(np.int64)
 
 
 def _tokens(texts: Iterator[memoryview]) -> npt.NDArray[np.int64]:
-    """Of each text, in sixteenths."""
+    """Estimate the tokens of each text, in sixteenths of a token: shape (num_texts,)."""
     parts: list[bytes | memoryview] = [b"", *texts]
-    tokens = np.frombuffer(bytearray(b" ".join(parts).translate(_OF_BYTE)), np.uint8)
-    in_word = (tokens > 0) & (tokens < _OF_MARK)
-    tokens[1:] += (in_word[1:] & ~in_word[:-1]) * np.uint8(_OF_WORD)
-    # The space before a text is counted with it.
+    tokens = np.frombuffer(bytearray(b" ".join(parts).translate(_BYTE_COSTS)), np.uint8)
+    in_word = (tokens > 0) & (tokens < _PER_MARK)
+    tokens[1:] += (in_word[1:] & ~in_word[:-1]) * np.uint8(_PER_WORD)
+    # Each text is summed together with the space before it, which costs nothing.
     return np.add.reduceat(tokens, np.cumsum([len(part) + 1 for part in parts[:-1]]) - 1, dtype=np.int64)
 
 
 def _numbers_of_texts(
     rows: Dataset, numbers_of: Callable[[Iterator[memoryview]], npt.NDArray[np.int64]]
 ) -> Callable[[Rows], npt.NDArray[np.int64]]:
-    """A number for each text of the rows that are asked for: shape (num_rows,) → (num_rows, num_columns).
+    """Return a function that applies `numbers_of` to the texts of given rows: (num_rows,) → (num_rows, num_columns).
 
-    Texts are read where they are mapped: `take` of pyarrow 26 copies the whole column."""
+    Reads the texts directly from the mapped buffers, because `take` of pyarrow 26 copies the whole column."""
     columns: list[Any] = rows.data.columns
-    chosen = None if rows._indices is None else rows._indices.column(0).to_numpy()  # of a selection
+    chosen = None if rows._indices is None else rows._indices.column(0).to_numpy()  # set if rows were selected
     first_rows = [np.cumsum([0, *map(len, texts.chunks)]) for texts in columns]
 
     @functools.cache
@@ -85,15 +87,15 @@ def _numbers_of_texts(
     def of(numbers: Rows) -> npt.NDArray[np.int64]:
         stored, places = np.unique(numbers if chosen is None else chosen[numbers], return_inverse=True)
         stored = stored.astype(np.int64)
-        found = []
+        numbers_by_column = []
         for number, first in enumerate(first_rows):
             chunks, begins = np.unique(np.searchsorted(first, stored, side="right") - 1, return_index=True)
             texts: list[Iterator[memoryview]] = []
             for chunk, own in zip(chunks.tolist(), np.split(stored, begins[1:]), strict=False):
                 (bounds, mapped_texts), here = mapped(number, chunk), own - first[chunk]
-                of_texts = map(slice, bounds[here].tolist(), bounds[here + 1].tolist())
-                texts.append(map(mapped_texts.__getitem__, of_texts))
-            found.append(numbers_of(itertools.chain.from_iterable(texts))[places])
-        return np.stack(found, axis=1)
+                slices = map(slice, bounds[here].tolist(), bounds[here + 1].tolist())
+                texts.append(map(mapped_texts.__getitem__, slices))
+            numbers_by_column.append(numbers_of(itertools.chain.from_iterable(texts))[places])
+        return np.stack(numbers_by_column, axis=1)
 
     return of

@@ -1,4 +1,4 @@
-"""Published versions of a dataset, and HEAD, which names the newest."""
+"""List, read and publish the versions of a dataset. HEAD names the newest."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ class Head(Document):
 
 
 def list_datasets(storage: Storage) -> list[str]:
-    """The names of the datasets that have a published version, sorted."""
+    """Return the names of the datasets that have a published version, sorted."""
     return layout.dataset_names(storage.list(layout.DATASETS))
 
 
 def list_versions(storage: Storage, name: str) -> list[str]:
-    """The versions that have a manifest, sorted by id (which says nothing about their age)."""
+    """Return the ids of the versions that have a manifest, sorted by id, not by age."""
     return layout.dataset_version_ids(storage.list(layout.dataset_versions_prefix(name)), name)
 
 
 def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manifest:
-    """Read one version; "latest" is the one HEAD.json names.
+    """Read the manifest of one version; "latest" is the one that HEAD names.
 
-    Raises DatasetNotFound with what does exist, CorruptObject where a manifest is damaged, or of another version.
+    Raises DatasetNotFound, which lists what exists, and CorruptObject if the manifest is damaged or describes another
+    version.
     """
     if version == "latest":
         version = read_head(storage, name) or _not_found(storage, name, None)
@@ -58,18 +59,19 @@ def read_manifest(storage: Storage, name: str, version: str = "latest") -> Manif
 
 
 def read_head(storage: Storage, name: str) -> str | None:
-    """The newest version's id, or None where nothing was published yet."""
+    """Return the id of the newest version, or None if nothing was published yet."""
     head, _ = _read_head(storage, name)
     return None if head is None else head.version
 
 
 def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> Manifest:
-    """Make a version visible, then the newest. Its shards must be in storage already. With `after`, only where that is
-    the newest.
+    """Make a version visible, then make it the newest. Its shards must be in storage already.
 
-    Returns what storage holds: `manifest`, or the one of an earlier build of the same content, unless that is damaged:
-    then it is replaced. Publishing twice is safe; of two publishers at once both versions exist, and the later one is
-    HEAD. Raises DataError where `manifest.version` is not the id of its content, Conflict where HEAD kept changing, or
+    With `after`, publishes only if that version is still the newest. Publishing twice is safe. If two processes publish
+    at once, both versions exist, and HEAD names the later one.
+
+    Returns the stored manifest: `manifest`, or the one of an earlier build of the same content (if that is damaged, it
+    is replaced). Raises DataError if `manifest.version` is not the id of its content, Conflict if HEAD kept changing or
     is not `after`.
     """
     if manifest.version != manifest.content:
@@ -91,7 +93,7 @@ def publish(storage: Storage, manifest: Manifest, after: str | None = None) -> M
 def _check_newest(newest: str | None, manifest: Manifest, after: str) -> None:
     if newest not in (after, manifest.version):
         what = f"the newest version of {manifest.dataset} is {newest}, not {after}"
-        raise Conflict(what, "Another writer published meanwhile: the same command again starts from that version.")
+        raise Conflict(what, "Another process published meanwhile. Run the command again; it starts from that version.")
 
 
 def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
@@ -113,7 +115,7 @@ def _move_head(storage: Storage, manifest: Manifest, after: str | None) -> None:
             return
     raise Conflict(
         f"{storage.uri_of(key)} changed {_HEAD_ATTEMPTS} times while moving it to {version}",
-        "Several publishers are writing this dataset; publish again, nothing is lost.",
+        "Several processes publish this dataset. Publish again; no row is lost.",
     )
 
 
@@ -123,7 +125,7 @@ def _read_head(storage: Storage, name: str) -> tuple[Head | None, str | None]:
         data, token = storage.read_versioned(key)
     except ObjectNotFound:
         return None, None
-    hint = "Delete it and publish a version again."
+    hint = "Delete it, then publish a version again."
     return unseal(Head, data, storage.uri_of(key), hint), token
 
 
@@ -136,7 +138,7 @@ def _not_found(storage: Storage, name: str, version: str | None) -> NoReturn:
         message = f"no dataset {name!r} in {storage.uri}"
         what, wanted, existing = "datasets", name, list_datasets(storage)
     if not existing:
-        raise DatasetNotFound(message, "No dataset was published there yet.")
+        raise DatasetNotFound(message, "Storage holds no dataset yet. Publish one with `tercet shard`.")
     close = difflib.get_close_matches(wanted, existing, 1)
     meant = f"Did you mean {close[0]!r}? " if close else ""
     more = ", ..." if len(existing) > 20 else ""

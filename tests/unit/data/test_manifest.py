@@ -159,7 +159,7 @@ def test_a_kill_before_head_leaves_the_old_head(storage: Storage, monkeypatch: p
 def test_not_found_says_what_exists(storage: Storage) -> None:
     with pytest.raises(DatasetNotFound) as caught:
         read_manifest(storage, "faq")
-    assert "No dataset" in caught.value.hint
+    assert "no dataset" in caught.value.hint
     publish(storage, _manifest(1))
     publish(storage, _manifest(1, dataset="other"))
     with pytest.raises(DatasetNotFound) as caught:
@@ -186,10 +186,10 @@ def test_a_damaged_manifest_or_head_is_corrupt(storage: Storage, damage: bytes) 
 def test_a_manifest_that_was_changed_is_corrupt(storage: Storage) -> None:
     version = publish(storage, _manifest(1)).version
     key = f"{version_prefix('faq', version)}/manifest.json"
-    storage.put(key, storage.read(key).replace(b'"train": 1', b'"train": 2'))  # rows, which are not in the version's id
+    storage.put(key, storage.read(key).replace(b'"train": 1', b'"train": 2'))  # the id does not cover num_rows
     with pytest.raises(CorruptObject, match="its sha256 is not the one"):
         read_manifest(storage, "faq")
-    assert publish(storage, _manifest(1)) == _manifest(1) == read_manifest(storage, "faq")  # building it again mends it
+    assert publish(storage, _manifest(1)) == _manifest(1) == read_manifest(storage, "faq")  # replaces the damaged one
 
 
 @pytest.mark.parametrize("of", [_manifest(2), _manifest(1, dataset="other")])
