@@ -37,7 +37,7 @@ from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.data.row_checks import RepeatCounter  # noqa: E402
 from tercet.errors import NonFiniteError  # noqa: E402
 from tercet.evaluation.comparison import compare  # noqa: E402
-from tercet.evaluation.measurement import Measurement, Request, measure, read_measured  # noqa: E402
+from tercet.evaluation.measurement import MeasuredModel, Request, measure, read_measured  # noqa: E402
 from tercet.planning.survey import survey  # noqa: E402
 from tercet.storage import Storage, open_storage  # noqa: E402
 
@@ -100,7 +100,7 @@ class Trial:
         save_file(weights, local / "model.safetensors", metadata={"format": "pt"})
         return as_best_model(self.storage, run_id, local)
 
-    def measured(self, role: Role, commit: Commit) -> Measurement:
+    def measured(self, role: Role, commit: Commit) -> MeasuredModel:
         request = Request(role=role, commit=commit, out_of_domain={})
         measure(self.plan, request)
         found = read_measured(self.storage, self.plan.run_id, request)
@@ -112,7 +112,7 @@ class Trial:
 
         def decide(_: Champion | None) -> GateDecision:
             reference = self.measured(Role("champion", 1), champion_commit)
-            return compare(self.storage, self.plan, reference, self.measured(CANDIDATE, commit))
+            return compare(self.plan, reference, self.measured(CANDIDATE, commit))
 
         try:
             decision = promote(self.storage, "tiny", self.lineage("candidate"), decide, "benchmark").decision
@@ -145,7 +145,9 @@ def main() -> None:
                     }
                     commit = trial.store("candidate", make.get(kind, lambda: better)())
                     champion_commit = trial.store("champion", trial.weights)
-                    num_leaked = trial.measured(CANDIDATE, commit).num_leaked_rows if kind == "leaked" else None
+                    num_leaked = (
+                        trial.measured(CANDIDATE, commit).measurement.num_leaked_rows if kind == "leaked" else None
+                    )
                     if num_leaked == 0:  # no twin is in train
                         continue
                     outcomes[kind][trial.outcome(commit, champion_commit)] += 1

@@ -1,4 +1,4 @@
-"""Two measured models, row by row → the gate's decision, and what a new model means for an index."""
+"""Two measured models, row by row: the gate's decision, and what a new model means for an index."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from tercet.artifacts.decision import GateDecision, Origin
 from tercet.config.sections import SliceConfig
 from tercet.errors import CorruptObject
 from tercet.evaluation.gate import decide
-from tercet.evaluation.measurement import TEST, Measurement, groups_of, read_table
+from tercet.evaluation.measurement import TEST, MeasuredModel, Measurement, groups_of
 from tercet.evaluation.paired import Paired, slices_of
 from tercet.planning.plan import TrainPlan
-from tercet.storage import Storage, layout
 from tercet.storage.documents import Frozen
 
 if TYPE_CHECKING:
@@ -27,74 +26,53 @@ METRICS = {"queries": ("ndcg@10", "mrr@10"), "triplets": ("triplet_accuracy",)}
 TEXTS = ("anchor", "positive", "negative")
 
 
-def compare(
-    storage: Storage,
-    plan: TrainPlan,
-    reference: Measurement,
-    candidate: Measurement,
-) -> GateDecision:
+def compare(plan: TrainPlan, reference: MeasuredModel, candidate: MeasuredModel) -> GateDecision:
     """Gate the candidate against the reference. Raises CorruptObject unless both were measured on the same rows."""
-    config, run_id, kind = plan.config.gate, plan.run_id, reference.request.role.kind
-    if kind == "candidate":
+    config, role = plan.config.gate, reference.measurement.request.role
+    if role.kind == "candidate":
         raise ValueError("a candidate is compared with the champion or the base model")
-    results = paired_results(storage, run_id, TEST, reference, candidate, config.slices)
-    far = {
-        name: paired_results(storage, run_id, name, reference, candidate, {})
-        for name in sorted(candidate.request.out_of_domain)
+    out_of_domain = {
+        name: paired_results(name, reference, candidate, {})
+        for name in sorted(candidate.measurement.request.out_of_domain)
     }
     return decide(
-        results,
+        paired_results(TEST, reference, candidate, config.slices),
         plan.metric,
         config,
-        # Pairs have no triplets to be right about.
-        out_of_domain={name: found.get(plan.metric, found["ndcg@10"]) for name, found in far.items()},
+        # A dataset of pairs has no triplet accuracy.
+        out_of_domain={name: paired.get(plan.metric, paired["ndcg@10"]) for name, paired in out_of_domain.items()},
         origin=Origin(
-            weights_sha256=weights_sha256(candidate),
-            reference_weights_sha256=weights_sha256(reference),
-            num_leaked_rows=candidate.num_leaked_rows,
-            num_non_finite_weights=candidate.num_non_finite_weights,
+            weights_sha256=weights_sha256(candidate.measurement),
+            reference_weights_sha256=weights_sha256(reference.measurement),
+            num_leaked_rows=candidate.measurement.num_leaked_rows,
+            num_non_finite_weights=candidate.measurement.num_non_finite_weights,
         ),
-        reference=kind,
-    )
-
-
-def impact(storage: Storage, plan: TrainPlan, reference: Measurement, candidate: Measurement) -> IndexImpact:
-    """What it means for an index that was built with the reference."""
-    before, after = (_table(storage, plan.run_id, measured, TEST, "queries") for measured in (reference, candidate))
-    return index_impact(
-        reference_ids=np.array(before["neighbours"].to_pylist(), dtype=np.int64),
-        candidate_ids=np.array(after["neighbours"].to_pylist(), dtype=np.int64),
-        reference_scores=np.array(before["scores"].to_pylist(), dtype=np.float64),
-        candidate_scores=np.array(after["scores"].to_pylist(), dtype=np.float64),
-        num_rows=plan.config.nightly.index_rows or candidate.num_corpus_texts,
-        seconds_per_row=candidate.seconds_per_text,
+        reference=role.kind,
     )
 
 
 def paired_results(
-    storage: Storage,
-    run_id: str,
-    data: str,
-    reference: Measurement,
-    candidate: Measurement,
-    rules: Mapping[str, SliceConfig],
+    data: str, reference: MeasuredModel, candidate: MeasuredModel, rules: Mapping[str, SliceConfig]
 ) -> dict[str, Paired]:
-    """By metric, what the gate looks at."""
-    found: dict[str, Paired] = {}
+    """Pair the results of both models on `data`, by metric. Raises CorruptObject if the rows differ."""
+    results: dict[str, Paired] = {}
     for kind, metrics in METRICS.items():
-        before, after = (read_table(storage, run_id, measured, data, kind) for measured in (reference, candidate))
+        before, after = (model.table(data, kind) for model in (reference, candidate))
         if before is not None and after is not None:
-            found.update({metric: pair(metric, before, after, rules) for metric in metrics})
-    return found
+            results.update({metric: pair(metric, before, after, rules) for metric in metrics})
+    return results
 
 
 def pair(metric: str, before: pa.Table, after: pa.Table, rules: Mapping[str, SliceConfig]) -> Paired:
-    """One metric of two tables of the same rows. Rows of one group are of one `group`, or else of one anchor; slices
-    are of the label columns (`slice_<name>`, each value one) and by rule."""
+    """Pair one metric of two tables of the same rows, the reference's and the candidate's.
+
+    Each value of a label column (`slice_<name>`) is a slice, and so is each of `rules`. Raises CorruptObject if the
+    tables have different rows."""
     texts = [name for name in TEXTS if name in before.column_names]
     if before.num_rows != after.num_rows or any(before[name] != after[name] for name in texts):
         raise CorruptObject(
-            f"{metric}: the two models were measured on other rows", hint="delete the run's comparison/ and start again"
+            f"{metric}: the two models were measured on different rows",
+            hint="delete the run's comparison/ and start again",
         )
     slices = {
         f"{name.removeprefix('slice_')}={label}": mask
@@ -109,9 +87,9 @@ def pair(metric: str, before: pa.Table, after: pa.Table, rules: Mapping[str, Sli
     return Paired.of(metric, before[metric].to_numpy(), after[metric].to_numpy(), groups_of(before), slices)
 
 
-def means(storage: Storage, run_id: str, measured: Measurement) -> dict[str, float]:
-    """The metrics of a measured model on the test split."""
-    tables = {kind: read_table(storage, run_id, measured, TEST, kind) for kind in METRICS}
+def means(model: MeasuredModel) -> dict[str, float]:
+    """Return a model's metrics on the test split."""
+    tables = {kind: model.table(TEST, kind) for kind in METRICS}
     return {
         metric: float(np.mean(table[metric].to_numpy()))
         for kind, table in tables.items()
@@ -120,43 +98,46 @@ def means(storage: Storage, run_id: str, measured: Measurement) -> dict[str, flo
     }
 
 
-def weights_sha256(measured: Measurement) -> str | None:
-    """Of all weights together; None for a base model, whose files are not tercet's."""
-    commit = measured.request.commit
+def weights_sha256(measurement: Measurement) -> str | None:
+    """Return one hash of all weights; None for the base model, whose files tercet does not store."""
+    commit = measurement.request.commit
     if commit is None:
         return None
     files = {path: record.sha256 for path, record in commit.model_files().items() if path.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _table(storage: Storage, run_id: str, measured: Measurement, data: str, kind: str) -> pa.Table:
-    table = read_table(storage, run_id, measured, data, kind)
-    if table is None:
-        key = layout.row_results_key(run_id, measured.request.role.key, data, kind)
-        raise CorruptObject(
-            f"{storage.uri_of(key)} does not exist", hint="delete the run's comparison/ and start again"
-        )
-    return table
-
-
 QUANTILES = (0.05, 0.5, 0.95)
 
 
 class IndexImpact(Frozen):
-    """Two models never share an index: every row is embedded again. This says how much changes for who searches."""
+    """What a new model changes for an index. Two models never share one: every row is embedded again."""
 
     num_queries: int
     overlap_at_10: float
-    """Share of the reference's ten neighbours that are among the candidate's, on average over queries."""
+    """Share of the reference's ten neighbours that are among the candidate's, averaged over queries."""
     num_queries_with_other_first: int
-    """Queries whose nearest neighbour is another."""
+    """Queries whose nearest neighbour changes."""
     mean_score_shift: float
     """Mean change of the neighbours' similarity, candidate less reference. Move a threshold on scores by about that."""
     score_shift_quantiles: dict[float, float]
-    """Of the shift of each query's mean score."""
+    """Quantiles of the change of each query's mean score."""
     num_rows: int
     embedding_seconds: float
-    """To embed all rows of the index again, on as many machines as `seconds_per_row` was measured with."""
+    """Time to embed all rows of the index again, on as many machines as `seconds_per_row` was measured with."""
+
+
+def impact(plan: TrainPlan, reference: MeasuredModel, candidate: MeasuredModel) -> IndexImpact:
+    """Compute what the candidate changes for an index that was built with the reference."""
+    before, after = reference.query_table(), candidate.query_table()
+    return index_impact(
+        reference_ids=np.array(before["neighbours"].to_pylist(), dtype=np.int64),
+        candidate_ids=np.array(after["neighbours"].to_pylist(), dtype=np.int64),
+        reference_scores=np.array(before["scores"].to_pylist(), dtype=np.float64),
+        candidate_scores=np.array(after["scores"].to_pylist(), dtype=np.float64),
+        num_rows=plan.config.nightly.index_rows or candidate.measurement.num_corpus_texts,
+        seconds_per_row=candidate.measurement.seconds_per_text,
+    )
 
 
 def index_impact(
@@ -167,8 +148,10 @@ def index_impact(
     num_rows: int,
     seconds_per_row: float,
 ) -> IndexImpact:
-    """Ids and similarity scores of each query's neighbours, best first, all of shape (num_queries, 10); negative ids
-    stand for no neighbour. Raises ValueError for other shapes, no queries, or an id twice in a row."""
+    """Compare the neighbours that two models find.
+
+    ids, scores: each query's neighbours and their similarity, best first, all of shape (num_queries, 10). A negative
+    id means no neighbour. Raises ValueError for other shapes, no queries, or an id twice in a row."""
     arrays = (reference_ids, candidate_ids, reference_scores, candidate_scores)
     if {array.shape for array in arrays} != {(len(reference_ids), 10)} or not len(reference_ids):
         raise ValueError(f"neighbours must be of shape (num_queries, 10), not {[array.shape for array in arrays]}")

@@ -1,7 +1,7 @@
-"""Whether the rows that are new look as if their labels were right: a model that does not know them, on them and on
-the test rows from before.
+"""Do the labels of new rows look right? A model that was not trained on them is compared on new and old test rows.
 
-A gate cannot see poison that is in its own test rows: all models fall alike. But the old rows do not fall with them.
+The gate cannot see bad labels in its own test rows, because all models do worse on them. But no model does worse on the
+old rows.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import numpy.typing as npt
 
 from tercet.data.cache import cache_dir_of, load_split
 from tercet.data.versions import read_manifest
-from tercet.evaluation.measurement import TEST, Measurement, groups_of, read_table
+from tercet.evaluation.measurement import TEST, MeasuredModel, groups_of
 from tercet.planning.plan import TrainPlan
-from tercet.storage import Storage
 
-# A warning a night that is none is soon read by nobody: of 1,000 nights without a difference, one warns.
+# A warning that cries wolf every night is soon ignored. This is one false warning in 1,000 nights.
 MAX_P = 0.001
-# New rows may well be a little harder: other topics, and the old ones were tuned on.
+# New rows may well be a little harder: they have other topics, and the model was tuned on the old ones.
 MIN_FALL = 0.1
 MIN_GROUPS = 5
 
 
-def label_warning(storage: Storage, plan: TrainPlan, before: str | None, measured: Measurement) -> str | None:
-    """A warning for a person about the test rows that `before`, an earlier version of the dataset, does not have; None
-    where there is nothing to say. measured: a model that was not trained on the new rows."""
-    table = read_table(storage, plan.run_id, measured, TEST, "queries")
+def label_warning(plan: TrainPlan, before: str | None, model: MeasuredModel) -> str | None:
+    """Return a warning about the test rows that are new since version `before` of the dataset, or None.
+
+    model: one that was not trained on the new rows. Raises ObjectNotFound and CorruptObject."""
+    table = model.table(TEST, "queries")
     if before is None or table is None:
         return None
-    manifest = read_manifest(storage, plan.datasets[0].name, before)
-    known = set(load_split(storage, manifest, TEST, cache_dir_of(plan.config.workers), ["anchor"])["anchor"])
+    manifest = read_manifest(model.storage, plan.datasets[0].name, before)
+    known = set(load_split(model.storage, manifest, TEST, cache_dir_of(plan.config.workers), ["anchor"])["anchor"])
     is_new = np.array([anchor not in known for anchor in table["anchor"].to_pylist()], dtype=np.bool_)
     return warning("ndcg@10", table["ndcg@10"].to_numpy(), groups_of(table), is_new)
 
@@ -39,7 +39,9 @@ def label_warning(storage: Storage, plan: TrainPlan, before: str | None, measure
 def warning(
     metric: str, values: npt.NDArray[np.float64], groups: Sequence[str], is_new: npt.NDArray[np.bool_]
 ) -> str | None:
-    """Pure. Welch's one-sided test on the means of groups, whose rows are alike."""
+    """Return a warning if the metric is far lower on new rows. Pure.
+
+    values, groups, is_new: one a row. Rows of a group are alike, so Welch's one-sided test compares means of groups."""
     from scipy.stats import ttest_ind
 
     names = np.asarray(groups, dtype=np.str_)
@@ -49,14 +51,14 @@ def warning(
     fall = float(old.mean() - new.mean())
     if fall < MIN_FALL:
         return None
-    # Rows that are all alike have no variance, and leave nothing to test.
+    # Without any variance there is nothing to test.
     p = 0.0 if new.std() == old.std() == 0.0 else float(ttest_ind(new, old, equal_var=False, alternative="less").pvalue)
     if p >= MAX_P:
         return None
     return (
-        f"{int(is_new.sum()):,} test rows are new, and the model from before does far worse on them: {metric} "
-        f"{new.mean():.4f}, on the others {old.mean():.4f} (means of groups, p = {p:.1g}). Are their labels right? "
-        "`tercet datasets rollback` takes a version back."
+        f"{int(is_new.sum()):,} test rows are new, and a model that was not trained on the new data does far worse on "
+        f"them: {metric} {new.mean():.4f}, but {old.mean():.4f} on the other rows (means of groups, p = {p:.1g}). "
+        "Are their labels right? `tercet datasets rollback` returns to an earlier version of the dataset."
     )
 
 

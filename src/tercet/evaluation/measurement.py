@@ -1,4 +1,4 @@
-"""A model measured row by row for a comparison, kept in storage: measured once, whoever compares.
+"""One model measured row by row for a comparison. The results are kept in storage, and are measured only once.
 
 The model is read from storage, verified, in a process that has seen nothing of training. `<data>` in a file's name is
 `test`, or the name of a dataset out of domain.
@@ -7,6 +7,7 @@ The model is read from storage, verified, in a process that has seen nothing of 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,32 +35,69 @@ KINDS = ("queries", "triplets")
 
 
 class Request(Frozen):
-    """Which model to measure, and on what beside the test split."""
+    """Which model to measure, and on what besides the test split."""
 
     role: StoredRole = Field(validation_alias="who", serialization_alias="who")
     commit: Commit | None
-    """Of the model; None for the recipe's base model."""
+    """The model's files; None for the recipe's base model."""
     out_of_domain: dict[str, str]
-    """Versions of datasets, by name; of each the test split."""
+    """Dataset versions by dataset name; their test splits are measured too."""
 
 
 class Measurement(Document):
-    """The document that makes a measurement count."""
+    """The document that makes results valid. It is written last, with the hash of every file."""
 
     request: Request
     files: dict[str, FileRecord]
     num_corpus_texts: int
-    """Of the test split's corpus."""
+    """Texts in the corpus of the test split."""
     seconds_per_text: float
-    """Of embedding it."""
+    """Time to embed one text of the test split."""
     num_non_finite_weights: int
-    """NaN or Inf."""
+    """Weights that are NaN or infinite."""
     num_leaked_rows: int
-    """Rows trained on that hold anchor and positive of a row of the test split; counted for the candidate."""
+    """Training rows with the anchor and positive of a row of the test split; counted for the candidate only."""
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A measurement with its tables, each of which is read from storage at most once."""
+
+    measurement: Measurement
+    storage: Storage = field(repr=False, compare=False)
+    run_id: str
+    _tables: dict[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
+
+    def table(self, data: str, kind: str) -> pa.Table | None:
+        """Return one table of row_results.py, or None for the triplets of a dataset of pairs.
+
+        Raises CorruptObject and ObjectNotFound."""
+        import pyarrow.parquet as pq
+
+        name = f"{data}-{kind}.parquet"
+        record = self.measurement.files.get(name)
+        if record is None:
+            return None
+        if name not in self._tables:
+            key = layout.row_results_key(self.run_id, self.measurement.request.role.key, data, kind)
+            with tempfile.TemporaryDirectory(prefix="tercet-results-") as folder:
+                self.storage.download(key, Path(folder) / name, sha256=record.sha256)
+                self._tables[name] = pq.read_table(Path(folder) / name)
+        return self._tables[name]
+
+    def query_table(self) -> pa.Table:
+        """Return the queries of the test split. Raises CorruptObject if they are missing."""
+        table = self.table(TEST, "queries")
+        if table is None:
+            key = layout.row_results_key(self.run_id, self.measurement.request.role.key, TEST, "queries")
+            raise CorruptObject(
+                f"{self.storage.uri_of(key)} does not exist", hint="delete the run's comparison/ and start again"
+            )
+        return table
 
 
 def measure(plan: TrainPlan, request: Request) -> None:
-    """Measure a model, unless storage has these very results. Raises NonFiniteError, CorruptObject."""
+    """Measure a model and store the results, unless they are stored already. Raises NonFiniteError, CorruptObject."""
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     if read_measured(storage, plan.run_id, request) is not None:
         return
@@ -77,10 +115,12 @@ def measure(plan: TrainPlan, request: Request) -> None:
         results = row_results(model, splits, TEST, batch_size)
         _write(folder, TEST, results.queries, results.triplets)
         for name, version in request.out_of_domain.items():
-            others = {split: _with_labels(plan, storage, name, version, split) for split in ("train", "eval", TEST)}
-            found = row_results(model, others, TEST, batch_size)
-            _write(folder, name, found.queries, found.triplets)
-        measured = Measurement(
+            other_splits = {
+                split: _with_labels(plan, storage, name, version, split) for split in ("train", "eval", TEST)
+            }
+            others = row_results(model, other_splits, TEST, batch_size)
+            _write(folder, name, others.queries, others.triplets)
+        measurement = Measurement(
             request=request,
             files=upload_files(storage, folder, layout.comparison_prefix(plan.run_id, request.role.key)),
             num_corpus_texts=results.num_corpus_texts,
@@ -88,37 +128,21 @@ def measure(plan: TrainPlan, request: Request) -> None:
             num_non_finite_weights=sum(int((~values.isfinite()).sum()) for values in model.parameters()),
             num_leaked_rows=num_leaked_rows,
         )
-    storage.put(layout.measured_key(plan.run_id, request.role.key), seal(measured))
+    storage.put(layout.measured_key(plan.run_id, request.role.key), seal(measurement))
 
 
-def read_measured(storage: Storage, run_id: str, request: Request) -> Measurement | None:
-    """What was measured, if it was of this very model on this very data. A damaged document counts for none."""
+def read_measured(storage: Storage, run_id: str, request: Request) -> MeasuredModel | None:
+    """Return the stored results of exactly this request; None if there are none, or if their document is damaged."""
     key = layout.measured_key(run_id, request.role.key)
     try:
-        measured = unseal(Measurement, storage.read(key), storage.uri_of(key))
+        measurement = unseal(Measurement, storage.read(key), storage.uri_of(key))
     except (ObjectNotFound, CorruptObject):
         return None
-    return measured if measured.request == request else None
-
-
-def read_table(storage: Storage, run_id: str, measured: Measurement, data: str, kind: str) -> pa.Table | None:
-    """One table of row_results.py; None for triplets of pairs. Raises CorruptObject, ObjectNotFound."""
-    import pyarrow.parquet as pq
-
-    name = f"{data}-{kind}.parquet"
-    record = measured.files.get(name)
-    if record is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="tercet-results-") as folder:
-        path = Path(folder) / name
-        storage.download(
-            layout.row_results_key(run_id, measured.request.role.key, data, kind), path, sha256=record.sha256
-        )
-        return pq.read_table(path)
+    return MeasuredModel(measurement, storage, run_id) if measurement.request == request else None
 
 
 def groups_of(table: pa.Table) -> list[str]:
-    """The group of each row of such a table: rows that are alike, of one `group` or else of one anchor."""
+    """Return the group of each row of such a table. Related rows share a `group`, or else an anchor."""
     groups: list[str] = table["group" if "group" in table.column_names else "anchor"].to_pylist()
     return groups
 

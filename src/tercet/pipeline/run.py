@@ -1,4 +1,4 @@
-"""The life of a run: config → survey storage → plan → workers → evaluation → publish → report."""
+"""The life of a run: survey storage, plan, train, evaluate on the test split, publish, report."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ logger = logging.getLogger("tercet")
 
 
 def run(config: Config, run_id: str | None = None) -> RunReport:
-    """Train, evaluate and publish; or return the result, if this run finished before; or go on where it stopped.
+    """Train, evaluate and publish. A run that was interrupted resumes; one that has finished returns its report.
 
-    Raises what ended it, after a report of the failure is written."""
+    Raises what ended the run, after a report of the failure is written."""
     storage, plan = survey(config, run_id)
-    if (finished := read_report(storage, plan.run_id)) is not None and finished.status == "finished":
-        return finished
+    earlier_report = read_report(storage, plan.run_id)
+    if earlier_report is not None and earlier_report.status == "finished":
+        return earlier_report
     storage.put(layout.plan_key(plan.run_id), seal(plan))
     events = Events(storage, plan.run_id)
     try:
@@ -45,15 +46,13 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             if not storage.exists(layout.training_key(plan.run_id)):  # written last by the workers
                 train.train(plan)
         with events.timed("test"):
-            best = _best(storage, plan, events)
-            test = train.evaluate_test(plan, best)
+            evaluations = _evaluations(storage, plan)
+            best = _best(storage, plan, evaluations, events)
+            test_metrics = train.evaluate_test(plan, best)
         with events.timed("publish"):
-            metrics = _metrics(_evaluations(storage, plan), best.step, test)
+            metrics = _metrics(evaluations, best.step, test_metrics)
             log_history = _training_log(storage, plan.run_id).log_history
-            # Where it was stored and on what it ran is not a reader's business: a card may become public.
-            public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
-            publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
-            storage.put(layout.metrics_key(plan.run_id), seal(metrics))
+            _publish(storage, plan, best, metrics, log_history)
         report = _report(storage, plan, events, metrics=metrics)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
@@ -65,24 +64,8 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     return report
 
 
-def _best(storage: Storage, plan: TrainPlan, events: Events) -> Commit:
-    """The best checkpoint that is whole. That it is not the one with the best evaluation is told."""
-    best = best_whole(storage, read_commits(storage, plan.run_id), plan.metric)
-    if best is None:
-        raise TrainingError(
-            "the training ended without a whole checkpoint that was evaluated",
-            hint="look at the workers' logs; another --run-id trains anew",
-        )
-    evaluated = max(_evaluations(storage, plan)[1:], key=lambda evaluation: evaluation[plan.metric])
-    if best.step != evaluated["step"]:
-        message = f"the best checkpoint, of step {evaluated['step']}, is lost; that of step {best.step} is taken"
-        logger.error("%s", message)
-        journal.report_incident(storage, plan.run_id, f"best-{evaluated['step']}", "best_checkpoint_lost", message)
-        events.add("best checkpoint lost", step=evaluated["step"], taken_step=best.step)
-    return best
-
-
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:
+    """Read all evaluations on the eval split; the first is the baseline."""
     keys = [layout.evaluation_key(plan.run_id, step) for step in plan.evaluation_steps]
     hint = "Train again with another --run-id."
     return [unseal(Evaluation, storage.read(key), storage.uri_of(key), hint).entry() for key in keys]
@@ -93,8 +76,25 @@ def _training_log(storage: Storage, run_id: str) -> TrainingLog:
     return unseal(TrainingLog, storage.read(key), storage.uri_of(key), "Delete it: the same command writes it again.")
 
 
+def _best(storage: Storage, plan: TrainPlan, evaluations: list[dict[str, float]], events: Events) -> Commit:
+    """Return the best undamaged checkpoint. Reports an incident if it is not the one with the best evaluation."""
+    best = best_whole(storage, read_commits(storage, plan.run_id), plan.metric)
+    if best is None:
+        raise TrainingError(
+            "the training ended without an undamaged checkpoint that was evaluated",
+            hint="look at the workers' logs; another --run-id trains again from the start",
+        )
+    best_step = max(evaluations[1:], key=lambda evaluation: evaluation[plan.metric])["step"]
+    if best.step != best_step:
+        message = f"the best checkpoint, of step {best_step}, is lost; the one of step {best.step} is used instead"
+        logger.error("%s", message)
+        journal.report_incident(storage, plan.run_id, f"best-{best_step}", "best_checkpoint_lost", message)
+        events.add("best checkpoint lost", step=best_step, taken_step=best.step)
+    return best
+
+
 def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
-    """Raises LearnedNothing when no evaluation differs from the baseline in any digit."""
+    """Collect the run's metrics. Raises LearnedNothing if every evaluation equals the baseline in every digit."""
 
     def values(entry: dict[str, float]) -> Metrics:
         return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
@@ -102,7 +102,7 @@ def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str
     if all(values(entry) == values(evaluations[0]) for entry in evaluations[1:]):
         raise LearnedNothing(
             f"all {len(evaluations)} evaluations are equal in every digit: nothing was learned",
-            hint="is the model frozen, or the learning rate 0? This run is over: another --run-id trains anew",
+            hint="is the model frozen, or the learning rate 0? This run has ended; another --run-id trains again",
         )
     return RunMetrics(
         baseline_eval=values(evaluations[0]),
@@ -112,6 +112,15 @@ def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str
         best_eval=values(next(entry for entry in evaluations if entry["step"] == best_step)),
         best_test=test["best"],
     )
+
+
+def _publish(
+    storage: Storage, plan: TrainPlan, best: Commit, metrics: RunMetrics, log_history: list[dict[str, Any]]
+) -> None:
+    # A model card may become public, so it does not say where the run was stored or on which machines it ran.
+    public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
+    publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
+    storage.put(layout.metrics_key(plan.run_id), seal(metrics))
 
 
 def _report(
@@ -145,12 +154,12 @@ def _report(
 
 
 def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
-    """By kind. Of storage's, those of rank 0 in the last attempt, and of this process."""
-    found = journal.counts(storage, run_id)
+    """Count incidents by kind. Storage retries are those of this process, and of rank 0 in the last attempt."""
+    counts = journal.counts(storage, run_id)
     retries = Counter(storage_retries)
     with contextlib.suppress(ObjectNotFound):
         retries.update(_training_log(storage, run_id).storage_retries)
-    return {**found, **({"storage_retried": retries.total()} if retries else {})}
+    return {**counts, **({"storage_retried": retries.total()} if retries else {})}
 
 
 def _write(storage: Storage, report: RunReport, log_history: list[dict[str, Any]], plan: TrainPlan) -> None:

@@ -27,7 +27,7 @@ from tercet.data.versions import read_manifest
 from tercet.errors import CorruptObject, NonFiniteError
 from tercet.evaluation.comparison import compare, impact, means, pair
 from tercet.evaluation.evaluate import evaluate
-from tercet.evaluation.measurement import Measurement, Request, measure, read_measured, read_table
+from tercet.evaluation.measurement import MeasuredModel, Request, measure, read_measured
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits
 from tercet.planning.survey import survey
@@ -77,7 +77,7 @@ def changed(model_dir: Path, tmp_path: Path) -> Callable[[str, float], Path]:
     return make
 
 
-def done(storage: Storage, made: TrainPlan, role: Role, commit: Commit | None, **far: str) -> Measurement:
+def done(storage: Storage, made: TrainPlan, role: Role, commit: Commit | None, **far: str) -> MeasuredModel:
     request = Request(role=role, commit=commit, out_of_domain=far)
     measure(made, request)
     found = read_measured(storage, made.run_id, request)
@@ -93,7 +93,7 @@ def test_another_model_is_compared_on_the_same_rows(
     made = plan(storage, model_dir, slices={"short": {"max_chars": 13}})
     base, other = done(storage, made, BASE_MODEL, None), as_best_model(storage, "b", changed("noisy", 0.5))
     candidate = done(storage, made, CANDIDATE, other)
-    decision = compare(storage, made, base, candidate)
+    decision = compare(made, base, candidate)
     assert decision.verdict != "promote"
     assert decision.estimate is not None
     num_rows = made.num_rows["test"]
@@ -102,19 +102,19 @@ def test_another_model_is_compared_on_the_same_rows(
     names = {guard.name for guard in decision.slices}
     metrics = ("ndcg@10", "mrr@10", "triplet_accuracy")
     assert names == {f"{metric}/{name}" for metric in metrics for name in ("lang=a", "lang=b", "short")}
-    assert decision.estimate.reference == pytest.approx(means(storage, made.run_id, base)["ndcg@10"])
+    assert decision.estimate.reference == pytest.approx(means(base)["ndcg@10"])
     assert {guard.name for guard in decision.others} == {"mrr@10", "triplet_accuracy"}
     model = SentenceTransformer(str(model_dir), device="cpu")
-    assert means(storage, made.run_id, base) == pytest.approx(evaluate(model, load_splits(made, storage), "test", 64))
-    found = impact(storage, made, base, candidate)
+    assert means(base) == pytest.approx(evaluate(model, load_splits(made, storage), "test", 64))
+    found = impact(made, base, candidate)
     assert found.num_queries == num_rows
     assert 0 < found.overlap_at_10 < 1
     assert found.num_rows == NUM_ROWS  # each positive once
     assert found.embedding_seconds > 0
-    table = read_table(storage, made.run_id, base, "test", "queries")
+    table = base.table("test", "queries")
     assert table is not None
     assert all(scores == sorted(scores, reverse=True) for scores in table["scores"].to_pylist())  # best first
-    same = impact(storage, made, base, base)
+    same = impact(made, base, base)
     assert (same.overlap_at_10, same.mean_score_shift, same.num_queries_with_other_first) == (1.0, 0.0, 0)
 
 
@@ -125,7 +125,7 @@ def test_the_champion_itself_is_no_candidate(
     made, folder = plan(storage, model_dir), changed("noisy", 0.1)
     champion = done(storage, made, Role("champion", 1), as_best_model(storage, "a", folder))
     candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", folder))
-    decision = compare(storage, made, champion, candidate)
+    decision = compare(made, champion, candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("no_op",))
 
 
@@ -150,8 +150,8 @@ def test_answers_of_the_test_split_among_the_rows_trained_on_are_found(
     splits = {split: _pairs(storage, made, split) for split in ("train", "test")}
     expected = sum(found in set(splits["test"]) for found in splits["train"])
     assert expected > 0
-    assert candidate.num_leaked_rows == expected
-    decision = compare(storage, made, done(storage, made, BASE_MODEL, None), candidate)
+    assert candidate.measurement.num_leaked_rows == expected
+    decision = compare(made, done(storage, made, BASE_MODEL, None), candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("leaked",))
 
 
@@ -170,7 +170,7 @@ def test_what_a_model_must_not_forget(
     far = {"far": read_manifest(storage, "far").version}
     base = done(storage, made, BASE_MODEL, None, **far)
     candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("noisy", 0.5)), **far)
-    decision = compare(storage, made, base, candidate)
+    decision = compare(made, base, candidate)
     [guard] = decision.out_of_domain
     assert guard.name == "far"
     assert guard.estimate is not None
@@ -196,8 +196,8 @@ def test_nan_where_no_row_comes_by_is_found(
     weights["embeddings.position_embeddings.weight"][-1, :3] = float("inf")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", folder))
-    assert candidate.num_non_finite_weights == 3
-    decision = compare(storage, made, done(storage, made, BASE_MODEL, None), candidate)
+    assert candidate.measurement.num_non_finite_weights == 3
+    decision = compare(made, done(storage, made, BASE_MODEL, None), candidate)
     assert (decision.verdict, decision.reasons) == ("refused", ("non_finite",))
     assert "3 of its weights are NaN or infinite" in decision.sentence
 
@@ -218,19 +218,19 @@ def test_what_was_measured_is_kept_and_checked(
 
     whole = (folder / "MEASURED").read_bytes()
     (folder / "MEASURED").write_bytes(whole.replace(b'"num_leaked_rows": 0', b'"num_leaked_rows": 1'))
-    assert read_measured(storage, made.run_id, base.request) is None
-    assert done(storage, made, BASE_MODEL, None).files == base.files
+    assert read_measured(storage, made.run_id, base.measurement.request) is None
+    assert done(storage, made, BASE_MODEL, None).measurement.files == base.measurement.files
 
     table = folder / "test-queries.parquet"
     table.write_bytes(table.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptObject):
-        read_table(storage, made.run_id, base, "test", "queries")
+        base.table("test", "queries")
 
 
 def test_results_of_other_rows_are_not_compared() -> None:
     before = pa.table({"anchor": ["a", "b"], "positive": ["c", "d"], "ndcg@10": [0.5, 0.5]})
     for after in (before.slice(0, 1), pa.table({**before.to_pydict(), "anchor": ["a", "x"]})):
-        with pytest.raises(CorruptObject, match="were measured on other rows"):
+        with pytest.raises(CorruptObject, match="were measured on different rows"):
             pair("ndcg@10", before, after, {})
     found = pair("ndcg@10", before, before, {"b": SliceConfig(matches="b")})
     assert found.groups.tolist() == [0, 1]

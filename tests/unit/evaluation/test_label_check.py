@@ -19,7 +19,7 @@ from tercet.data.cache import load_split
 from tercet.data.ingest import IngestOptions
 from tercet.data.versions import read_manifest
 from tercet.evaluation.label_check import MIN_GROUPS, label_warning, warning
-from tercet.evaluation.measurement import Measurement, Request
+from tercet.evaluation.measurement import MeasuredModel, Measurement, Request
 from tercet.planning.survey import survey
 from tercet.storage import open_storage
 
@@ -84,8 +84,8 @@ def test_new_rows_are_those_that_the_version_before_does_not_have(
     files = [tiny_model.write_triplets(tmp_path / f"{number}.jsonl", 200 * (number + 1)) for number in range(2)]
     before = build_version(files[:1], storage, "tiny", IngestOptions(group="group"), fractions=(0.4, 0.1, 0.5)).manifest
     append(files[1:], storage, "tiny", IngestOptions(group="group"))
-    model = tiny_model.tiny_bert(tmp_path / "model", tiny_model.all_texts())
-    _, plan = survey(Config.model_validate(tiny_model.recipe(model, storage.uri)), "a-run")
+    model_dir = tiny_model.tiny_bert(tmp_path / "model", tiny_model.all_texts())
+    _, plan = survey(Config.model_validate(tiny_model.recipe(model_dir, storage.uri)), "a-run")
     assert plan.dataset_version != before.version
     known = set(load_split(storage, before, "test", tmp_path / "cache", ["anchor"])["anchor"])
     rows = load_split(storage, read_manifest(storage, "tiny"), "test", tmp_path / "cache")
@@ -96,7 +96,7 @@ def test_new_rows_are_those_that_the_version_before_does_not_have(
     folder = tmp_path / "results"
     folder.mkdir()
     pq.write_table(pa.table({"anchor": anchors, "ndcg@10": values}), folder / "test-queries.parquet")
-    measured = Measurement(
+    measurement = Measurement(
         request=Request(role=BASE_MODEL, commit=None, out_of_domain={}),
         files=upload_files(storage, folder, "runs/a-run/comparison/base"),
         num_corpus_texts=1,
@@ -104,7 +104,8 @@ def test_new_rows_are_those_that_the_version_before_does_not_have(
         num_non_finite_weights=0,
         num_leaked_rows=0,
     )
-    found = label_warning(storage, plan, before.version, measured)
-    assert f"{len(anchors) - len(known)} test rows are new" in str(found)
-    assert label_warning(storage, plan, plan.dataset_version, measured) is None
-    assert label_warning(storage, plan, None, measured) is None
+    model = MeasuredModel(measurement, storage, "a-run")
+    warned = label_warning(plan, before.version, model)
+    assert f"{len(anchors) - len(known)} test rows are new" in str(warned)
+    assert label_warning(plan, plan.dataset_version, model) is None
+    assert label_warning(plan, None, model) is None
