@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import datetime
 import json
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 
+from support import tiny_model
+from support.published import as_best_model
+from tercet.artifacts.champion import read_champion
+from tercet.artifacts.registry import register, serve
 from tercet.cli.main import main
 from tercet.cli.nightly import REFUSED_EXIT_CODE, night_text
+from tercet.cluster import session
+from tercet.config.recipe import Config
+from tercet.data.build import build_version
+from tercet.data.ingest import IngestOptions
 from tercet.evaluation.comparison import IndexImpact
 from tercet.pipeline import nightly as module
-from tercet.pipeline.nightly import Night, night_of
+from tercet.pipeline.nightly import Night, night_of, read_night
+from tercet.planning.survey import survey
+from tercet.storage import open_storage
+from tercet.storage.local import LocalStorage
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -103,3 +115,57 @@ def test_the_exit_code_is_for_a_scheduler(
     monkeypatch.setattr(module, "nightly", lambda *_: a_night(outcome=outcome))
     assert main(["nightly", str(recipe), "--json"]) == code
     assert json.loads(capsys.readouterr().out)["outcome"] == outcome
+
+
+def test_a_candidate_is_compared_with_the_base_model_and_then_with_the_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray, and with a copy of the base model in place of what a run trains."""
+    monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(session, "start_ray", lambda _: None)
+    monkeypatch.setattr(session, "with_devices", lambda config: config)
+    monkeypatch.setattr(
+        session, "in_fresh_processes", lambda _, tasks: {name: measure() for name, measure in tasks.items()}
+    )
+    monkeypatch.setattr(module, "run", lambda *_: None)
+    store = tmp_path / "store"
+    storage = open_storage(str(store))
+    model = tiny_model.tiny_bert(tmp_path / "model", tiny_model.all_texts())
+    rows = tiny_model.write_triplets(tmp_path / "rows.jsonl", 300)
+    build_version([rows], storage, "tiny", IngestOptions(group="group"), fractions=(0.5, 0.1, 0.4))
+    downloads: list[str] = []
+    download = LocalStorage.download
+
+    def counted(self: LocalStorage, key: str, *arguments: Any, **options: Any) -> None:
+        downloads.append(key)
+        download(self, key, *arguments, **options)
+
+    monkeypatch.setattr(LocalStorage, "download", counted)
+    said: list[str] = []
+    nights = []
+    for run_id in ("first", "second"):
+        config = Config.model_validate(tiny_model.recipe(model, storage.uri))
+        _, plan = survey(config, run_id)
+        as_best_model(storage, run_id, model)
+        downloads.clear()
+        date = datetime.date(2026, 3, 14)
+        nights.append(module._train_and_gate(storage, config, plan, date, 0.0, "me", said.append))
+        tables = [key for key in downloads if key.endswith(".parquet") and "/comparison/" in key]
+        assert len(tables) == len(set(tables)) == 2 * len(nights[-1].metrics)
+        assert read_night(storage, "tiny", run_id) == nights[-1]
+        version = register(storage, "tiny", plan.lineage, "me")
+        serve(storage, version, read_champion(storage, "tiny"), "by hand", "for the test", "me")
+    first, second = nights
+    # Equal in every row; and the same weights as the champion's, where there is one.
+    assert [night.outcome for night in nights] == ["undecided", "refused"]
+    assert (list(first.metrics), first.champion_before, first.champion) == (["base", "candidate"], None, None)
+    assert (list(second.metrics), second.champion_before) == (["base", "candidate", "champion-1"], 1)
+    assert second.champion == 1
+    assert second.index_impact is not None
+    assert second.index_impact.overlap_at_10 == 1.0
+    assert [text for text in said if text.startswith("comparison")] == [
+        "comparison: base, candidate",
+        "comparison: base, candidate, champion-1",
+    ]
+    again = module._train_and_gate(storage, config, plan, date, 0.0, "me", said.append)
+    assert (again.outcome, again.champion, again.metrics) == ("promoted", 2, {})  # it serves, without a comparison
