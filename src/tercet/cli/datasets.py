@@ -1,4 +1,4 @@
-"""`tercet shard`, `append` and `datasets`: raw rows into versions of a dataset, and what versions there are."""
+"""The verbs `shard`, `append`, `mine` and `datasets`: make dataset versions, list them, roll back."""
 
 from __future__ import annotations
 
@@ -18,60 +18,78 @@ def add_datasets(
     store: argparse.ArgumentParser,
     default_storage: str,
 ) -> None:
-    """Add the verbs; `common` has the flags of all, `recipe` those of a recipe, `store` those that say where storage
-    is."""
+    """Add the verbs.
+
+    common: the flags of all verbs; recipe: those of verbs that take a recipe; store: those that name the storage."""
     rows = argparse.ArgumentParser(add_help=False, parents=[common])
-    rows.add_argument("sources", nargs="+", metavar="SRC", help="JSONL, JSON, CSV, TSV or Parquet; also .gz and .zst")
-    rows.add_argument("--to", default=default_storage, metavar="URI", help="storage (%(default)s)")
-    rows.add_argument("--endpoint-url", help="of an S3 server other than AWS")
-    rows.add_argument("--name", required=True, help="of the dataset")
-    for name in ("anchor", "positive"):
-        rows.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"column that holds the {name} ({name})")
-    kind = rows.add_mutually_exclusive_group()
-    kind.add_argument("--negative", action="append", metavar="COLUMN", help="column of negatives; repeat it for more")
-    kind.add_argument("--pairs", action="store_true", help="there is no negative column")
     rows.add_argument(
-        "--group", metavar="COLUMN", help="rows of one group stay in one split; without it, of one anchor"
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help="path or s3:// URI of a JSONL, JSON, CSV, TSV or Parquet file, also .gz or .zst",
+    )
+    rows.add_argument(
+        "--to", default=default_storage, metavar="URI", help="storage: local folder or s3://bucket/prefix (%(default)s)"
+    )
+    rows.add_argument("--endpoint-url", metavar="URL", help="address of an S3 server other than AWS")
+    rows.add_argument("--name", required=True, help="name of the dataset")
+    for name in ("anchor", "positive"):
+        rows.add_argument(f"--{name}", default=name, metavar="COLUMN", help=f"column of the {name}s (%(default)s)")
+    kind = rows.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--negative", action="append", metavar="COLUMN", help="column of negatives (negative); repeat it for several"
+    )
+    kind.add_argument("--pairs", action="store_true", help="the rows have no negative")
+    rows.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="rows with an equal value here stay in one split; by default, rows with an equal anchor",
     )
     rows.add_argument(
         "--slice",
         action="append",
         default=[],
         metavar="COLUMN",
-        help="labels by which results are looked at",
+        help="column of labels by which results are reported separately; repeat it for several",
     )
     rows.add_argument(
-        "--max-bad-rows", type=float, default=0.01, metavar="SHARE", help="publish nothing above (%(default)s)"
+        "--max-bad-rows",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="publish nothing if a larger share of the rows is bad (%(default)s)",
     )
-    rows.add_argument("--rows-per-shard", type=int, default=65536, metavar="N", help="(%(default)s)")
+    rows.add_argument(
+        "--rows-per-shard", type=int, default=65536, metavar="N", help="rows of each stored file (%(default)s)"
+    )
 
-    shard = verbs.add_parser("shard", parents=[rows], help="raw rows → a dataset version")
+    shard = verbs.add_parser("shard", parents=[rows], help="make a dataset version from raw rows")
     shard.set_defaults(call=_shard)
-    append = verbs.add_parser("append", parents=[rows], help="new rows → a version that adds them to the newest")
+    append = verbs.add_parser("append", parents=[rows], help="add new rows to a dataset, as a new version")
     append.set_defaults(call=_append)
-    mine = verbs.add_parser("mine", parents=[recipe], help="a recipe's dataset with hard negatives → another dataset")
-    mine.add_argument("--into", required=True, metavar="NAME", help="the dataset that is made")
-    mine.add_argument("--num-negatives", type=int, default=1, metavar="N", help="of each row (%(default)s)")
+    mine = verbs.add_parser("mine", parents=[recipe], help="make a dataset with hard negatives from a recipe's dataset")
+    mine.add_argument("--into", required=True, metavar="NAME", help="name of the new dataset")
+    mine.add_argument("--num-negatives", type=int, default=1, metavar="N", help="negatives per row (%(default)s)")
     mine.add_argument(
         "--relative-margin",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="what is nearer than this below the positive is taken for right, and left out (%(default)s)",
+        help="exclude texts more similar than (1 - SHARE) times the positive: they may be right answers (%(default)s)",
     )
     mine.set_defaults(call=_mine)
-    datasets = verbs.add_parser("datasets", help="what datasets there are").add_subparsers(
+    datasets = verbs.add_parser("datasets", help="list, show and roll back datasets").add_subparsers(
         required=True, metavar="VERB"
     )
     listing = datasets.add_parser("list", parents=[store], help="every dataset and its versions")
     listing.set_defaults(call=_datasets_list)
-    show = datasets.add_parser("show", parents=[store], help="one version")
-    show.add_argument("name")
-    show.add_argument("--version", default="latest")
+    show = datasets.add_parser("show", parents=[store], help="one version: rows, shards, text lengths, sources")
+    show.add_argument("name", help="name of the dataset")
+    show.add_argument("--version", default="latest", help="id of the version (%(default)s)")
     show.set_defaults(call=_datasets_show)
     rollback = datasets.add_parser("rollback", parents=[store], help="make an earlier version the newest again")
-    rollback.add_argument("name")
-    rollback.add_argument("--to", required=True, metavar="VERSION")
+    rollback.add_argument("name", help="name of the dataset")
+    rollback.add_argument("--to", required=True, metavar="VERSION", help="id of the earlier version")
     rollback.set_defaults(call=_datasets_rollback)
 
 
@@ -115,7 +133,7 @@ def _shard(arguments: argparse.Namespace) -> None:
     manifest = result.manifest
     for bad_row in result.first_bad_rows:
         print(f"bad row: {bad_row}", file=sys.stderr)
-    state = "was published already" if result.already_published else "published"
+    state = "already published" if result.already_published else "published"
     print(f"{manifest.dataset} {manifest.version}  {state}")
     print_manifest(manifest)
 
@@ -131,7 +149,7 @@ def _mine(arguments: argparse.Namespace) -> None:
     try:
         mining = MiningConfig(num_negatives=arguments.num_negatives, relative_margin=arguments.relative_margin)
     except ValidationError as error:
-        problems = "\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())
+        problems = "\n".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
         raise ConfigError(problems, hint="see tercet mine --help") from None
     result = mine(load_config(arguments.recipe, arguments.overrides), arguments.into, mining)
     manifest = result.build.manifest
@@ -147,8 +165,8 @@ def _datasets_rollback(arguments: argparse.Namespace) -> None:
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     before, manifest = read_head(storage, arguments.name), read_manifest(storage, arguments.name, arguments.to)
     publish(storage, manifest, after=before)
-    print(f"{arguments.name}: {manifest.version} is the newest, instead of {before}")
-    print("  files that were added since are new again: take bad ones away before the next night")
+    print(f"{arguments.name}: {manifest.version} is the newest version again, instead of {before}")
+    print("  Files appended since then count as new. Remove bad ones before the next `append` or nightly run.")
 
 
 def _show_progress(progress: Progress) -> None:
@@ -160,7 +178,7 @@ def _show_progress(progress: Progress) -> None:
 
 
 def print_manifest(manifest: Manifest) -> None:
-    """A version, as a person reads it."""
+    """Print a human-readable summary of a version."""
     from tercet.data.manifest import SPLITS
     from tercet.planning.estimates import size_text
 
@@ -171,15 +189,16 @@ def print_manifest(manifest: Manifest) -> None:
     for column, statistics in manifest.text_statistics.items():
         print(f"  {column:<10} {statistics.mean_chars:8.1f} characters on average, {statistics.max_chars:,} at most")
     bad = ", ".join(f"{count:,} {kind}" for kind, count in manifest.bad_rows.items())
-    print(f"  bad rows   {bad or 'none'}{' (in quarantine.jsonl beside the version)' if bad else ''}")
+    print(f"  bad rows   {bad or 'none'}{' (see quarantine.jsonl of the version)' if bad else ''}")
     if manifest.num_repeated_rows:
-        print(f"  not added  {manifest.num_repeated_rows:,} rows that were there already")
+        print(f"  not added  {manifest.num_repeated_rows:,} rows that the dataset already had")
     if manifest.num_near_copies:
-        print(f"  left out   {manifest.num_near_copies:,} near copies across train and eval or test (quarantine.jsonl)")
+        what = "near-duplicates between train and eval or test (quarantine.jsonl)"
+        print(f"  excluded   {manifest.num_near_copies:,} {what}")
     if manifest.num_duplicate_rows:
         print(f"  warning: {manifest.num_duplicate_rows:,} rows repeat an earlier row")
     if manifest.num_leaked_rows:
-        print(f"  left out   {manifest.num_leaked_rows:,} rows that eval or test has too (quarantine.jsonl)")
+        print(f"  excluded   {manifest.num_leaked_rows:,} rows that a later split also has (quarantine.jsonl)")
     for split in SPLITS:
         if not manifest.num_rows[split]:
             print(f"  warning: the {split} split has no rows")
@@ -208,7 +227,7 @@ def _datasets_show(arguments: argparse.Namespace) -> None:
 
     storage = open_storage(arguments.storage, arguments.endpoint_url)
     manifest = read_manifest(storage, arguments.name, arguments.version)
-    print(f"{manifest.dataset} {manifest.version}  of {manifest.created_at:%Y-%m-%d %H:%M} UTC")
+    print(f"{manifest.dataset} {manifest.version}  created {manifest.created_at:%Y-%m-%d %H:%M} UTC")
     print_manifest(manifest)
     for source in manifest.sources:
         print(f"  source     {source.name}  {source.num_rows:,} rows  sha256 {source.sha256[:16]}…")

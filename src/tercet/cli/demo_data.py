@@ -1,7 +1,7 @@
-"""The embedded default: data that every machine has, Python's own documentation.
+"""Triplets for `tercet demo`, made from data that every machine has: the docstrings of Python's standard library.
 
-The first sentence of a docstring of the standard library, the qualified name with its signature that it describes, and
-a sibling from the same module that it does not. They are read from the sources with `ast`; nothing is imported.
+The anchor is the first sentence of a docstring. The positive is the name and signature of the function or class that it
+describes. The negative is a sibling from the same module. Sources are read with `ast`; nothing is imported.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ from pathlib import Path
 from tercet.errors import TercetError
 
 NUM_ROWS = 4_500
-"""Enough to tell models apart, few enough for a demo in minutes on two cores."""
+"""Enough to distinguish models, few enough for a demo of minutes on two cores."""
 MAX_CHARS = 100
-"""Longer sentences and signatures are left out: they cost time and teach nothing more."""
+"""Longer sentences and signatures are skipped: they take time and teach nothing more."""
 MAX_ROWS_PER_MODULE = 60
-"""A split is made of whole modules; without a limit, tkinter alone would be half of the one that it falls into."""
+"""A split consists of whole modules. Without a limit, tkinter alone would be half of its split."""
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 _SKIPPED_PACKAGES = {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
-"""Slow to read, with few docstrings, or gone in newer versions."""
+"""Slow to read, with few docstrings, or removed from newer Pythons."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(<*])")
 
 
 def stdlib_triplets() -> list[dict[str, str]]:
-    """NUM_ROWS rows of anchor, positive, negative and group: the same ones in the same order each time for one
-    installed Python. The group is the module, so that no module is in two splits. Takes a few seconds. Raises
-    TercetError where this Python has no sources of its library.
+    """Return NUM_ROWS rows of anchor, positive, negative and group.
+
+    One installed Python always gives the same rows in the same order. The group is the module, so that no module is in
+    two splits. Takes a few seconds. Raises TercetError if the sources of the standard library are not installed.
     """
     rows = [row for group, path in _modules() for row in _module_rows(group, path)]
     if not rows:
         folder = sysconfig.get_path("stdlib")
-        raise TercetError(f"no Python sources under {folder}", "Use a Python that comes with its library's sources.")
+        hint = "Use a Python whose standard library is installed as source files."
+        raise TercetError(f"no Python sources under {folder}", hint)
     return _sample(rows, NUM_ROWS)
 
 
 def write_triplets(path: Path) -> int:
-    """Write `stdlib_triplets()` as JSONL and return how many rows there are."""
+    """Write `stdlib_triplets()` as JSONL. Return the number of rows."""
     rows = stdlib_triplets()
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -50,7 +52,7 @@ def write_triplets(path: Path) -> int:
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
-    """(dotted module name, source file), sorted by name."""
+    """Yield (dotted module name, source file), sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     for path in root.rglob("*.py"):
@@ -63,13 +65,13 @@ def _modules() -> Iterator[tuple[str, Path]]:
 def _module_rows(module: str, path: Path) -> list[dict[str, str]]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in old modules
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
     documented = sorted(dict.fromkeys(_documented(module, tree.body)))
     sentences: dict[str, set[str]] = {}
-    siblings: dict[str, list[str]] = {"": []}  # by class, or module for its top level; "" is all of them
+    siblings: dict[str, list[str]] = {"": []}  # by class (or module, for its top level); "" has all
     for sentence, name in documented:
         sentences.setdefault(name, set()).add(sentence)
         siblings.setdefault(_owner(name), []).append(name)
@@ -84,13 +86,13 @@ def _module_rows(module: str, path: Path) -> list[dict[str, str]]:
 
 
 def _sample(rows: list[dict[str, str]], max_rows: int) -> list[dict[str, str]]:
-    """At most `max_rows` of them, chosen by a hash of their text, in the given order."""
+    """Return at most `max_rows` of the rows, chosen by a hash of their text, in the given order."""
     by_digest = sorted(range(len(rows)), key=lambda index: _digest(rows[index]["positive"] + rows[index]["anchor"]))
     return [rows[index] for index in sorted(by_digest[:max_rows])]
 
 
 def _rotated(names: list[str], key: str) -> list[str]:
-    """`names` from a place on that a hash of `key` decides."""
+    """Return `names`, rotated to start at a place that a hash of `key` decides."""
     start = _digest(key) % len(names)
     return names[start:] + names[:start]
 
@@ -100,9 +102,9 @@ def _digest(text: str) -> int:
 
 
 def _documented(prefix: str, body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """(first sentence, qualified name with signature) of every documented class and function, inner ones too."""
+    """Yield (first sentence, qualified name with signature) of every documented class, function and method."""
     for node in body:
-        if isinstance(node, (ast.If, ast.Try)):  # definitions for one platform only
+        if isinstance(node, (ast.If, ast.Try)):  # platform-specific definitions
             yield from _documented(prefix, node.body)
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             name = f"{prefix}.{node.name}"
@@ -121,7 +123,7 @@ def _signature(name: str, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFuncti
 
 
 def _first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph on one line; nothing where that has fewer than three words."""
+    """Return the first sentence on one line; empty if it has fewer than three words."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = _SENTENCE_END.split(paragraph)[0]
     return sentence if len(sentence.split()) >= 3 else ""

@@ -137,7 +137,7 @@ def test_shard_then_list_then_show(tmp_path: Path, store: str, capsys: pytest.Ca
     assert "bad rows   none" in first
 
     assert main(shard) == 0
-    assert capsys.readouterr().out.startswith(f"poems {version}  was published already\n")
+    assert capsys.readouterr().out.startswith(f"poems {version}  already published\n")
     assert main(["datasets", "list", "--storage", store]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split()[:4] == ["poems", version, "200", "rows"]
@@ -172,7 +172,7 @@ def test_rollback_removes_bad_rows_that_were_added(
     rollback = ["datasets", "rollback", "poems", "--storage", store, "--to"]
     capsys.readouterr()
     assert main([*rollback, first]) == 0
-    assert f"poems: {first} is the newest, instead of {second}" in capsys.readouterr().out
+    assert f"poems: {first} is the newest version again, instead of {second}" in capsys.readouterr().out
     assert read_manifest(storage, "poems").version == first
     assert main([*rollback, "deadbeef"]) == 3
     assert main(["append", str(tmp_path / "more.jsonl"), "--to", store, "--name", "poems"]) == 0
