@@ -1,13 +1,14 @@
 """The pointer that serving reads: which version of a model is the champion, and every champion before it.
 
-A promotion happens in one moment, the swap of champion.json. Nobody replaces a champion before it is filed below
-champions/, so whoever dies at whatever moment, every generation but perhaps the newest is there, and the newest is
-champion.json itself. Each bears the sha256 of the one before: the chain can be proved, and it is a line.
+A promotion happens in one moment, the swap of champion.json. A champion is replaced only after it was filed below
+champions/. So whenever a process dies, every generation is filed except perhaps the newest, and the newest is
+champion.json itself. Each generation holds the sha256 of the one before: the history is provably one chain.
 docs/decisions/0011-the-champion.md has the reasons.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from typing import ClassVar, Literal
@@ -16,7 +17,7 @@ from tercet.errors import AlreadyExists, ChampionMoved, Conflict, CorruptObject,
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.documents import Document, seal, sha256, unseal
-from tercet.storage.layout import champion_key, generation_key
+from tercet.storage.layout import champion_key, generation_key, served_key
 
 Kind = Literal["gated", "by hand", "rollback"]
 
@@ -30,22 +31,31 @@ class Champion(Document):
     generation: int
     """1, 2, 3, …"""
     parent_sha256: str | None
-    """Of the document of the generation before; None for the first."""
+    """sha256 of the stored document of the generation before; None for the first."""
     version: int
     version_sha256: str
-    """Of the version's document."""
+    """sha256 of the stored document of the version."""
     kind: Kind
     reason: str
     decision: str | None
-    """The key of the gate's decision against the generation before; None where a person decided."""
+    """Key of the gate's decision against the generation before; None for a decision by hand."""
     unix_seconds: float
     who: str
     nonce: str
-    """Makes two documents of equal content different, so that a writer knows its own."""
+    """Makes two documents with the same content different, so that a writer recognises its own."""
+
+
+class Served(Document):
+    """A mark: this version has been the champion."""
+
+    name: str
+    version: int
+    generation: int
+    """The first generation in which it was."""
 
 
 def read_champion(storage: Storage, name: str) -> Champion | None:
-    """The present champion, or None. Raises CorruptObject."""
+    """Return the present champion, or None if there is none. Raises CorruptObject."""
     data, _ = _read(storage, name)
     return None if data is None else unseal(Champion, data, storage.uri_of(champion_key(name)))
 
@@ -62,11 +72,11 @@ def move_champion(
     who: str,
     decision: str | None = None,
 ) -> Champion:
-    """Put a version in the place of `expected` (None: there is no champion yet). A rollback is nothing else: a new
-    generation, with an older version.
+    """Replace `expected` (None: there is no champion yet) with a version. A rollback is a new generation too, with an
+    older version.
 
-    Raises ChampionMoved when another one is the champion by now; then this changed nothing. After StorageUnavailable it
-    is open whether it was done: look again."""
+    Raises ChampionMoved, and changes nothing, if `expected` is no longer the champion. After StorageUnavailable it is
+    unknown whether the champion moved: read it again."""
     data, token = _read(storage, name)
     present = None if data is None else unseal(Champion, data, storage.uri_of(champion_key(name)))
     if present != expected:
@@ -90,7 +100,7 @@ def move_champion(
     try:
         storage.compare_and_swap(champion_key(name), seal(champion), token)
     except Conflict:
-        if not _was_champion(storage, champion):  # or it was this swap, and the answer got lost
+        if not _became_champion(storage, champion):  # else this swap succeeded, and only its reply was lost
             raise _moved(name, read_champion(storage, name)) from None
     crash_point("after_champion", champion.generation)
     _file(storage, champion, seal(champion))
@@ -98,8 +108,9 @@ def move_champion(
 
 
 def history(storage: Storage, name: str) -> list[Champion]:
-    """Every champion, the present one first; [] where there is none. Raises CorruptObject where the chain does not
-    hold: a generation is missing, or is not the one that the next was put in the place of."""
+    """Return every champion, the present one first; [] if there is none. Reads every generation.
+
+    Raises CorruptObject if the chain is broken: a generation is missing, or is not the one that the next replaced."""
     data, _ = _read(storage, name)
     chain: list[Champion] = []
     while data is not None:
@@ -108,9 +119,16 @@ def history(storage: Storage, name: str) -> list[Champion]:
     if [champion.generation for champion in chain] != list(range(len(chain), 0, -1)):
         raise CorruptObject(
             f"the generations of {name} are not 1, 2, 3, …",
-            hint=f"somebody changed {storage.uri_of(champion_key(name))}",
+            hint=f"something other than tercet changed {storage.uri_of(champion_key(name))}; restore it",
         )
     return chain
+
+
+def mark_served(storage: Storage, champion: Champion) -> None:
+    """Record that a champion's version has been the champion."""
+    served = Served(name=champion.name, version=champion.version, generation=champion.generation)
+    with contextlib.suppress(AlreadyExists):
+        storage.put_if_absent(served_key(champion.name, champion.version), seal(served))
 
 
 def _read(storage: Storage, name: str) -> tuple[bytes | None, str | None]:
@@ -127,12 +145,14 @@ def _file(storage: Storage, champion: Champion, data: bytes) -> None:
     except AlreadyExists:
         if storage.read(key) != data:
             raise CorruptObject(
-                f"{storage.uri_of(key)} is not what the champion was", hint="somebody changed it; look at both"
+                f"{storage.uri_of(key)} differs from the champion that it is a copy of",
+                hint="something other than tercet changed one of the two; compare both",
             ) from None
+    mark_served(storage, champion)
 
 
-def _was_champion(storage: Storage, champion: Champion) -> bool:
-    """Whether a champion is in its place, or was: who replaced it must have filed it."""
+def _became_champion(storage: Storage, champion: Champion) -> bool:
+    """Whether a champion is, or was, in place: the process that replaced it must have filed it."""
     present, _ = _read(storage, champion.name)
     if present == seal(champion):
         return True
@@ -153,11 +173,11 @@ def _parent(storage: Storage, champion: Champion) -> bytes | None:
     if sha256(data) != champion.parent_sha256:
         raise CorruptObject(
             f"{storage.uri_of(key)} is not the champion that generation {champion.generation} replaced",
-            hint="somebody changed or deleted it; the present champion is not in doubt",
+            hint="something other than tercet changed or deleted it; the present champion is still valid",
         )
     return data
 
 
 def _moved(name: str, present: Champion | None) -> ChampionMoved:
     what = "there is none" if present is None else f"it is version {present.version}, generation {present.generation}"
-    return ChampionMoved(f"the champion of {name} is another one by now: {what}", hint="compare with that one")
+    return ChampionMoved(f"the champion of {name} has changed: {what}", hint="compare with that one")

@@ -1,11 +1,12 @@
 """Published models: numbered versions, what serving loads, and how a candidate becomes the champion.
 
-The files themselves stay in the run's folder, `runs/<run_id>/best`. champion.py says which version serves.
+A model's files stay in the folder of its run, `runs/<run_id>/best`. champion.py says which version serves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 import uuid
@@ -16,7 +17,7 @@ from typing import ClassVar, NamedTuple
 from filelock import FileLock
 
 from tercet.artifacts.best import read_best
-from tercet.artifacts.champion import Champion, Kind, history, move_champion, read_champion
+from tercet.artifacts.champion import Champion, Kind, history, mark_served, move_champion, read_champion
 from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.artifacts.decision import GateDecision
 from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNotFound
@@ -24,56 +25,79 @@ from tercet.storage import Storage, layout
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import Document, seal, sha256, unseal
 
-MAX_PROMOTION_ATTEMPTS = 10  # each of them gates the candidate against another champion
+logger = logging.getLogger("tercet")
+
+MAX_PROMOTION_ATTEMPTS = 10  # each gates the candidate against another champion
 
 
 class Lineage(Document):
-    """Where a model comes from."""
+    """Origin of a model."""
 
     run_id: str
     recipe_hash: str
     """`Config.experiment_hash()`."""
     dataset_versions: dict[str, str]
-    """By name, of all datasets that it was trained on."""
+    """Version of each dataset that the model was trained on, by name."""
 
 
 class Version(Document):
-    """A published model. It never changes; were its files to change, they would not be served."""
+    """A published model. Immutable: if its files change, it is no longer served."""
 
     once_unsealed: ClassVar[bool] = True
 
     name: str
     number: int
     commit: Commit
-    """Of the folder `runs/<run_id>/best`."""
+    """Commit of the folder `runs/<run_id>/best`."""
     lineage: Lineage
     decision: str | None
-    """The key of the decision that it was published for; None where a person published it."""
+    """Key of the decision to promote it; None if it was published by hand."""
     unix_seconds: float
     who: str
     nonce: str
-    """Makes two documents of equal content different, so that a writer knows its own."""
+    """Makes two documents with the same content different, so that a writer recognises its own."""
+
+
+class Index(Document):
+    """Its presence says that every version is indexed by its run, and every version that served has its mark."""
+
+    newest_version: int
+    """A hint: the number after it is free, unless another publisher was quicker."""
+
+
+class VersionOfRun(Document):
+    """A mark: this version was published from this run. It counts if that version exists and is of this run."""
+
+    run_id: str
+    version: int
 
 
 class Promotion(NamedTuple):
-    """How a candidate fared: what serves now, and the last decision; None where it had been the champion before."""
+    """Outcome of a promotion."""
 
     champion: Champion | None
+    """The one that serves now."""
     decision: GateDecision | None
+    """The last decision; None if the candidate had been the champion before."""
 
 
 def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: str | None = None) -> Version:
-    """Publish the best model of a run as a version; where it was published before, that one is returned.
+    """Publish the best model of a run as a version, or return the version if it was published before.
 
-    Of several at once each gets a number of its own. Raises ObjectNotFound when the run has no best model."""
+    Of several publishers at once, each gets a number of its own. Raises ObjectNotFound if the run has no best model."""
     commit = read_best(storage, lineage.run_id)
     if commit is None:
-        raise ObjectNotFound(f"run {lineage.run_id} has no best model in {storage.uri}", hint="has it finished?")
-    numbers = list_versions(storage, name)
-    for found in versions_of(storage, name, lineage.run_id):
-        if found.commit.files == commit.files:
-            return found
-    number, nonce = (numbers[-1] if numbers else 0) + 1, uuid.uuid4().hex
+        raise ObjectNotFound(
+            f"run {lineage.run_id} has no best model in {storage.uri}", hint="check that the run has finished"
+        )
+    for version in versions_of(storage, name, lineage.run_id):
+        if version.commit.files == commit.files:
+            return version
+    index = _index(storage, name)
+    number, nonce = (
+        (index.newest_version if index else max(list_versions(storage, name), default=0)) + 1,
+        uuid.uuid4().hex,
+    )
     while True:
         version = Version(
             name=name,
@@ -85,28 +109,33 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
             who=who,
             nonce=nonce,
         )
+        _index_version(
+            storage, version
+        )  # first, so that no version is without; the reader checks that it is of the run
         try:
             storage.put_if_absent(layout.model_version_key(name, number), seal(version))
         except AlreadyExists:
-            if read_version(storage, name, number) != version:  # or it was this one, and the answer got lost
+            if read_version(storage, name, number) != version:  # else this write succeeded, and only its reply was lost
                 number += 1
                 continue
+        if index is not None:
+            storage.put(layout.index_key(name), seal(Index(newest_version=number)))
         return version
 
 
 def promote(
     storage: Storage, name: str, lineage: Lineage, decide: Callable[[Champion | None], GateDecision], who: str
 ) -> Promotion:
-    """Gate a run's best model against the champion, and put it in its place if it is better. Where another publisher
-    moves the champion meanwhile, the candidate is gated again, against the new one.
+    """Gate a run's best model against the champion, and make it the champion if it is better. If another publisher
+    moves the champion meanwhile, gate the candidate again, against the new one.
 
-    Every decision is kept in storage. Called again after a crash, it goes on. A run that was the champion once is not
-    promoted again: somebody put another one in its place. Raises ChampionMoved when the champion does not come to rest.
-    """
+    Every decision is stored. Called again after a crash, this resumes. A run whose model was the champion before is not
+    promoted again, because someone replaced it on purpose. The number of storage requests does not depend on the number
+    of versions or champions. Raises ChampionMoved if the champion moves at every attempt."""
     for _ in range(MAX_PROMOTION_ATTEMPTS):
         present = read_champion(storage, name)
-        published = {version.number for version in versions_of(storage, name, lineage.run_id)}
-        if published and any(champion.version in published for champion in history(storage, name)):
+        published = versions_of(storage, name, lineage.run_id)
+        if any(_was_champion(storage, present, version) for version in published):
             return Promotion(present, None)
         decision = decide(present)
         key = _keep(storage, name, decision)
@@ -130,7 +159,7 @@ def serve(
     who: str,
     decision: str | None = None,
 ) -> Champion:
-    """Make a version the champion, whatever its merits. Raises ChampionMoved when `instead_of` is not the champion."""
+    """Make a version the champion without gating it. Raises ChampionMoved if `instead_of` is not the champion."""
     return move_champion(
         storage,
         instead_of,
@@ -145,8 +174,9 @@ def serve(
 
 
 def resolve(storage: Storage, name: str) -> tuple[Champion, Version]:
-    """The champion, and the version that it is. Raises ObjectNotFound where there is none, CorruptObject where the
-    version is not the one that was made the champion."""
+    """Return the champion and its version.
+
+    Raises ObjectNotFound if there is no champion, CorruptObject if the version is not the one that was promoted."""
     champion = read_champion(storage, name)
     if champion is None:
         known = ", ".join(list_models(storage)) or "none"
@@ -155,30 +185,30 @@ def resolve(storage: Storage, name: str) -> tuple[Champion, Version]:
 
 
 def version_of(storage: Storage, champion: Champion) -> Version:
-    """Return the version that a champion is.
+    """Return the version of a champion.
 
-    Raises ObjectNotFound if the version is gone, CorruptObject if it is not the one that was made the champion."""
+    Raises ObjectNotFound if the version is gone, CorruptObject if it is not the one that was promoted."""
     key = layout.model_version_key(champion.name, champion.version)
     data = storage.read(key)
     if sha256(data) != champion.version_sha256:
         raise CorruptObject(
-            f"{storage.uri_of(key)} is not what was made the champion",
+            f"{storage.uri_of(key)} is not the version that was promoted",
             hint="roll back to another version: tercet models rollback",
         )
     return unseal(Version, data, storage.uri_of(key))
 
 
 def download(storage: Storage, version: Version, folder: Path) -> Path:
-    """Bring a version's files to a folder below `folder` and return its path, which `SentenceTransformer(path)` loads.
+    """Download a version to a folder below `folder` and return its path, which `SentenceTransformer(path)` loads.
 
-    It appears whole, each file verified by its sha256; what is there already is verified again, and not fetched.
-    Several processes may ask at once. Raises CorruptObject or ObjectNotFound, and then leaves nothing."""
+    The folder appears whole, each file verified by its sha256. If it is there already, it is verified again and kept.
+    Several processes may call this at once. Raises CorruptObject or ObjectNotFound, and then leaves no folder."""
     target = folder / f"{version.name}-{version.number}-{version.nonce[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{target.name}.lock"):
         if not _is_whole(target, version.commit):
             coming = folder / f".{target.name}.coming"
-            for left in (target, coming):  # damaged, or of a process that was killed
+            for left in (target, coming):  # damaged, or left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 fetch(storage, version.commit, coming).rename(target)
@@ -188,7 +218,7 @@ def download(storage: Storage, version: Version, folder: Path) -> Path:
 
 
 def read_version(storage: Storage, name: str, number: int) -> Version:
-    """Raises ObjectNotFound, CorruptObject."""
+    """Return a version. Raises ObjectNotFound, which names the newest versions; CorruptObject."""
     key = layout.model_version_key(name, number)
     try:
         return unseal(Version, storage.read(key), storage.uri_of(key))
@@ -200,30 +230,79 @@ def read_version(storage: Storage, name: str, number: int) -> Version:
 
 
 def read_decision(storage: Storage, key: str) -> GateDecision:
-    """What `Champion.decision` or `Version.decision` names. Raises ObjectNotFound, CorruptObject."""
+    """Return the decision with a key from `Champion` or `Version`. Raises ObjectNotFound, CorruptObject."""
     return unseal(GateDecision, storage.read(key), storage.uri_of(key))
 
 
 def list_models(storage: Storage) -> list[str]:
-    """Models with a version, sorted."""
+    """Return the names of the models that have a version, sorted."""
     return layout.model_names(storage.list(layout.MODELS))
 
 
 def list_versions(storage: Storage, name: str) -> list[int]:
-    """Numbers of a model's versions, the oldest first."""
+    """Return the numbers of a model's versions, the oldest first."""
     return layout.model_version_numbers(storage.list(layout.model_versions_prefix(name)), name)
 
 
 def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
-    """What was published of a run, the newest first. Reads every version of the model."""
-    versions = (read_version(storage, name, number) for number in reversed(list_versions(storage, name)))
+    """Return the versions that were published from a run, the newest first. Raises CorruptObject."""
+    if _index(storage, name) is None:
+        numbers = list_versions(storage, name)
+    else:
+        keys = storage.list(layout.versions_by_run_prefix(name, run_id))
+        numbers = layout.version_by_run_numbers(keys, name, run_id)
+    versions = []
+    for number in reversed(numbers):
+        key = layout.model_version_key(name, number)
+        with contextlib.suppress(ObjectNotFound):  # its publisher died, or another one took the number
+            versions.append(unseal(Version, storage.read(key), storage.uri_of(key)))
     return [version for version in versions if version.lineage.run_id == run_id]
+
+
+def _index(storage: Storage, name: str) -> Index | None:
+    """Return the index. If it is missing, an older tercet published the versions: make it first.
+
+    None if the chain of champions is broken: then no index can say which versions have been the champion."""
+    key = layout.index_key(name)
+    with contextlib.suppress(ObjectNotFound, CorruptObject):
+        return unseal(Index, storage.read(key), storage.uri_of(key))
+    numbers = list_versions(storage, name)
+    for number in numbers:
+        _index_version(storage, read_version(storage, name, number))
+    try:
+        champions = history(storage, name)
+    except CorruptObject as error:
+        logger.warning("every version of %s is read, because its index cannot be made: %s", name, error)
+        return None
+    for champion in champions:
+        mark_served(storage, champion)
+    index = Index(newest_version=max(numbers, default=0))
+    storage.put(key, seal(index))
+    return index
+
+
+def _index_version(storage: Storage, version: Version) -> None:
+    run_id, number = version.lineage.run_id, version.number
+    storage.put(
+        layout.version_by_run_key(version.name, run_id, number), seal(VersionOfRun(run_id=run_id, version=number))
+    )
+
+
+def _was_champion(storage: Storage, present: Champion | None, version: Version) -> bool:
+    """Whether a version is the present champion, or was one. The mark of the present champion may still be missing."""
+    if present is None:
+        return False
+    if present.version == version.number:
+        return True
+    if _index(storage, version.name) is None:
+        return any(champion.version == version.number for champion in history(storage, version.name))
+    return storage.exists(layout.served_key(version.name, version.number))
 
 
 def _keep(storage: Storage, name: str, decision: GateDecision) -> str:
     data = seal(decision)
     key = layout.decision_key(name, sha256(data))
-    with contextlib.suppress(AlreadyExists):  # of this very content
+    with contextlib.suppress(AlreadyExists):  # with the same content
         storage.put_if_absent(key, data)
     return key
 

@@ -249,7 +249,7 @@ def test_what_a_killed_reader_left_is_no_model(storage: LocalStorage, tmp_path: 
 def test_a_version_that_was_changed_is_not_served(storage: LocalStorage) -> None:
     version = serving(storage, "r1")
     storage.put("models/m/versions/00000001.json", seal(version.model_copy(update={"who": "another"})))
-    with pytest.raises(CorruptObject, match="is not what was made the champion"):
+    with pytest.raises(CorruptObject, match="is not the version that was promoted"):
         resolve(storage, "m")
 
 

@@ -1,0 +1,213 @@
+"""A promotion costs the same number of storage requests, however many nights came before it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from support.published import decision, finished_run
+from tercet.artifacts.champion import Champion, history, read_champion
+from tercet.artifacts.registry import (
+    Index,
+    Version,
+    list_versions,
+    promote,
+    read_version,
+    register,
+    serve,
+    versions_of,
+)
+from tercet.errors import CorruptObject, StorageUnavailable
+from tercet.storage import layout
+from tercet.storage.base import Fetched
+from tercet.storage.documents import seal, sha256, unseal
+from tercet.storage.local import LocalStorage
+
+
+class CountingStorage(LocalStorage):
+    """Counts requests by kind. A listing is one, as on S3 below 1,000 keys, so its keys are counted as well."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.requests: Counter[str] = Counter()
+
+    def exists(self, key: str) -> bool:
+        self.requests["exists"] += 1
+        return super().exists(key)
+
+    def list(self, prefix: str) -> list[str]:
+        keys = super().list(prefix)
+        self.requests.update({"list": 1, "keys listed": len(keys)})
+        return keys
+
+    def delete(self, prefix: str) -> None:
+        self.requests["delete"] += 1
+        super().delete(prefix)
+
+    def _fetch(self, key: str, sink: IO[bytes]) -> Fetched:
+        self.requests["read"] += 1
+        return super()._fetch(key, sink)
+
+    def _write(self, key: str, data: bytes, expected: str | None) -> str:
+        self.requests["write"] += 1
+        return super()._write(key, data, expected)
+
+
+@pytest.fixture(autouse=True)
+def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of files need no protection from a loss of power here."""
+    monkeypatch.setattr("tercet.storage.local._sync", lambda path: None)  # noqa: ARG005
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> CountingStorage:
+    return CountingStorage(tmp_path / "storage")
+
+
+def write_nights(storage: CountingStorage, num_nights: int) -> None:
+    """What an older tercet, without an index, left after as many nights, each with a promotion."""
+    commit_of, parent, data = finished_run(storage, "r0"), None, b""
+    version = register(storage, "m", commit_of, "me")
+    for folder in ("by_run", "served", "versions"):
+        storage.delete(f"{layout.model_prefix('m')}/{folder}")
+    storage.delete(layout.index_key("m"))
+
+    def write(key: str, data: bytes) -> None:
+        path = Path(storage.uri_of(key))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    for number in range(1, num_nights + 1):
+        lineage = version.lineage.model_copy(update={"run_id": f"r{number}"})
+        published = seal(version.model_copy(update={"number": number, "lineage": lineage}))
+        write(layout.model_version_key("m", number), published)
+        champion = Champion(
+            name="m",
+            generation=number,
+            parent_sha256=parent,
+            version=number,
+            version_sha256=sha256(published),
+            kind="gated",
+            reason="better",
+            decision=None,
+            unix_seconds=float(number),
+            who="night",
+            nonce=str(number),
+        )
+        data = seal(champion)
+        parent = sha256(data)
+        write(layout.generation_key("m", number), data)
+    write(layout.champion_key("m"), data)
+
+
+def night(storage: CountingStorage, run_id: str) -> Counter[str]:
+    """Promote a new run; the requests that this took."""
+    lineage = finished_run(storage, run_id)
+    storage.requests.clear()
+    champion = promote(storage, "m", lineage, lambda _: decision(), "night").champion
+    requests = storage.requests.copy()
+    assert champion is not None
+    assert read_version(storage, "m", champion.version).lineage.run_id == run_id
+    return requests
+
+
+def test_a_promotion_after_1000_nights_costs_what_it_costs_after_10(tmp_path: Path) -> None:
+    counts = {}
+    for num_nights in (10, 1000):
+        storage = CountingStorage(tmp_path / str(num_nights))
+        write_nights(storage, num_nights)
+        first = night(storage, "new-1")  # makes the index, once
+        assert first["read"] > 2 * num_nights
+        counts[num_nights] = night(storage, "new-2"), night(storage, "new-3")
+        assert len(history(storage, "m")) == num_nights + 3
+    assert counts[10][0] == counts[10][1] == counts[1000][0] == counts[1000][1]
+    assert counts[10][0]["keys listed"] == 0
+    assert counts[10][0].total() <= 25
+
+
+def test_what_was_published_before_there_was_an_index_is_found(storage: CountingStorage) -> None:
+    write_nights(storage, 5)
+    gated: list[str] = []
+
+    def again(run_id: str) -> object:
+        lineage = finished_run(storage, run_id)
+        return promote(storage, "m", lineage, lambda _: gated.append(run_id) or decision(), "night").decision  # type: ignore[func-returns-value]
+
+    assert again("r3") is None  # it was the champion once
+    assert gated == []
+    assert [version.number for version in versions_of(storage, "m", "r3")] == [3]
+    assert versions_of(storage, "m", "r9") == []
+    index = unseal(Index, storage.read(layout.index_key("m")), "INDEX.json")
+    assert index.newest_version == 5
+    assert again("new") is not None
+    assert (gated, list_versions(storage, "m")) == (["new"], [1, 2, 3, 4, 5, 6])
+    assert again("new") is None
+
+
+def test_a_damaged_index_is_made_again(storage: CountingStorage) -> None:
+    write_nights(storage, 3)
+    night(storage, "new-1")
+    storage.put(layout.index_key("m"), b"{")
+    night(storage, "new-2")
+    assert unseal(Index, storage.read(layout.index_key("m")), "INDEX.json").newest_version == 5
+
+
+def test_without_a_whole_chain_every_version_is_read(
+    storage: CountingStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_nights(storage, 4)
+    storage.delete(layout.generation_key("m", 2))
+    with caplog.at_level(logging.WARNING, "tercet"):
+        night(storage, "new-1")
+    assert "its index cannot be made" in caplog.text
+    assert not storage.exists(layout.index_key("m"))
+    assert list_versions(storage, "m") == [1, 2, 3, 4, 5]
+    with pytest.raises(CorruptObject, match="is not the champion that generation 3 replaced"):
+        promote(storage, "m", finished_run(storage, "r1"), lambda _: decision(), "night")
+
+
+def published(storage: CountingStorage, run_id: str) -> Version:
+    return register(storage, "m", finished_run(storage, run_id), "me")
+
+
+def test_a_publisher_that_dies_before_the_version_leaves_a_mark_that_counts_for_nothing(
+    storage: CountingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(storage, "r1")
+
+    def die(*_: object) -> None:
+        raise StorageUnavailable("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "put_if_absent", die)
+        with pytest.raises(StorageUnavailable):
+            published(storage, "r2")
+    assert versions_of(storage, "m", "r2") == []
+    assert published(storage, "r3").number == 2
+    assert versions_of(storage, "m", "r2") == []
+    assert published(storage, "r2").number == 3
+    assert [version.number for version in versions_of(storage, "m", "r2")] == [3]
+
+
+def test_an_index_that_names_an_older_version_costs_a_few_tries(storage: CountingStorage) -> None:
+    for run_id in ("r1", "r2", "r3"):
+        published(storage, run_id)
+    storage.put(layout.index_key("m"), seal(Index(newest_version=1)))  # of a publisher that died after its version
+    assert published(storage, "r4").number == 4
+    assert published(storage, "r5").number == 5
+
+
+def test_a_champion_that_was_replaced_is_not_promoted_again(storage: CountingStorage) -> None:
+    first = published(storage, "r1")
+    serve(storage, first, None, "by hand", "a try", "me")
+    night(storage, "r2")
+    champion = read_champion(storage, "m")
+    shutil.rmtree(storage.uri_of(layout.generation_key("m", 1)).rpartition("/")[0])  # the marks alone say it
+    lineage = finished_run(storage, "r1")
+    promotion = promote(storage, "m", lineage, lambda _: pytest.fail("it was gated again"), "night")
+    assert promotion == (champion, None)
