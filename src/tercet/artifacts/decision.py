@@ -1,4 +1,4 @@
-"""What a gate decided, with every number that it rests on, and one sentence for a person."""
+"""What the gate decided, with every number that the decision rests on, and one sentence that a user reads."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ class Estimate(Frozen):
     num_groups: int
     num_different_groups: int
     num_better: int
-    """Rows on which the candidate is better; of triplets, those that only it has right."""
+    """Rows on which the candidate is better. For triplets: those that only the candidate has right."""
     num_worse: int
     reference: float = Field(validation_alias="champion", serialization_alias="champion")
     candidate: float
     effect: float
     """Candidate less reference."""
     lower: float | None
-    """The effect is above this, with `confidence`. None where the rows say nothing of it."""
+    """The effect is above this, with `confidence`. None if there are too few groups to tell."""
     upper: float | None
     """The effect is below this, with `confidence`."""
     confidence: float
@@ -98,33 +98,33 @@ class Guard(Frozen):
 
     name: str
     estimate: Estimate | None
-    """None where there are no rows."""
+    """None if there are no rows."""
     max_loss: float
     p_not_worse: float
-    """Small where it is shown that no more than `max_loss` is lost."""
+    """p value of "more than `max_loss` is lost": small if that is ruled out."""
     p_worse: float
-    """Small where it is shown that more is lost."""
+    """p value of "no more than `max_loss` is lost": small if that is ruled out."""
     alpha: float
-    """What `p_worse` is held against: of slices, after Holm's correction."""
+    """Threshold for `p_worse`. For slices, after Holm's correction."""
     state: State
 
 
 class Origin(Frozen):
-    """What is known of a candidate before its results are looked at."""
+    """What is known about a candidate apart from its results."""
 
     weights_sha256: str | None = None
     reference_weights_sha256: str | None = Field(
         default=None, validation_alias="other_weights_sha256", serialization_alias="other_weights_sha256"
     )
     num_leaked_rows: int = 0
-    """Rows of its training data that give away answers of the test split."""
+    """Training rows that contain answers to the test split."""
     learned_nothing: bool = False
     num_non_finite_weights: int = 0
-    """NaN or Inf. They may be where no row of the test split comes by."""
+    """Weights that are NaN or infinite, even if no row of the test split uses them."""
 
 
 class GateDecision(Document):
-    """What was decided, and everything that it rests on."""
+    """A decision, and everything that it rests on."""
 
     once_unsealed: ClassVar[bool] = True
 
@@ -135,11 +135,11 @@ class GateDecision(Document):
     metric: str
     estimate: Estimate | None
     p_better: float
-    """By groups; of triplets, the larger one of that and `mcnemar_p`."""
+    """p value of "the candidate is not better", by groups. For triplets, at least `mcnemar_p`."""
     mcnemar_p: float | None
-    """One-sided exact, rows taken for independent; of triplets only."""
+    """One-sided exact McNemar test, which treats rows as independent. For triplets only."""
     minimum_detectable_effect: float | None
-    """The true gain that is promoted with a probability of 80 %, as far as the metric alone decides."""
+    """True gain that is promoted with a probability of 80 %, if the other checks pass."""
     others: tuple[Guard, ...]
     out_of_domain: tuple[Guard, ...]
     slices: tuple[Guard, ...]
@@ -149,7 +149,7 @@ class GateDecision(Document):
 
 
 def sentence(decision: GateDecision) -> str:
-    """The verdict and why, for a person."""
+    """Return the verdict and its reasons as one sentence."""
     name = f"the {decision.reference}"
     head = {
         "promote": "Promote",
@@ -161,13 +161,13 @@ def sentence(decision: GateDecision) -> str:
 
 
 def _why(decision: GateDecision, reason: Reason, name: str) -> str:
-    config, estimate, found = decision.config, decision.estimate, decision.minimum_detectable_effect
-    can_find = "" if found is None else f"; a true gain of {_limit(found)} is found with a probability of 80 %"
+    config, estimate, detectable = decision.config, decision.estimate, decision.minimum_detectable_effect
+    power = "" if detectable is None else f"; a true gain of {_limit(detectable)} is found with a probability of 80 %"
     match reason:
         case "better":
             return f"{_change(decision)}, and nothing else is in the way"
         case "not_better":
-            return f"{_change(decision)}, which is not shown to be better than {name}{can_find}"
+            return f"{_change(decision)}, which is not shown to be better than {name}{power}"
         case "below_minimum_effect":
             return f"{_change(decision)}, and less than {_limit(config.minimum_effect)} is not worth a new model"
         case "worse_on_metric":
@@ -184,18 +184,18 @@ def _why(decision: GateDecision, reason: Reason, name: str) -> str:
             )
         case "too_few_groups":
             rows, groups = (0, 0) if estimate is None else (estimate.num_rows, estimate.num_groups)
-            return (
-                f"{rows:,} rows in {groups:,} groups are too few to decide on, {config.min_groups:,} groups the least"
-            )
+            return f"{rows:,} rows in {groups:,} groups are too few to decide: {config.min_groups:,} groups are needed"
         case "too_few_differences":
             num = 0 if estimate is None else estimate.num_different_groups
-            return f"the two models differ in {num} groups, too few for any result to count at alpha {config.alpha:g}"
+            return (
+                f"the models differ in {num} groups, too few for any result to be significant at alpha {config.alpha:g}"
+            )
         case "leaked":
-            return f"{decision.origin.num_leaked_rows:,} rows of the training data hold answers of the test split"
+            return f"{decision.origin.num_leaked_rows:,} rows of the training data contain answers to the test split"
         case "learned_nothing":
-            return "the training changed no weight"
+            return "training changed no weight"
         case "no_op":
-            return f"its weights are those of {name}"
+            return f"its weights are identical to those of {name}"
         case "non_finite":
             num = decision.origin.num_non_finite_weights
             return f"{num:,} of its weights are NaN or infinite" if num else "a result is NaN or infinite"

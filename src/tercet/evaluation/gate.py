@@ -1,10 +1,8 @@
-"""Pure: the results of two models on the same rows → whether the candidate replaces the reference.
+"""Decide from the results of two models on the same rows whether the candidate replaces the reference. Pure.
 
-    decide(results, metric, config) -> GateDecision
-
-A candidate is promoted when the recipe's metric is shown to be better, by enough, and nothing else is in the way. Each
-of the other metrics, and each set out of domain, must be shown not to lose more than its limit. A slice, which is often
-too small to show that, holds a candidate back when it is shown to lose more. Too few rows decide nothing.
+A candidate is promoted if the recipe's metric is shown to be better, by enough, and nothing else is in the way. Each
+other metric, and each dataset out of domain, must be shown not to lose more than its limit. A slice is often too small
+to show that, so it holds a candidate back only if it is shown to lose more. Too few rows decide nothing.
 docs/decisions/0010-the-gate.md has the reasons, docs/benchmarks.md the error rates.
 """
 
@@ -44,15 +42,15 @@ def decide(
 
     Neither the order nor the names of rows and groups change the decision. Raises KeyError if `results` lacks `metric`.
     """
-    far, origin = out_of_domain or {}, origin or Origin()
-    everything = {**results, **{f"out of domain/{name}": paired for name, paired in far.items()}}
+    out_of_domain, origin = out_of_domain or {}, origin or Origin()
+    everything = {**results, **{f"out of domain/{name}": paired for name, paired in out_of_domain.items()}}
     refusals = _refusals(origin, all(paired.is_finite() for paired in everything.values()))
     comparison = None if refusals or not len(results[metric].groups) else _compare(results[metric], config)
-    guarded = {} if refusals else results
+    guarded, guarded_far = ({}, {}) if refusals else (results, out_of_domain)
     others = tuple(_guard(n, p, config.max_loss, config) for n, p in guarded.items() if n != metric)
-    distant = tuple(_guard(n, p, config.max_loss_out_of_domain, config) for n, p in far.items() if not refusals)
+    far = tuple(_guard(n, p, config.max_loss_out_of_domain, config) for n, p in guarded_far.items())
     slices = _slices(guarded, config)
-    reasons = refusals or _too_few(comparison, config) or _reasons(comparison, others, distant, slices, config)
+    reasons = refusals or _too_few(comparison, config) or _reasons(comparison, others, far, slices, config)
     decision = GateDecision(
         verdict=_verdict(reasons),
         reasons=reasons,
@@ -64,7 +62,7 @@ def decide(
         mcnemar_p=None if comparison is None else comparison.mcnemar_p(),
         minimum_detectable_effect=_detectable(comparison, config),
         others=others,
-        out_of_domain=distant,
+        out_of_domain=far,
         slices=slices,
         origin=origin,
         results_sha256={name: paired.sha256() for name, paired in everything.items()},
@@ -74,13 +72,13 @@ def decide(
 
 
 def _refusals(origin: Origin, finite: bool) -> tuple[Reason, ...]:
-    found: dict[Reason, bool] = {
+    holds: dict[Reason, bool] = {
         "leaked": origin.num_leaked_rows > 0,
         "learned_nothing": origin.learned_nothing,
         "no_op": origin.weights_sha256 is not None and origin.weights_sha256 == origin.reference_weights_sha256,
         "non_finite": origin.num_non_finite_weights > 0 or not finite,
     }
-    return tuple(reason for reason, holds in found.items() if holds)
+    return tuple(reason for reason in holds if holds[reason])
 
 
 def _compare(paired: Paired, config: GateConfig) -> Comparison:
@@ -90,7 +88,7 @@ def _compare(paired: Paired, config: GateConfig) -> Comparison:
 def _too_few(comparison: Comparison | None, config: GateConfig) -> tuple[Reason, ...]:
     if comparison is None or comparison.num_groups < config.min_groups:
         return ("too_few_groups",)
-    # If all of the groups that differ were better, the p value would be this. No result could be significant.
+    # The p value if every group that differs were better: even that result would not be significant.
     if 0.5**comparison.num_different_groups > config.alpha:
         return ("too_few_differences",)
     return ()
@@ -99,21 +97,21 @@ def _too_few(comparison: Comparison | None, config: GateConfig) -> tuple[Reason,
 def _reasons(
     comparison: Comparison | None,
     others: tuple[Guard, ...],
-    distant: tuple[Guard, ...],
+    far: tuple[Guard, ...],
     slices: tuple[Guard, ...],
     config: GateConfig,
 ) -> tuple[Reason, ...]:
     assert comparison is not None
     better = comparison.p_better() <= config.alpha
-    found: dict[Reason, bool] = {
+    holds: dict[Reason, bool] = {
         "not_better": not better,
         "below_minimum_effect": better and comparison.effect < config.minimum_effect - TOLERANCE,
         "worse_on_metric": any(guard.state == "worse" for guard in others),
-        "worse_out_of_domain": any(guard.state == "worse" for guard in distant),
+        "worse_out_of_domain": any(guard.state == "worse" for guard in far),
         "worse_in_slice": any(guard.state == "worse" for guard in slices),
     }
-    reasons = tuple(reason for reason, holds in found.items() if holds)
-    if not reasons and any(guard.state != "not_worse" for guard in (*others, *distant)):
+    reasons = tuple(reason for reason in holds if holds[reason])
+    if not reasons and any(guard.state != "not_worse" for guard in (*others, *far)):
         return ("loss_not_ruled_out",)
     return reasons or ("better",)
 
@@ -142,7 +140,7 @@ def _estimate(comparison: Comparison, alpha: float) -> Estimate:
 
 
 def _guard(name: str, paired: Paired, max_loss: float, config: GateConfig) -> Guard:
-    """Whether something is shown to lose more than it may, shown not to, or neither."""
+    """Test whether something loses more than `max_loss`: shown to (worse), shown not to (not_worse), or undecided."""
     comparison = _compare(paired, config) if len(paired.groups) else None
     estimate = None if comparison is None else _estimate(comparison, config.guard_alpha)
     p_not_worse = 1.0 if comparison is None else comparison.p_above(-max_loss)
@@ -168,8 +166,10 @@ def _has_enough(estimate: Estimate | None, config: GateConfig) -> bool:
 
 
 def _slices(results: Mapping[str, Paired], config: GateConfig) -> tuple[Guard, ...]:
-    """Each slice of each metric. One that is shown to be worse is a veto, so many slices are many chances for a false
-    one: Holm's correction, over the slices that have enough groups."""
+    """Guard each slice of each metric.
+
+    A slice that is shown to be worse is a veto, so many slices are many chances of a false one. Holm's correction over
+    the slices with enough groups accounts for that."""
     guards = [
         _guard(f"{metric}/{name}", paired.only(rows), config.max_loss_in_slice, config)
         for metric, paired in results.items()

@@ -1,12 +1,11 @@
-"""Two models on the same rows: how much better one is, and how sure that is.
+"""Two models on the same rows: how much better one is, and how certain that is.
 
-Rows of one group (a document, a module) rise and fall together, so the unit of chance is the group and not the row. All
-that is said here comes from one thing: the mean differences of random halves of the groups. If neither model were
-better by more than `bound`, swapping the two in any group would change nothing, and the mean of a random subset of the
-groups would fall below `bound` as often as above (Hartigan 1969, "Using subsample values as typical values": it is the
-sign-flip test of grouped differences, turned around). So the share of subsets below a bound is a p value, and a
-quantile of them is a confidence bound. Exact for differences that are symmetric about their mean; for others see
-docs/decisions/0010-the-gate.md.
+Rows of one group (a document, a module) rise and fall together, so the unit of chance is the group and not the row.
+Every p value and bound here comes from the mean differences of random subsets of the groups. If the true difference
+were `bound`, the mean of a random subset would fall below `bound` as often as above (Hartigan 1969, "Using subsample
+values as typical values"; it is the sign-flip test of grouped differences, inverted). So the share of subset means
+below a bound is a p value, and a quantile of the means is a confidence bound. This is exact for differences that are
+symmetric about their mean; docs/decisions/0010-the-gate.md says what holds for others.
 """
 
 from __future__ import annotations
@@ -24,24 +23,25 @@ from scipy import stats
 
 TRIPLET_ACCURACY = "triplet_accuracy"
 POWER = 0.8
-TOLERANCE = 1e-12  # a sum of differences that should be zero may be off by rounding; then it counts as not above
-CELLS_AT_ONCE = 4_000_000  # of the matrix of random subsets: 32 MB
+TOLERANCE = 1e-12  # rounding may leave this much of a sum of differences that is zero
+CELLS_AT_ONCE = 4_000_000  # of the matrix of random subsets, which then takes 32 MB
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One metric of two models, row by row. All arrays have the shape (num_rows,), where a row is a triplet (right 1,
-    wrong 0) or a query (its nDCG@10 or MRR@10)."""
+    """One metric of two models, row by row. All arrays have the shape (num_rows,).
+
+    A row is a triplet (1 if right, 0 if wrong) or a query (its nDCG@10 or MRR@10)."""
 
     metric: str
     reference: Floats
     candidate: Floats
     groups: NDArray[np.int64]
-    """Which rows belong together, as numbers from 0 on."""
+    """Number of each row's group, from 0 on."""
     slices: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    """Rows that are looked at by themselves; they may overlap."""
+    """Rows of each slice. Slices may overlap."""
 
     @staticmethod
     def of(
@@ -51,8 +51,10 @@ class Paired:
         groups: ArrayLike | None = None,
         slices: Mapping[str, ArrayLike] | None = None,
     ) -> Paired:
-        """From anything that numpy takes. `groups`: a label a row, without which each row is a group of its own.
-        `slices`: a truth value a row, by name. Raises ValueError when lengths differ."""
+        """Make one from anything that numpy converts to arrays.
+
+        groups: a label for each row; without it, each row is a group of its own. slices: by name, whether each row
+        belongs to the slice. Raises ValueError if lengths differ."""
         labels = np.arange(len(np.asarray(reference))) if groups is None else np.asarray(groups)
         paired = Paired(
             metric=metric,
@@ -63,21 +65,23 @@ class Paired:
         )
         shapes = {array.shape for array in (paired.reference, paired.candidate, labels, *paired.slices.values())}
         if shapes != {(len(paired.reference),)}:
-            raise ValueError(f"{metric}: results, groups and slices must have one value a row, not {sorted(shapes)}")
+            raise ValueError(
+                f"{metric}: results, groups and slices must have one value for each row, not {sorted(shapes)}"
+            )
         return paired
 
     def is_finite(self) -> bool:
-        """Whether all results are numbers."""
+        """Whether no result is NaN or infinite."""
         return bool(np.isfinite(self.reference).all() and np.isfinite(self.candidate).all())
 
     def only(self, rows: NDArray[np.bool_]) -> Paired:
-        """The rows of a slice."""
+        """Return the rows of a slice, without slices of their own."""
         return Paired(
             self.metric, self.reference[rows], self.candidate[rows], np.unique(self.groups[rows], False, True)[1]
         )
 
     def sha256(self) -> str:
-        """Hash of all that was compared. Stored decisions hold it, so it still names the reference `champion`."""
+        """Return a hash of all that is compared. Decisions store it, so it still names the reference `champion`."""
         digest = hashlib.sha256(self.metric.encode())
         named = {"champion": self.reference, "candidate": self.candidate, "groups": self.groups, **self.slices}
         for name, values in named.items():
@@ -88,16 +92,16 @@ class Paired:
 
 
 def slices_of(labels: ArrayLike) -> dict[str, NDArray[np.bool_]]:
-    """A slice for each label, of one label a row, such as a language."""
+    """Return a slice for each distinct label. labels: one for each row, such as its language."""
     array = np.asarray(labels)
     return {str(label): array == label for label in np.unique(array)}
 
 
 class Comparison:
-    """What the rows of a `Paired` tell. Needs one row at least."""
+    """Statistics of a `Paired`, which must have at least one row."""
 
     def __init__(self, paired: Paired, num_resamples: int, seed: int) -> None:
-        """num_resamples: random subsets of the groups; a p value is a multiple of 1 / (num_resamples + 1)."""
+        """num_resamples: number of random subsets. A p value is a multiple of 1 / (num_resamples + 1)."""
         self.metric = paired.metric
         difference = paired.candidate - paired.reference
         self.num_rows = len(difference)
@@ -105,28 +109,28 @@ class Comparison:
         self.reference, self.candidate = float(paired.reference.mean()), float(paired.candidate.mean())
         sums = np.bincount(paired.groups, weights=difference)
         sizes = np.bincount(paired.groups).astype(np.float64)
-        order = np.lexsort((sizes, sums))  # so that neither the order of the rows nor the groups' names matter
+        order = np.lexsort((sizes, sums))  # so that neither the order of rows nor the names of groups matter
         self._sums, self._sizes = sums[order], sizes[order]
         self._num_resamples, self._seed = num_resamples, seed
 
     @property
     def num_groups(self) -> int:
-        """Groups with a row."""
+        """Number of groups."""
         return len(self._sums)
 
     @property
     def num_different_groups(self) -> int:
-        """Groups in which the two models differ."""
+        """Number of groups in which the two models differ."""
         return int((np.abs(self._sums) > TOLERANCE).sum())
 
     @property
     def effect(self) -> float:
-        """The candidate's mean over rows less the reference's."""
+        """Mean over rows of the candidate less the reference."""
         return float(self._sums.sum() / self.num_rows)
 
     @property
     def standard_error(self) -> float:
-        """Of the effect, by groups; NaN with one group."""
+        """Standard error of the effect, by groups; NaN with a single group."""
         if self.num_groups < 2:
             return math.nan
         rest = self._sums - self.effect * self._sizes
@@ -134,7 +138,7 @@ class Comparison:
 
     @cached_property
     def _means(self) -> Floats:
-        """Mean differences of random subsets of the groups, shape (num_resamples,); NaN for a subset without any."""
+        """Mean differences of random subsets of the groups, shape (num_resamples,); NaN for an empty subset."""
         rng = np.random.default_rng(self._seed)
         columns = np.stack([self._sums, self._sizes], axis=1)
         means = np.empty(self._num_resamples)
@@ -149,39 +153,41 @@ class Comparison:
         return means
 
     def p_above(self, bound: float) -> float:
-        """One-sided p value of "the effect is `bound` or less": small where it is shown to be more."""
+        """Return the one-sided p value of "the effect is `bound` or less": small if it is shown to be more."""
         return float(1 + (~(self._means > bound + TOLERANCE)).sum()) / (self._num_resamples + 1)
 
     def p_below(self, bound: float) -> float:
-        """One-sided p value of "the effect is `bound` or more": small where it is shown to be less."""
+        """Return the one-sided p value of "the effect is `bound` or more": small if it is shown to be less."""
         return float(1 + (~(self._means < bound - TOLERANCE)).sum()) / (self._num_resamples + 1)
 
     def bounds(self, alpha: float) -> tuple[float, float]:
-        """What the effect is above, and what it is below, each wrong in a share of `alpha`."""
+        """Return a lower and an upper bound of the effect, each wrong with probability `alpha`."""
         rank = math.floor(alpha * (self._num_resamples + 1) + TOLERANCE) - 1
         lowest = np.sort(np.nan_to_num(self._means, nan=-np.inf))
         highest = np.sort(np.nan_to_num(self._means, nan=np.inf))
         return float(lowest[rank]), float(highest[-1 - rank])
 
     def mcnemar_p(self) -> float | None:
-        """One-sided exact McNemar: as many triplets newly right among those that changed, by chance? It takes rows for
-        independent. None for a metric that is not right or wrong."""
+        """Return the one-sided exact McNemar p value, which treats rows as independent; None for other metrics.
+
+        It is the chance of at least this many newly right triplets among those that changed."""
         if self.metric != TRIPLET_ACCURACY:
             return None
         return float(stats.binom.sf(self.num_better - 1, self.num_better + self.num_worse, 0.5))
 
     def p_better(self) -> float:
-        """Of "the candidate is not better". For triplets the larger of two: by groups, and McNemar's."""
+        """Return the p value of "the candidate is not better": by groups, and for triplets at least McNemar's."""
         return max(self.p_above(0.0), self.mcnemar_p() or 0.0)
 
     def minimum_detectable_effect(self, alpha: float, minimum_effect: float) -> float:
-        """The true effect that is promoted with a probability of 80 %: significant at `alpha`, and no less than
-        `minimum_effect`. By Student's t with the standard error that was found."""
+        """Return the true effect that is promoted with a probability of 80 %.
+
+        Promoted means significant at `alpha` and at least `minimum_effect`. By Student's t and the standard error."""
         degrees = self.num_groups - 1
         critical = float(stats.t.isf(alpha, degrees)) * self.standard_error
         return max(critical, minimum_effect) + float(stats.t.ppf(POWER, degrees)) * self.standard_error
 
     def facts(self) -> dict[str, Any]:
-        """What was counted, for a document."""
+        """Return the counts and means that an `Estimate` stores."""
         names = ("metric", "num_rows", "num_groups", "num_different_groups", "num_better", "num_worse")
         return {name: getattr(self, name) for name in (*names, "reference", "candidate", "effect")}

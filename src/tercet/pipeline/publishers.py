@@ -1,6 +1,7 @@
-"""After the pointer moved: an ONNX export, and others are told: a webhook, the Hugging Face Hub, an MLflow registry.
+"""Notify others of a new champion: an ONNX export, the Hugging Face Hub, an MLflow registry, a webhook.
 
-Each may fail without undoing anything. What failed is tried again on the next night, also on one with nothing to do.
+The champion serves already, so a publisher that fails undoes nothing. It is tried again on the next night, even if that
+night has nothing else to do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ALIAS = "champion"
 
 
 class Notification(Document):
-    """One publisher knows of one champion."""
+    """Record that a publisher was notified of a champion."""
 
     once_unsealed: ClassVar[bool] = True
 
@@ -37,21 +38,21 @@ class Notification(Document):
 
 
 class Announcement(NamedTuple):
-    """What is told: the champion, its version, and where its model lies."""
+    """What publishers are notified of: the champion, its version, and where its model is stored."""
 
     champion: Champion
     version: Version
     model_uri: str
     storage: Storage
     folder: Path
-    """To work in."""
+    """Working folder on this machine."""
 
     def model_dir(self) -> Path:
-        """The model on this machine, verified."""
+        """Download the model, verified, and return its folder."""
         return download(self.storage, self.version, self.folder / "model")
 
     def document(self) -> dict[str, str | int]:
-        """For a program that listens."""
+        """Return the JSON body of a webhook."""
         return {
             "model": self.champion.name,
             "generation": self.champion.generation,
@@ -64,7 +65,9 @@ class Announcement(NamedTuple):
 
 
 def notify(storage: Storage, config: Config, say: Callable[[str], None]) -> dict[str, str]:
-    """Tell every publisher of the recipe that does not know of the present champion. What went wrong, by publisher."""
+    """Notify every publisher of the recipe that was not notified of the present champion yet.
+
+    Returns the errors by publisher. `say` gets a line for each publisher."""
     targets = config.nightly.publish.model_dump()
     wanted = {name: targets[name] for name in PUBLISHERS if targets[name]}
     if not wanted or read_champion(storage, config.name) is None:
@@ -72,72 +75,77 @@ def notify(storage: Storage, config: Config, say: Callable[[str], None]) -> dict
     champion, version = resolve(storage, config.name)
     problems = {}
     with tempfile.TemporaryDirectory(prefix="tercet-publish-") as folder:
-        news = Announcement(champion, version, storage.uri_of(version.commit.folder), storage, Path(folder))
+        announcement = Announcement(champion, version, storage.uri_of(version.commit.folder), storage, Path(folder))
         for name, target in wanted.items():
             key = layout.notification_key(config.name, name, champion.generation)
             if storage.exists(key):
                 continue
             try:
-                where = PUBLISHERS[name](target, news)
-            except Exception as error:  # noqa: BLE001 - of whatever library: the night is over, and stands
+                where = PUBLISHERS[name](target, announcement)
+            except Exception as error:  # noqa: BLE001 - any library may fail here, and the night is over already
                 problems[name] = f"{type(error).__name__}: {first_line(error)}"
-                say(f"not told: {name} {target}: {problems[name]}; the next night tries again")
+                say(f"could not notify {name} {target}: {problems[name]}; the next night will try again")
                 continue
-            told = Notification(publisher=name, generation=champion.generation, where=where, unix_seconds=time.time())
-            storage.put(key, seal(told))
-            say(f"told: {name} {where}")
+            notification = Notification(
+                publisher=name, generation=champion.generation, where=where, unix_seconds=time.time()
+            )
+            storage.put(key, seal(notification))
+            say(f"notified: {name} {where}")
     return problems
 
 
-def webhook(url: str, news: Announcement) -> str:
-    """POST the news as JSON. Raises URLError, also for an answer that is not 2xx."""
-    data = json.dumps(news.document()).encode()
+def webhook(url: str, announcement: Announcement) -> str:
+    """POST the announcement as JSON. Raises URLError, also for a response that is not 2xx."""
+    data = json.dumps(announcement.document()).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
         return url
 
 
-def huggingface(repo: str, news: Announcement) -> str:
-    """Push the model to a repository of the Hub; where there is none, a private one is made. HF_TOKEN has the token."""
+def huggingface(repo: str, announcement: Announcement) -> str:
+    """Push the model to a repository of the Hub, which is created private if it does not exist. Needs HF_TOKEN."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(repo, private=True, exist_ok=True)
-    message = f"generation {news.champion.generation}: {news.champion.reason}"
+    message = f"generation {announcement.champion.generation}: {announcement.champion.reason}"
     done = api.upload_folder(
-        repo_id=repo, folder_path=news.model_dir(), commit_message=message[:200], delete_patterns="*"
+        repo_id=repo, folder_path=announcement.model_dir(), commit_message=message[:200], delete_patterns="*"
     )
     return str(done.commit_url)
 
 
-def mlflow(tracking_uri: str, news: Announcement) -> str:
-    """A version of the registered model of the same name, which the alias `champion` then names. Its source is where
-    the model lies in storage; no file is copied."""
+def mlflow(tracking_uri: str, announcement: Announcement) -> str:
+    """Add a version to the registered model of the same name, and point its alias `champion` to it.
+
+    The version's source is the model's URI in storage; no file is copied."""
     try:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise ConfigError("nightly.publish.mlflow needs MLflow", hint="pip install 'tercet[mlflow]'") from None
-    client, name = MlflowClient(tracking_uri, tracking_uri), news.champion.name
+    client, name = MlflowClient(tracking_uri, tracking_uri), announcement.champion.name
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {key: str(value) for key, value in news.document().items()}
-    version = client.create_model_version(name, news.model_uri, tags=tags, description=news.champion.reason)
+    tags = {key: str(value) for key, value in announcement.document().items()}
+    version = client.create_model_version(
+        name, announcement.model_uri, tags=tags, description=announcement.champion.reason
+    )
     client.set_registered_model_alias(name, ALIAS, version.version)
     return f"{tracking_uri} {name} {version.version}"
 
 
-def onnx(_: str, news: Announcement) -> str:
-    """See onnx_export.py."""
+def onnx(_: str, announcement: Announcement) -> str:
+    """Export the model as an ONNX file, see onnx_export.py. Needs no target."""
     from tercet.pipeline.onnx_export import export
 
-    return export(news.storage, news.version, news.model_dir(), news.folder / "onnx")
+    return export(announcement.storage, announcement.version, announcement.model_dir(), announcement.folder / "onnx")
 
 
-# Told in this order: whoever listens to the webhook finds the rest.
+# In this order: a program that the webhook notifies finds everything else done.
 PUBLISHERS: dict[str, Callable[[str, Announcement], str]] = {
     "onnx": onnx,
     "huggingface": huggingface,

@@ -205,7 +205,7 @@ def test_many_slices_are_corrected_for() -> None:
 def test_too_few_groups_decide_nothing() -> None:
     decision = gate(ndcg(0.3, num_rows=49))
     assert (decision.verdict, decision.reasons) == ("undecided", ("too_few_groups",))
-    assert "49 rows in 49 groups are too few to decide on, 50 groups the least" in decision.sentence
+    assert "49 rows in 49 groups are too few to decide: 50 groups are needed" in decision.sentence
     assert gate(ndcg(0.3, num_rows=50)).verdict == "promote"
     assert gate(ndcg(0.3, groups=np.zeros(NUM_ROWS))).reasons == ("too_few_groups",)
     empty = gate(ndcg(0.3, num_rows=0))

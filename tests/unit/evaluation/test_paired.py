@@ -158,11 +158,11 @@ def test_one_group_proves_nothing() -> None:
 
 
 def test_what_does_not_fit_together() -> None:
-    with pytest.raises(ValueError, match="one value a row"):
+    with pytest.raises(ValueError, match="one value for each row"):
         Paired.of(NDCG, [1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="one value a row"):
+    with pytest.raises(ValueError, match="one value for each row"):
         Paired.of(NDCG, [1.0, 2.0], [1.0, 2.0], groups=[1])
-    with pytest.raises(ValueError, match="one value a row"):
+    with pytest.raises(ValueError, match="one value for each row"):
         Paired.of(NDCG, [1.0, 2.0], [1.0, 2.0], slices={"a": [True]})
 
 

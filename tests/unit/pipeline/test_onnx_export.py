@@ -57,7 +57,7 @@ def store(config: Config) -> Storage:
 def test_the_file_gives_the_models_embeddings(config: Config, model_dir: Path) -> None:
     said: list[str] = []
     assert notify(store(config), config, said.append) == {}
-    folder = Path(said[0].removeprefix("told: onnx "))
+    folder = Path(said[0].removeprefix("notified: onnx "))
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "tokenizer.json", "EXPORTED"}
     exported = unseal(Exported, (folder / "EXPORTED").read_bytes(), "")
     assert exported.metrics == pytest.approx(exported.metrics_before, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Others are told of a champion once, and again where it failed."""
+"""Each publisher is notified of a champion once, and again after a failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tercet.storage import Storage, open_storage
 
 
 class Listener(BaseHTTPRequestHandler):
-    """Answers with `code`, and keeps what it got."""
+    """Answers with `code`, and keeps the bodies of requests."""
 
     code: ClassVar[int] = 200
     got: ClassVar[list[dict[str, Any]]] = []
@@ -32,7 +32,7 @@ class Listener(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def config(**publish: str) -> Any:
     return builders.config(nightly={"publish": publish})
 
 
-def test_a_webhook_hears_of_each_champion_once(storage: Storage, url: str) -> None:
+def test_a_webhook_is_notified_of_each_champion_once(storage: Storage, url: str) -> None:
     said: list[str] = []
     assert notify(storage, config(webhook=url), said.append) == {}
-    assert Listener.got == []  # there is none yet
+    assert Listener.got == []  # there is no champion yet
     first = crown(storage, "a")
     for _ in range(2):
         assert notify(storage, config(webhook=url), said.append) == {}
@@ -81,24 +81,24 @@ def test_a_webhook_hears_of_each_champion_once(storage: Storage, url: str) -> No
     crown(storage, "b", first)
     notify(storage, config(webhook=url), said.append)
     assert [news["generation"] for news in Listener.got] == [1, 2]
-    assert said == [f"told: webhook {url}"] * 2
+    assert said == [f"notified: webhook {url}"] * 2
 
 
-def test_what_fails_is_said_and_tried_again(storage: Storage, url: str) -> None:
+def test_a_failure_is_reported_and_tried_again(storage: Storage, url: str) -> None:
     crown(storage, "a")
     said: list[str] = []
     Listener.code = 503
     assert notify(storage, config(webhook=url), said.append) == {
         "webhook": "HTTPError: HTTP Error 503: Service Unavailable"
     }
-    assert said[0].endswith("the next night tries again")
+    assert said[0].endswith("the next night will try again")
     Listener.code = 200
     assert notify(storage, config(webhook=url), said.append) == {}
     assert len(Listener.got) == 2
-    assert notify(storage, config(webhook="http://127.0.0.1:1/none"), said.append) == {}  # it knows already
+    assert notify(storage, config(webhook="http://127.0.0.1:1/none"), said.append) == {}  # notified already
 
 
-def test_one_that_fails_keeps_no_other_from_hearing(
+def test_a_failing_publisher_does_not_stop_the_others(
     storage: Storage, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: str, __: Any) -> str:
@@ -111,8 +111,8 @@ def test_one_that_fails_keeps_no_other_from_hearing(
     assert len(Listener.got) == 1
 
 
-def test_the_model_that_is_pushed_is_whole(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the call of the Hub's own client, which nothing here can answer."""
+def test_the_whole_model_is_pushed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tested up to the calls of the Hub's client, which nothing here can answer."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Api:
@@ -130,13 +130,11 @@ def test_the_model_that_is_pushed_is_whole(storage: Storage, monkeypatch: pytest
     assert notify(storage, config(huggingface="me/it"), said.append) == {}
     assert calls[0] == ("me/it", {"private": True, "exist_ok": True})
     assert calls[1][1] == {"names": ["config.json", "model.safetensors"], "message": "generation 1: it is better"}
-    assert said == ["told: huggingface https://hub/me/it/commit/1"]
+    assert said == ["notified: huggingface https://hub/me/it/commit/1"]
 
 
-def test_mlflow_names_the_champion_by_its_alias(
-    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With MLflow itself, where it is installed (pip install mlflow-skinny), on a folder."""
+def test_mlflow_alias_points_to_the_champion(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a folder, with MLflow itself if it is installed (pip install mlflow-skinny)."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "mlflow").as_uri()
