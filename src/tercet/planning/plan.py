@@ -261,7 +261,7 @@ def make_plan(config: Config, findings: Findings) -> TrainPlan:
     if sizes:
         config = on_world(config, max([size for size in sizes if size <= config.workers.num_workers], default=sizes[0]))
         tightest = on_world(config, sizes[0])  # with the fewest workers, each holds the most
-    num_tokens = max(tokens_kept(tightest, found.manifest, findings.model) for found in findings.datasets)
+    num_tokens = max(tokens_kept(tightest, dataset.manifest, findings.model) for dataset in findings.datasets)
     memory_bytes = available_bytes(tightest.workers, findings.cpu_worker_bytes)
     counts = count(config, findings.datasets)
     mode = check(tightest, findings, counts, num_tokens, memory_bytes)
@@ -295,7 +295,7 @@ def make_plan(config: Config, findings: Findings) -> TrainPlan:
 
 def count(config: Config, datasets: Sequence[FoundDataset]) -> Counts:
     """Count rows and steps."""
-    planned = tuple(plan_dataset(config, found) for found in datasets)
+    planned = tuple(plan_dataset(config, dataset) for dataset in datasets)
     steps_per_epoch = sum(dataset.steps_per_epoch for dataset in planned)
     num_steps = steps_per_epoch * config.training.num_epochs
     # Without a step in an epoch there is nothing to evaluate; `check` refuses such a plan.
@@ -339,8 +339,8 @@ def estimate(
         return Costs(checkpoint_bytes=None, memory=None, training_seconds=None)
     num_workers, is_cached = tightest.workers.num_workers, config.loss.is_cached
     rows_and_tokens = [
-        (dataset.steps_per_epoch * training.global_batch_size, sum(tokens_per_text(config, found.manifest, facts)))
-        for dataset, found in zip(counts.datasets, findings.datasets, strict=True)
+        (planned.steps_per_epoch * training.global_batch_size, sum(tokens_per_text(config, dataset.manifest, facts)))
+        for planned, dataset in zip(counts.datasets, findings.datasets, strict=True)
     ]
     tokens_per_epoch = sum(num_rows * tokens_per_row for num_rows, tokens_per_row in rows_and_tokens)
     return Costs(

@@ -1,4 +1,4 @@
-"""What a loss of a recipe may say, which columns it takes, and what it tells of itself."""
+"""Parameters of each loss in a recipe, the columns that it works with, and its properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRIPLET = (*PAIR, "negative")
 NUMBERED = (*PAIR, "negative_1")
 SEVERAL = (*PAIR, "negative_1", "negative_2")
 
-# Which columns each loss takes: pairs, one negative, several.
+# Whether each loss works with pairs, one negative and several negatives.
 TAKES = {
     "TripletLoss": (False, True, False),
     "MultipleNegativesRankingLoss": (True, True, True),
@@ -39,21 +39,21 @@ def made(name: str, **parameters: Any) -> Any:
 
 
 def refused(name: str, **parameters: Any) -> dict[str, str]:
-    """Last part of the place → message."""
+    """Validate, and return the last part of each error's position → its message."""
     with pytest.raises(ValidationError) as caught:
         made(name, **parameters)
     return {str(item["loc"][-1]): item["msg"].removeprefix("Value error, ") for item in caught.value.errors()}
 
 
-def test_the_tables_know_every_loss() -> None:
+def test_the_tables_have_every_loss() -> None:
     assert set(TAKES) == set(LOSSES)
     assert not set(UNSUPPORTED_LOSSES) & set(LOSSES)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_columns_that_a_loss_takes(name: str) -> None:
-    found = tuple(made(name).column_problem(columns) is None for columns in (PAIR, TRIPLET, SEVERAL))
-    assert found == TAKES[name]
+def test_the_columns_that_a_loss_works_with(name: str) -> None:
+    works = tuple(made(name).column_problem(columns) is None for columns in (PAIR, TRIPLET, SEVERAL))
+    assert works == TAKES[name]
     assert (made(name).column_problem(NUMBERED) is None) == TAKES[name][1]
 
 
@@ -67,11 +67,11 @@ def test_the_columns_that_a_loss_takes(name: str) -> None:
         ("MegaBatchMarginLoss", TRIPLET, "uses only other rows' positives as negatives", "shard the data without "),
     ],
 )
-def test_what_is_wrong_with_the_columns(name: str, columns: tuple[str, ...], need: str, hint: str) -> None:
-    found = made(name).column_problem(columns)
-    assert found[0] == need
-    assert found[1].startswith(hint)
-    advised = [word.strip(",") for word in found[1].split() if word.strip(",") in LOSSES]
+def test_columns_that_a_loss_does_not_work_with(name: str, columns: tuple[str, ...], need: str, hint: str) -> None:
+    problem = made(name).column_problem(columns)
+    assert problem[0] == need
+    assert problem[1].startswith(hint)
+    advised = [word.strip(",") for word in problem[1].split() if word.strip(",") in LOSSES]
     assert all(made(other).column_problem(columns) is None for other in advised)
 
 
@@ -86,13 +86,13 @@ def test_hard_negatives_need_a_negative() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_runs_the_model_twice(name: str) -> None:
+def test_which_losses_are_cached(name: str) -> None:
     assert made(name).is_cached == (name.startswith("Cached") or name == "MegaBatchMarginLoss")
     assert not made("MegaBatchMarginLoss", use_mini_batched_version=False).is_cached
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_crosses_ranks(name: str) -> None:
+def test_which_losses_gather_across_ranks(name: str) -> None:
     gathers = "gather_across_devices" in LOSSES[name].model_fields
     assert made(name).crosses_ranks == gathers == (name not in ("TripletLoss", "MegaBatchMarginLoss", "AnglELoss"))
     if gathers:
@@ -124,11 +124,13 @@ def test_what_crosses_ranks(name: str) -> None:
         ),
     ],
 )
-def test_combinations_of_a_ranking_loss(name: str, parameters: dict[str, Any], place: str, message: str) -> None:
+def test_impossible_parameters_of_a_ranking_loss(
+    name: str, parameters: dict[str, Any], place: str, message: str
+) -> None:
     assert refused(name, **parameters) == {place: message}
 
 
-def test_right_combinations_of_a_ranking_loss() -> None:
+def test_possible_parameters_of_a_ranking_loss() -> None:
     symmetric = ["query_to_doc", "doc_to_query"]
     assert made(RANKING, directions=symmetric, partition_mode="per_direction").directions == tuple(symmetric)
     four = [*symmetric, "query_to_query", "doc_to_doc"]
@@ -149,17 +151,17 @@ def test_right_combinations_of_a_ranking_loss() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["TripletLoss", "CachedGISTEmbedLoss"])
-def test_a_wrong_matryoshka(name: str, matryoshka: dict[str, Any], place: str, message: str) -> None:
+def test_an_impossible_matryoshka(name: str, matryoshka: dict[str, Any], place: str, message: str) -> None:
     assert refused(name, matryoshka=matryoshka) == {place: message}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_takes_a_matryoshka(name: str) -> None:
+def test_every_loss_may_have_a_matryoshka(name: str) -> None:
     whole = made(name, matryoshka={"dims": [8, 4], "weights": [1, 0.5], "dims_per_step": 2}).matryoshka
     assert (whole.dims, whole.weights, whole.dims_per_step) == ((8, 4), (1.0, 0.5), 2)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_survives_the_way_to_the_workers(name: str) -> None:
+def test_a_loss_is_the_same_after_a_round_trip_through_json(name: str) -> None:
     loss = made(name, matryoshka={"dims": [8, 4]})
     assert TypeAdapter(LossConfig).validate_json(loss.model_dump_json()) == loss

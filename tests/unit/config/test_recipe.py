@@ -74,7 +74,7 @@ def accepted(tmp_path: Path, document: dict[str, Any], *overrides: str) -> Confi
     return load_config(path, overrides)
 
 
-def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_their_positions(tmp_path: Path) -> None:
     message = refused(tmp_path, BAD, "evaluation.metric=ndcg", "training.seeed=1")
     assert sorted(message.splitlines()) == sorted(GOLDEN.splitlines())
     in_file = [line for line in message.splitlines() if line.startswith("r.yaml")]
@@ -143,7 +143,7 @@ def test_all_errors_at_once_each_with_its_place(tmp_path: Path) -> None:
         ("{name: TripletLoss, matryoshka: 8}", "r.yaml:4:27: `loss.matryoshka` must be a section of keys and values"),
     ],
 )
-def test_a_wrong_loss(tmp_path: Path, loss: str, message: str) -> None:
+def test_errors_of_a_loss(tmp_path: Path, loss: str, message: str) -> None:
     text = f"name: x\ndataset: {{name: d}}\nmodel: {{name_or_path: m}}\nloss: {loss}\n"
     assert refused(tmp_path, text).startswith(message)
 
@@ -186,7 +186,7 @@ def test_a_recipe_of_a_few_lines_is_enough(tmp_path: Path) -> None:
     }
 
 
-def test_the_given_loss_decides_the_parameters(tmp_path: Path) -> None:
+def test_an_override_replaces_the_whole_loss(tmp_path: Path) -> None:
     made = accepted(tmp_path, GOOD, "loss={name: MultipleNegativesRankingLoss, scale: 10}")
     assert made.loss.model_dump()["scale"] == 10
 
@@ -202,7 +202,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert accepted(tmp_path, GOOD).storage.uri == str(tmp_path / "tercet-store")
 
 
-def test_other_places_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_and_hub_names_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert accepted(tmp_path, {**GOOD, "storage": {"uri": "s3://b/p"}}).storage.uri == "s3://b/p"
     assert accepted(tmp_path, {**GOOD, "storage": {"uri": "~/p"}}).storage.uri == str(tmp_path / "p")
@@ -222,7 +222,7 @@ def test_a_config_is_frozen() -> None:
         config().training.seed = 7  # type: ignore[misc]
 
 
-def test_replay_does_not_go_with_mining(tmp_path: Path) -> None:
+def test_replay_cannot_be_used_with_mining(tmp_path: Path) -> None:
     both = {**GOOD, "dataset": {"name": "d", "replay": {}}, "nightly": {"mine": {"num_negatives": 2}}}
     message = refused(tmp_path, yaml.safe_dump(both))
     assert message.endswith(
@@ -230,14 +230,14 @@ def test_replay_does_not_go_with_mining(tmp_path: Path) -> None:
     )
 
 
-def test_a_slice_by_a_rule() -> None:
+def test_a_slice_selects_texts_by_a_rule() -> None:
     rule = SliceConfig(matches="^git", max_chars=9)
     assert [rule.holds(text) for text in ("git add", "git commit", "to git")] == [True, False, False]
     with pytest.raises(ValidationError, match="is not a regular expression"):
         SliceConfig(matches="(")
 
 
-def test_a_dataset_is_mixed_in_once(tmp_path: Path) -> None:
+def test_a_dataset_may_appear_once(tmp_path: Path) -> None:
     message = refused(tmp_path, yaml.safe_dump({**GOOD, "mix": [{"name": "e"}, {"name": "d"}, {"name": "e"}]}))
     assert message.endswith("`mix`: d, e given twice; to use rows more often, raise the dataset's weight")
     assert [part.name for part in accepted(tmp_path, {**GOOD, "mix": [{"name": "e"}, {"name": "f"}]}).mix] == ["e", "f"]
@@ -257,7 +257,7 @@ def test_the_schema_beside_the_recipes_is_in_sync() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_are_right(path: Path) -> None:
+def test_the_examples_are_valid(path: Path) -> None:
     made = load_config(path)
     assert made.name
     assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")

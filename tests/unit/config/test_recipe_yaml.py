@@ -1,4 +1,4 @@
-"""Every value of a recipe knows its place."""
+"""Every value of a recipe has a line and a column."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refused(tmp_path: Path, text: str | bytes) -> str:
     ("text", "value"),
     [("2e-5", 2e-5), ("2E+3", 2000.0), ("-1.5e3", -1500.0), (".5e1", 5.0), ("1.0", 1.0), ("7", 7), ("e5", "e5")],
 )
-def test_numbers_are_those_that_people_mean(tmp_path: Path, text: str, value: object) -> None:
+def test_numbers_are_read_as_users_expect(tmp_path: Path, text: str, value: object) -> None:
     read = load(tmp_path, f"a: {text}")[0]["a"]
     assert read == value
     assert type(read) is type(value)
@@ -40,7 +40,7 @@ def test_marks_are_lines_and_columns_from_one(tmp_path: Path) -> None:
     assert marks.where(("a",), "f") == "f:2:1"
     assert marks.where(("a", "b"), "f") == "f:3:3"
     assert marks.where(("a", "c", 1, "d"), "f") == "f:4:11"
-    assert marks.where(("a", "missing", "deep"), "f") == "f:2:1"  # the nearest thing above
+    assert marks.where(("a", "missing", "deep"), "f") == "f:2:1"  # the innermost section that has a position
 
 
 def test_a_key_given_twice(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_same_key_in_two_sections_is_fine(tmp_path: Path) -> None:
         ("a: !!python/object:os.system {}\n", "r.yaml:1:4: not YAML: could not determine a constructor for the tag"),
     ],
 )
-def test_what_is_no_recipe(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path, text: str | bytes, message: str) -> None:
     assert refused(tmp_path, text).startswith(message)
 
 
@@ -74,7 +74,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         recipe_yaml.load(tmp_path)
 
 
-def test_override_changes_makes_and_marks() -> None:
+def test_an_override_changes_or_adds_a_value_and_marks_it() -> None:
     document: dict[str, Any] = {"a": {"b": 1}, "c": 5}
     marks = Marks({("a", "b"): (2, 3)})
     for assignment in ("a.b=2e-5", "c.d=[x, y]", "e=", "f.g=a=b"):
@@ -85,24 +85,24 @@ def test_override_changes_makes_and_marks() -> None:
 
 
 @pytest.mark.parametrize("assignment", ["a.b", "=1", "a..b=1", ".a=1", "a=[1"])
-def test_override_of_another_form(assignment: str) -> None:
+def test_an_override_of_another_form_is_refused(assignment: str) -> None:
     with pytest.raises(ConfigError) as caught:
         recipe_yaml.override({}, Marks(), assignment)
     assert caught.value.message.startswith(f"--set {assignment}: ")
 
 
 @pytest.mark.parametrize("value", ["2020-02-30", "!!int abc", "9" * 5000, "!!bool maybe", "!!timestamp x", '!!int ""'])
-def test_values_that_yaml_cannot_make(tmp_path: Path, value: str) -> None:
+def test_values_that_yaml_cannot_construct(tmp_path: Path, value: str) -> None:
     assert refused(tmp_path, f"a: {value}\n").startswith("r.yaml")
     with pytest.raises(ConfigError, match="not YAML"):
         recipe_yaml.override({}, Marks(), f"a={value}")
 
 
-def test_a_value_that_holds_itself(tmp_path: Path) -> None:
+def test_an_alias_to_itself_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, "a: &a [*a]\n").startswith("r.yaml")
 
 
-def test_what_a_flag_made_is_the_flags(tmp_path: Path) -> None:
+def test_an_error_in_a_section_that_a_flag_made_names_the_flag(tmp_path: Path) -> None:
     document, marks = load(tmp_path, "a: {b: 1}\nmix: [{c: 1}]\n")
     recipe_yaml.override(document, marks, "x.y=1")
     assert marks.where(("x",), "f") == marks.where(("x", "y"), "f") == "--set x.y=1"

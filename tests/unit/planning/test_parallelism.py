@@ -1,263 +1,126 @@
-"""Each mode in DeepSpeed's and FSDP2's words, and what a person may lay over it."""
+"""The parallelism that is chosen, and the reasons and refusals in words."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from support import builders
+from support.builders import config
 from tercet.config.sections import Parallelism
-from tercet.planning.engine_settings import (
-    DERIVED,
-    FREE,
-    deepspeed_settings,
-    environment,
-    fsdp_settings,
-    override_problems,
+from tercet.errors import PlanError
+from tercet.planning.model_files import ModelFacts
+from tercet.planning.parallelism import ZERO_STAGES, choose, shards_weights
+
+BERT = ModelFacts(
+    num_parameters=110_000_000, num_embedding_parameters=24_000_000, num_layers=12, hidden_size=768, max_seq_length=512
 )
-from tercet.planning.estimates import BUCKET_ELEMENTS
-from tercet.planning.parallelism import ZERO_STAGES, is_zero, shards_weights
-
-TRAINING = {"global_batch_size": 24, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5}
-
-
-def settings(mode: Parallelism, training: dict[str, Any] | None = None, **workers: Any) -> dict[str, Any]:
-    """Of two workers, 4 rows each in a micro-batch."""
-    config = builders.config(training={**TRAINING, **(training or {})}, workers={"num_workers": 2, **workers})
-    return deepspeed_settings(config, mode, 4)
-
-
-def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
-
-
-STAGE3 = {
-    "stage3_max_live_parameters": BUCKET_ELEMENTS,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-}
-
-
-@pytest.mark.parametrize("on_gpu", [True, False])
-@pytest.mark.parametrize(("mode", "stage"), ZERO_STAGES.items())
-def test_zero_settings_of_each_mode(mode: Parallelism, stage: int, on_gpu: bool) -> None:
-    offload = {"device": "cpu", "pin_memory": on_gpu}
-    assert settings(mode, use_gpu=on_gpu)["zero_optimization"] == {
-        "stage": stage,
-        "contiguous_gradients": True,
-        "overlap_comm": on_gpu,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        **(STAGE3 if stage == 3 else {}),
-        **({"offload_optimizer": offload, "offload_param": offload} if mode == "zero3_offload" else {}),
-    }
-
-
-def test_the_batches_multiply_to_the_global_one() -> None:
-    found = settings("zero2")
-    rows = found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * 2
-    assert rows == found["train_batch_size"] == TRAINING["global_batch_size"]
-    assert found["gradient_clipping"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("precision", "autocast"),
-    [
-        ("fp32", None),
-        ("tf32", None),
-        ("bf16", {"enabled": True, "dtype": "bfloat16"}),
-        ("fp16", {"enabled": True, "dtype": "float16"}),
-    ],
-)
-def test_16_bits_are_autocast_over_fp32_weights(precision: str, autocast: dict[str, Any] | None) -> None:
-    found = settings("zero3", {"precision": precision})
-    assert found.get("torch_autocast") == autocast
-    assert not {"bf16", "fp16", "optimizer", "scheduler"} & found.keys()
-
-
-def test_overrides_change_only_what_they_name() -> None:
-    plain = dict(leaves(settings("zero3_offload", {"precision": "bf16"})))
-    overrides = {
-        "steps_per_print": 5,
-        "wall_clock_breakdown": True,
-        "zero_optimization": {"reduce_bucket_size": 7, "offload_param": {"buffer_count": 3}},
-        "torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]},
-    }
-    laid_over = dict(leaves(settings("zero3_offload", {"precision": "bf16"}, deepspeed=overrides)))
-    assert laid_over == {**plain, **dict(leaves(overrides))}
-    assert not override_problems(overrides)
-
-
-def test_overrides_leave_the_recipe_alone() -> None:
-    overrides: dict[str, Any] = {"zero_optimization": {"reduce_bucket_size": 7}}
-    settings("zero2", deepspeed=overrides)["zero_optimization"]["stage"] = 0
-    assert overrides == {"zero_optimization": {"reduce_bucket_size": 7}}
-
-
-def nested(dotted: str, value: Any) -> dict[str, Any]:
-    first, _, rest = dotted.partition(".")
-    return {first: nested(rest, value) if rest else value}
-
-
-@pytest.mark.parametrize("name", DERIVED)
-def test_what_follows_from_the_recipe_cannot_be_set(name: str) -> None:
-    [(problem, hint)] = override_problems(nested(name, "cpu"))
-    assert problem == f"workers.deepspeed: `{name}` follows from {DERIVED[name]} and cannot be set here"
-    assert hint == ("remove it" if "tercet" in DERIVED[name] else f"change {DERIVED[name]} instead")
-
-
-@pytest.mark.parametrize(
-    ("section", "covered"),
-    [("zero_optimization", 5), ("torch_autocast", 2), ("data_types", 1)],
-)
-@pytest.mark.parametrize("value", [None, True, [1]])
-def test_a_section_cannot_be_replaced_whole(section: str, covered: int, value: Any) -> None:
-    """`torch_autocast: null` would switch off what training.precision asks for."""
-    problems = [problem for problem, _ in override_problems({section: value})]
-    assert len(problems) == covered
-    assert all(f"`{section}." in problem for problem in problems)
-
-
-@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_offloading_cannot_be_switched_off(name: str) -> None:
-    assert "workers.parallelism" in override_problems({"zero_optimization": {name: None}})[0][0]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name", "hint"),
-    [
-        ({"steps_per_prnt": 1}, "steps_per_prnt", "did you mean `steps_per_print`?"),
-        ({"qqqq": 1}, "qqqq", "see DeepSpeed's list of settings"),
-        ({"enabled": True}, "enabled", "see DeepSpeed's list"),  # of a section
-        ({"max_grad_norm": 1.0}, "max_grad_norm", ""),  # of DeepSpeed's optimizer
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size", ""),
-        (
-            {"zero_optimization": {"reduce_buckt_size": 1}},
-            "zero_optimization.reduce_buckt_size",
-            "did you mean `zero_optimization.reduce_bucket_size`?",
-        ),
-        ({"zero_optimization": {"mics_shard_size": 1}}, "zero_optimization.mics_shard_size", ""),
-    ],
-)
-def test_unknown_names(overrides: dict[str, Any], name: str, hint: str) -> None:
-    [(problem, found)] = override_problems(overrides)
-    assert problem.startswith(f"workers.deepspeed: `{name}` is unknown")
-    assert found.startswith(hint)
-
-
-@pytest.mark.parametrize(
-    ("zero", "name"),
-    [
-        ({"reduce_bucket_size": "large"}, "reduce_bucket_size"),
-        ({"reduce_bucket_size": -1}, "reduce_bucket_size"),
-        ({"offload_param": {"nope": 1}}, "offload_param.nope"),
-    ],
-)
-def test_values_that_deepspeed_refuses(zero: dict[str, Any], name: str) -> None:
-    [(problem, _)] = override_problems({"zero_optimization": zero})
-    assert f"DeepSpeed refuses `zero_optimization.{name}`=" in problem
-
-
-def test_every_problem_is_told() -> None:
-    overrides = {"optimizer": {}, "nope": 1, "zero_optimization": {"stage": 2, "nope": 1, "reduce_bucket_size": "x"}}
-    assert len(override_problems(overrides)) == 5
-
-
-@pytest.mark.parametrize("mode", ZERO_STAGES)
-def test_own_settings_are_of_known_names(mode: Parallelism) -> None:
-    found = settings(mode, {"precision": "bf16"}, use_gpu=True)
-    # No guess: only what follows from the recipe is refused.
-    assert all("follows from" in problem for problem, _ in override_problems(found))
-
-
-# Sets tercet's modes aside, or was removed from DeepSpeed, and refused or ignored by it.
-OF_NO_USE = {
-    *("amp", "autotuning", "compression_training", "curriculum_learning", "data_efficiency", "dataloader_drop_last"),
-    *("datastates_ckpt", "disable_allgather", "eigenvalue", "elasticity", "expert_parallel", "graph_harvesting"),
-    *("hybrid_engine", "nebula", "pipeline", "progressive_layer_drop", "quantize_training", "sparse_attention"),
-    *("seq_parallel_communication_data_type", "sparse_gradients", "tensor_parallel", "vocabulary_size"),
-    *("use_data_before_expert_parallelism", "weight_quantization"),
-}
-
-# Runs in a process of its own: DeepSpeed logs, and keeps what device it found. Prints the settings as DeepSpeed read
-# them, and the names that it asked for.
-ASK_DEEPSPEED = """
-import json, sys
-import deepspeed
-
-asked = set()
-
-class Asked(dict):
-    def get(self, name, *default):
-        asked.add(name)
-        return super().get(name, *default)
-    def __getitem__(self, name):
-        asked.add(name)
-        return super().__getitem__(name)
-    def __contains__(self, name):
-        asked.add(name)
-        return super().__contains__(name)
-    def keys(self):
-        return self
-
-read = []
-for settings in json.loads(sys.argv[1]):
-    c = deepspeed.DeepSpeedConfig(Asked(settings))
-    read.append([c.zero_config.stage, str(c.zero_config.offload_optimizer and c.zero_config.offload_optimizer.device),
-                 c.zero_config.reduce_bucket_size, c.torch_autocast_enabled, str(c.torch_autocast_dtype),
-                 c.gradient_clipping, c.zero_allow_untested_optimizer, c.optimizer_name])
-print("RESULT" + json.dumps([read, sorted(asked)]))
-"""
-
-
-def test_deepspeed_reads_the_settings_as_meant() -> None:
-    modes: list[Parallelism] = list(ZERO_STAGES)
-    one_worker = {"global_batch_size": 12}  # 4 rows, 3 accumulation steps: DeepSpeed checks the product
-    given = [settings(mode, {**one_worker, "precision": "bf16"}, num_workers=1) for mode in modes]
-    given.append(settings("zero2", one_worker, num_workers=1))
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_DEEPSPEED, json.dumps(given)],
-        env={**os.environ, **environment("zero1", use_cpu=True)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    read, asked = json.loads(done.stdout.split("RESULT")[1])
-    device = {"zero3_offload": "cpu"}
-    bf16 = [True, "torch.bfloat16", 0.5, True, None]
-    assert read[:-1] == [[ZERO_STAGES[mode], device.get(mode, "None"), BUCKET_ELEMENTS, *bf16] for mode in modes]
-    assert read[-1][3] is False
-    # The list of names is DeepSpeed's own, whole.
-    of_tercet = FREE | {name for name in DERIVED if "." not in name}
-    assert set(asked) - OF_NO_USE == of_tercet
-
-
-def test_fsdp_settings() -> None:
-    found = fsdp_settings()
-    assert found["version"] == 2
-    assert found["reshard_after_forward"] is True
-    assert "activation_checkpointing" not in found  # accelerate's own does not keep the random numbers of dropout
-
-
-@pytest.mark.parametrize("use_cpu", [True, False])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO_STAGES])
-def test_environment(mode: Parallelism, use_cpu: bool) -> None:
-    found = environment(mode, use_cpu)
-    assert is_zero(mode) == bool(found)
-    assert found.get("DS_ACCELERATOR") in ({"cpu" if use_cpu else "cuda"} if found else {None})
 
 
 def test_which_modes_shard_the_weights() -> None:
     modes: tuple[Parallelism, ...] = ("ddp", "fsdp2", *ZERO_STAGES)
     assert [mode for mode in modes if shards_weights(mode)] == ["fsdp2", "zero3", "zero3_offload"]
+
+
+def chosen(memory_bytes: float | None, facts: ModelFacts | None = BERT, **sections: Any) -> tuple[Parallelism, str]:
+    sections.setdefault("workers", {"num_workers": 2})
+    return choose(config(**sections), facts, 0, None if memory_bytes is None else int(memory_bytes))
+
+
+# BERT on two workers, without activations, in 1e6 bytes: ddp 1760, zero2 660 + 420 + 440, zero3 316 + 416 + 440,
+# zero3_offload 96 + 196. On one: zero3_offload 292.
+@pytest.mark.parametrize(
+    ("memory_bytes", "parallelism", "price"),
+    [
+        (1960e6, "ddp", "no mode is faster"),
+        (1950e6, "zero2", "and communicates as much as ddp"),
+        (1690e6, "zero2", "and communicates as much as ddp"),
+        (1680e6, "zero3", "and communicates 1.5 times as much as ddp"),
+        (1310e6, "zero3", "and communicates 1.5 times as much as ddp"),
+        (1300e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
+        (325e6, "zero3_offload", "communicates 1.5 times as much as ddp, and moves weights to and from host memory"),
+    ],
+)
+def test_auto_chooses_the_least_communication_that_fits(memory_bytes: float, parallelism: str, price: str) -> None:
+    mode, reason = chosen(memory_bytes)
+    assert mode == parallelism
+    assert reason.startswith("auto: ")
+    assert price in reason
+
+
+def test_the_reason_has_the_numbers() -> None:
+    assert chosen(1680e6)[1] == (
+        "auto: a worker may use 90% of its 1.6 GiB; ddp 1.6 GiB, zero2 1.4 GiB would be too much; "
+        "zero3 needs 1.1 GiB and communicates 1.5 times as much as ddp"
+    )
+
+
+def test_auto_for_one_worker() -> None:
+    alone = {"workers": {"num_workers": 1}}
+    assert chosen(1960e6, **alone)[0] == "ddp"
+    mode, reason = chosen(1950e6, **alone)
+    assert mode == "zero3_offload"
+    assert "zero2" not in reason
+    assert "communicates" not in reason
+
+
+def test_auto_without_facts_chooses_ddp_and_explains_how_to_change_it() -> None:
+    assert chosen(None)[0] == chosen(1, facts=None)[0] == "ddp"
+    assert "set workers.memory_gib_per_worker" in chosen(None)[1]
+    assert "until its files are on this machine" in chosen(1, facts=None)[1]
+
+
+@pytest.mark.parametrize("arguments", [(None,), (1e12,), (1e12, None)])
+def test_auto_reports_unused_deepspeed_settings(arguments: tuple[Any, ...]) -> None:
+    workers = {"num_workers": 2, "deepspeed": {"steps_per_print": 1}}
+    assert chosen(*arguments, workers=workers)[1].endswith("workers.deepspeed is not used")
+    assert "is not used" not in chosen(*arguments)[1]
+    assert "is not used" not in chosen(1680e6, workers=workers)[1]
+
+
+@pytest.mark.parametrize("parallelism", get_args(Parallelism))
+def test_a_mode_of_the_recipe_is_always_used(parallelism: str) -> None:
+    mode, reason = chosen(1, workers={"num_workers": 2, "parallelism": parallelism})
+    assert (mode, reason) == (parallelism, "as the recipe says")
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(PlanError) as caught:
+        chosen(324e6)
+    assert "ddp 1.6 GiB, zero2 1.4 GiB, zero3 1.1 GiB, zero3_offload 278.5 MiB" in caught.value.message
+    assert "may use 90% of its 309.0 MiB" in caught.value.message
+    assert caught.value.hint == (
+        "any of these helps: more workers, smaller micro-batches (raise training.gradient_accumulation_steps), "
+        "training.gradient_checkpointing: true, training.precision: bf16, model.lora"
+    )
+    with pytest.raises(PlanError) as caught:
+        chosen(
+            1,
+            training={
+                "global_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": True,
+                "precision": "bf16",
+            },
+            model={"lora": {}},
+        )
+    assert caught.value.hint == "any of these helps: more workers"
+
+
+def test_a_cpu_worker_has_nowhere_to_offload_to() -> None:
+    assert chosen(1310e6, workers={"num_workers": 2, "use_gpu": False})[0] == "zero3"
+    with pytest.raises(PlanError) as caught:
+        chosen(1300e6, workers={"num_workers": 2, "use_gpu": False})
+    assert "offload" not in caught.value.message
+
+
+def test_the_choice_depends_on_the_training_section() -> None:
+    workers = {"num_workers": 2}
+    assert chosen(1000e6, workers=workers, model={"lora": {}})[0] == "ddp"
+    # 1e5 tokens of activations are 62.7e9 bytes; with checkpointing and in 16 bits 4.5e9.
+    small = config(workers=workers, training={"gradient_checkpointing": True, "precision": "bf16"})
+    assert choose(small, BERT, 1e5, 10**10)[0] == "ddp"
+    with pytest.raises(PlanError):
+        choose(config(workers=workers), BERT, 1e5, 10**10)
+    # A cached loss keeps zero2's gradients whole: 220e6 bytes more.
+    assert chosen(1700e6, loss={"name": "CachedMultipleNegativesRankingLoss"})[0] != "zero2"

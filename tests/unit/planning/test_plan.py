@@ -1,4 +1,4 @@
-"""Everything is derived from the recipe and the manifest, and wrong combinations are told all at once."""
+"""The plan of a recipe on made-up manifests. All impossible combinations are reported at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tercet.planning.plan import TrainPlan, make_run_id
 from tercet.storage import open_storage
 
 
-def refused(found: Any = None, **sections: Any) -> PlanError:
+def refused(version: Any = None, **sections: Any) -> PlanError:
     with pytest.raises(PlanError) as caught:
-        plan_of(config(**sections), found or manifest())
+        plan_of(config(**sections), version or manifest())
     return caught.value
 
 
-def test_the_manifest_made_by_hand_is_one_that_storage_takes(tmp_path: Any) -> None:
+def test_storage_accepts_the_manifest_of_these_tests(tmp_path: Any) -> None:
     storage = open_storage(str(tmp_path))
     assert publish(storage, manifest()) == read_manifest(storage, "poems") == manifest()
 
@@ -84,7 +84,7 @@ def test_micro_batches_and_the_mini_batches_of_a_cached_loss_decide_the_activati
     assert activations(loss={**cached, "mini_batch_num_tokens": 50}) == 50
 
 
-def test_a_cached_loss_counts_where_gradients_are_sharded() -> None:
+def test_a_cached_loss_matters_if_gradients_are_sharded() -> None:
     workers = {"num_workers": 2, "parallelism": "zero2"}
     cached, plain = (
         plan(loss={"name": name}, workers=workers).memory
@@ -103,7 +103,7 @@ def test_an_adapter_has_a_small_state() -> None:
     assert made.memory.optimizer_bytes == 8 * adapter
 
 
-def test_the_parallelism_is_settled() -> None:
+def test_the_plan_names_a_parallelism() -> None:
     made = plan()
     assert (made.parallelism, made.memory_bytes_available, made.memory_warning) == ("ddp", None, None)
     assert "workers.memory_gib_per_worker" in made.parallelism_reason
@@ -111,17 +111,17 @@ def test_the_parallelism_is_settled() -> None:
     assert (named.parallelism, named.parallelism_reason) == ("zero3", "as the recipe says")
 
 
-def test_the_recipe_knows_the_memory_better_than_this_machine() -> None:
+def test_the_memory_of_the_recipe_takes_precedence() -> None:
     def available(share: int | None, **workers: Any) -> int | None:
         return plan_of(config(workers=workers), manifest(), cpu_worker_bytes=share).memory_bytes_available
 
     assert available(2**30, use_gpu=False) == 2**30
     assert available(2**30, use_gpu=False, memory_gib_per_worker=1.5) == 3 * 2**29
-    assert available(2**30, use_gpu=True) is None  # the memory of this machine is no GPU's
+    assert available(2**30, use_gpu=True) is None  # this machine's memory says nothing about a GPU's
     assert available(2**30) is None
 
 
-def test_a_mode_that_is_named_is_not_overruled_but_warned_of() -> None:
+def test_a_mode_of_the_recipe_that_does_not_fit_is_used_with_a_warning() -> None:
     tight = {"num_workers": 2, "memory_gib_per_worker": 0.1}
     made = plan(workers={**tight, "parallelism": "zero1"})
     assert made.parallelism == "zero1"
@@ -134,14 +134,14 @@ def test_a_mode_that_is_named_is_not_overruled_but_warned_of() -> None:
 def test_a_model_that_fits_nowhere() -> None:
     small = {"memory_gib_per_worker": 0.0001}
     error = refused(manifest(eval_=0), workers=small)
-    assert len(error.message.splitlines()) == 2  # beside the other problem
+    assert len(error.message.splitlines()) == 2  # the other problem is reported too
     assert "the model does not fit into a worker" in error.message
     assert "model.lora" in error.hint
     assert plan(workers={**small, "parallelism": "ddp"}).memory_warning is not None
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
-def test_deepspeed_settings_for_what_is_not_deepspeed(parallelism: str) -> None:
+def test_deepspeed_settings_without_deepspeed(parallelism: str) -> None:
     workers = {"num_workers": 2, "parallelism": parallelism, "deepspeed": {"steps_per_print": 1}}
     error = refused(workers=workers)
     assert f"workers.deepspeed is given, but workers.parallelism={parallelism}" in error.message
@@ -158,7 +158,7 @@ def test_one_worker() -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
-def test_a_precision_that_no_cpu_has(precision: str) -> None:
+def test_a_precision_that_needs_a_gpu(precision: str) -> None:
     error = refused(training={"precision": precision}, workers={"use_gpu": False})
     assert error.message == f"training.precision={precision} needs a GPU, but workers.use_gpu is false"
     assert plan(training={"precision": precision}).config.training.precision == precision
@@ -216,13 +216,13 @@ def test_what_needs_a_negative() -> None:
         ),
     ],
 )
-def test_columns_that_the_loss_does_not_take(
+def test_columns_that_the_loss_does_not_work_with(
     loss: dict[str, Any], negatives: tuple[str, ...], need: str, advice: str
 ) -> None:
     columns = ("anchor", "positive", *negatives)
-    found = manifest(columns=(*columns, "group"))
-    error = refused(found, loss=loss)
-    assert error.message == f"loss.name={loss['name']} {need}; poems {found.version} has {', '.join(columns)}"
+    version = manifest(columns=(*columns, "group"))
+    error = refused(version, loss=loss)
+    assert error.message == f"loss.name={loss['name']} {need}; poems {version.version} has {', '.join(columns)}"
     assert error.hint.startswith(f"shard the data {advice}, or ")
 
 
@@ -277,7 +277,7 @@ def test_a_mix() -> None:
         *(mixed_manifest(name).version for name in ("docs", "faq")),
     ]
     assert made.datasets[1].columns == ("anchor", "positive")
-    assert made.columns == ("anchor", "positive", "negative")  # of what is measured
+    assert made.columns == ("anchor", "positive", "negative")  # of the dataset to measure on
     assert made.num_rows == {"train": 105, "eval": 20, "test": 30}
     assert (made.num_train_rows, made.num_dropped_rows) == (205, 5)
     assert (made.steps_per_epoch, made.num_steps, made.evaluation_steps) == (27, 54, (0, 27, 54))
@@ -325,12 +325,12 @@ def test_problems_of_a_mix() -> None:
     assert caught.value.hint.endswith("raise the weight to 0.1 or more")
 
 
-def test_what_a_mix_need_not_have() -> None:
+def test_a_mix_needs_no_negatives_and_no_held_out_rows() -> None:
     made = plan(mix=MIX, evaluation={"metric": "triplet_accuracy"})  # no eval and test rows, and no negatives
     assert len(made.datasets) == 3
 
 
-def test_a_plan_survives_the_way_to_the_workers() -> None:
+def test_a_plan_is_the_same_after_a_round_trip_through_json() -> None:
     for made in (plan(), plan(mix=MIX)):
         assert TrainPlan.model_validate_json(made.model_dump_json()) == made
 
@@ -344,8 +344,8 @@ def test_a_plan_survives_the_way_to_the_workers() -> None:
         ("zero3_offload", {"min": 1, "max": 2}),
     ],
 )
-def test_mini_batches_by_tokens_do_not_go_with_sharded_weights(parallelism: str, number: dict[str, int]) -> None:
-    """Each gathers the weights on all ranks, and ranks would have unequal numbers of them."""
+def test_mini_batches_by_tokens_are_refused_with_sharded_weights(parallelism: str, number: dict[str, int]) -> None:
+    """Each mini-batch gathers the weights on all ranks, and ranks would have unequal numbers of mini-batches."""
     loss = {"name": "CachedMultipleNegativesRankingLoss", "mini_batch_num_tokens": 50}
     workers = {**number, "parallelism": parallelism}
     with pytest.raises(PlanError, match=f"mini_batch_num_tokens=50 cannot be used with {parallelism}"):

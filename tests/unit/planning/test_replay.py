@@ -1,4 +1,4 @@
-"""Replay: all new rows, and a draw of old ones, as many as the recipe says."""
+"""Replay: all new rows and a random draw of old ones, in the proportion of the recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tercet.planning.dataset_plan import cohorts, draw_counts, kept_rows
 
 
 def grown(*num_rows: int) -> Manifest:
-    """A version whose train split got so many rows by each version, the oldest first, in shards of at most 100."""
+    """A version whose train split got these numbers of rows, the oldest first, in shards of at most 100."""
     newest = len(num_rows) - 1
     shards = []
     for number, num in enumerate(num_rows):
@@ -32,17 +32,17 @@ def grown(*num_rows: int) -> Manifest:
 
 
 def test_new_rows_are_all_kept_and_old_ones_fill_up() -> None:
-    found = cohorts(grown(1000, 250), grown(1000), ReplayConfig(new_share=0.25))
-    assert [(cohort.num_rows, cohort.num_kept_rows, cohort.is_new) for cohort in found] == [
+    parts = cohorts(grown(1000, 250), grown(1000), ReplayConfig(new_share=0.25))
+    assert [(cohort.num_rows, cohort.num_kept_rows, cohort.is_new) for cohort in parts] == [
         (1000, 750, False),
         (250, 250, True),
     ]
 
 
 def test_rows_of_all_versions_since_the_champion_are_new() -> None:
-    """Nights that promoted nothing do not make their rows old."""
-    found = cohorts(grown(1000, 60, 40), grown(1000), ReplayConfig(new_share=0.5))
-    assert [cohort.num_kept_rows for cohort in found] == [100, 60, 40]
+    """Rows stay new after nights that promoted nothing."""
+    parts = cohorts(grown(1000, 60, 40), grown(1000), ReplayConfig(new_share=0.5))
+    assert [cohort.num_kept_rows for cohort in parts] == [100, 60, 40]
 
 
 @pytest.mark.parametrize(
@@ -50,17 +50,17 @@ def test_rows_of_all_versions_since_the_champion_are_new() -> None:
     [(None, ReplayConfig()), (grown(100, 50), ReplayConfig()), (grown(100), None)],
     ids=["no champion", "nothing new", "no replay"],
 )
-def test_otherwise_all_rows_take_part(seen: Manifest | None, replay: ReplayConfig | None) -> None:
+def test_otherwise_all_rows_are_used(seen: Manifest | None, replay: ReplayConfig | None) -> None:
     assert cohorts(grown(100, 50), seen, replay) == ()
 
 
 def test_recent_rows_are_drawn_more_often() -> None:
-    found = cohorts(grown(400, 400, 400, 210), grown(400, 400, 400), ReplayConfig(half_life_versions=1))
-    kept = [cohort.num_kept_rows for cohort in found]
+    parts = cohorts(grown(400, 400, 400, 210), grown(400, 400, 400), ReplayConfig(half_life_versions=1))
+    kept = [cohort.num_kept_rows for cohort in parts]
     assert kept == [30, 60, 120, 210]
 
 
-def test_what_a_small_recent_cohort_cannot_give_older_ones_give() -> None:
+def test_older_cohorts_make_up_for_a_small_recent_one() -> None:
     assert draw_counts([100, 100, 10], [0.25, 0.5, 1.0], 100) == [30, 60, 10]
     assert draw_counts([5, 0, 3], [1.0, 1.0, 1.0], 100) == [5, 0, 3]
     assert draw_counts([], [], 10) == []
@@ -73,13 +73,13 @@ def test_what_a_small_recent_cohort_cannot_give_older_ones_give() -> None:
         assert all(0 <= count <= num for count, num in zip(counts, num_rows, strict=True))
 
 
-def test_the_draw_is_by_seed_and_another_in_each_version() -> None:
+def test_the_draw_depends_on_the_seed_and_the_version() -> None:
     replay = ReplayConfig(new_share=0.5)
-    found = cohorts(grown(1000, 100), grown(1000), replay)
-    rows = kept_rows(found, seed=1)
+    parts = cohorts(grown(1000, 100), grown(1000), replay)
+    rows = kept_rows(parts, seed=1)
     assert len(rows) == len(set(rows)) == 200
     assert rows.tolist() == sorted(rows)
     assert rows[100:].tolist() == list(range(1000, 1100))
-    assert kept_rows(found, seed=1).tolist() == rows.tolist()
-    others = [kept_rows(found, seed=2), kept_rows(cohorts(grown(1000, 50, 50), grown(1000), replay), seed=1)]
+    assert kept_rows(parts, seed=1).tolist() == rows.tolist()
+    others = [kept_rows(parts, seed=2), kept_rows(cohorts(grown(1000, 50, 50), grown(1000), replay), seed=1)]
     assert all(set(rows[:100]) != set(other[:100]) for other in others)

@@ -1,4 +1,4 @@
-"""Several datasets on this machine: each with its own columns and rows, and none with an answer of eval or test."""
+"""The rows of several datasets: each has its own columns, and none holds a text of the eval or test split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def publish(tmp_path: Path, storage: Storage) -> Publish:
-    """A version of rows; those without eval and test are all to train on."""
+    """Publish rows as a version, by default with all of them in the train split."""
 
     def publish(name: str, rows: list[dict[str, str]], train_only: bool = True) -> Manifest:
         path = tmp_path / f"{name}.jsonl"
@@ -50,7 +50,7 @@ def rows(name: str, num_rows: int, *columns: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def plan(tmp_path: Path, storage: Storage, publish: Publish) -> Callable[..., TrainPlan]:
-    """Of `poems`, triplets, and the datasets of a mix, which were published before."""
+    """Return plans for `poems`, which has triplets, and a mix of datasets that were published before."""
     publish("poems", rows("poems", 100, "anchor", "positive", "negative"), train_only=False)
 
     def plan(*mix: str, **training: Any) -> TrainPlan:
@@ -67,7 +67,7 @@ def refused(plan: TrainPlan, storage: Storage) -> ConfigError:
     return caught.value
 
 
-def test_a_dataset_by_itself_stays_as_it_is(plan: Callable[..., TrainPlan], storage: Storage) -> None:
+def test_a_single_dataset_is_not_copied(plan: Callable[..., TrainPlan], storage: Storage) -> None:
     splits = load_splits(plan(), storage)
     assert sorted(splits) == ["eval", "test", "train"]
     train = load_train_rows(plan(), storage, splits)
@@ -98,7 +98,7 @@ def test_each_batch_has_the_columns_of_its_own_dataset(
     assert first == len(whole)
 
 
-def test_the_tokens_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
+def test_estimated_tokens_of_a_mix(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
     """Some rows are pairs: their negatives are null."""
     publish("docs", [{"anchor": f"é{n} " * n, "positive": "x " * (100 - n)} for n in range(1, 21)])
     for made_plan in (plan("docs"), plan("docs", max_train_rows=15)):
@@ -110,7 +110,7 @@ def test_the_tokens_of_rows_of_a_mix(plan: Callable[..., TrainPlan], storage: St
         numbers = np.random.default_rng(0).permutation(len(whole))
         assert estimated_tokens(whole, None)(numbers).tolist() == [expected[n] for n in numbers]
         longest = estimated_tokens(whole, 10)(np.arange(len(train[0].rows), len(whole))).max()
-        assert longest == 2 * 16 * 10  # of each text no more than ten
+        assert longest == 2 * 16 * 10  # at most ten tokens per text
 
 
 def test_max_train_rows_chooses_in_each_dataset(
@@ -129,7 +129,7 @@ def test_max_train_rows_chooses_in_each_dataset(
 @pytest.mark.parametrize("split", ["eval", "test"])
 @pytest.mark.parametrize("column", ["anchor", "positive"])
 @pytest.mark.parametrize("into", ["anchor", "positive"])
-def test_a_text_of_eval_or_test_is_found(
+def test_a_leaked_text_is_refused(
     plan: Callable[..., TrainPlan], storage: Storage, publish: Publish, split: str, column: str, into: str
 ) -> None:
     text = load_splits(plan(), storage)[split][column][0]
@@ -160,8 +160,8 @@ def test_leaks_are_counted_and_three_are_shown(
     assert lines[1].startswith("1 train rows of faq ")
 
 
-def test_what_is_no_leak(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
-    """Texts of the train split, and those that stand beside a question of eval as wrong answers."""
+def test_texts_that_are_not_leaks(plan: Callable[..., TrainPlan], storage: Storage, publish: Publish) -> None:
+    """Texts of the train split, negatives of the eval split, and texts that differ in case."""
     splits = load_splits(plan(), storage)
     good = rows("docs", 20, "anchor", "positive")
     good[0]["anchor"] = splits["train"]["anchor"][0]

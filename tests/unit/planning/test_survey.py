@@ -1,4 +1,4 @@
-"""Which run a recipe is: the one that is named, the one that did not get to its end, or a new one."""
+"""The run that a recipe belongs to: a named one, an unfinished one, or a new one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def days_ago(num_days: int) -> datetime.date:
 
 
 def started(storage: Storage, config: Config, num_days: int) -> str:
-    """A run that was started so many days ago."""
+    """Start a run this many days ago, and return its id."""
     run_id = make_run_id(config, VERSIONS, days_ago(num_days))
     storage.put(plan_key(run_id), seal(builders.plan().model_copy(update={"run_id": run_id})))
     return run_id
@@ -54,7 +54,7 @@ def ended(storage: Storage, run_id: str, status: str) -> None:
 
 
 def resumed(storage: Storage, config: Config) -> str | None:
-    """The run that is resumed today; None where a new one is started, or a result is there."""
+    """Return the run that is resumed today; None if a new run starts, or today's run has a result."""
     run_id, earlier = find_run(storage, config, VERSIONS, builders.TODAY)
     report = read_report(storage, run_id)
     assert earlier is None or earlier.run_id == run_id
@@ -76,13 +76,13 @@ def test_a_run_without_a_result_is_resumed(
     assert resumed(storage, config) is None
 
 
-def test_a_damaged_plan_is_left_behind(storage: Storage, config: Config) -> None:
+def test_a_run_with_a_damaged_plan_is_not_resumed(storage: Storage, config: Config) -> None:
     run_id = started(storage, config, 1)
     storage.put(plan_key(run_id), storage.read(plan_key(run_id)).replace(b"made", b"maid"))
     assert resumed(storage, config) is None
 
 
-def test_the_newest_decides(storage: Storage, config: Config) -> None:
+def test_only_the_newest_run_is_resumed(storage: Storage, config: Config) -> None:
     started(storage, config, 3)
     ended(storage, started(storage, config, 2), "finished")
     assert resumed(storage, config) is None
@@ -90,14 +90,14 @@ def test_the_newest_decides(storage: Storage, config: Config) -> None:
     assert resumed(storage, config) == newest
 
 
-def test_another_recipe_other_data_or_long_ago_is_another_run(storage: Storage, config: Config) -> None:
+def test_runs_of_another_recipe_of_other_data_or_of_long_ago_are_not_resumed(storage: Storage, config: Config) -> None:
     started(storage, config, 8)
     started(storage, builders.config(training={"seed": 7}), 1)
     storage.put(plan_key(make_run_id(config, ["other"], days_ago(1))), b"a plan")
     assert resumed(storage, config) is None
 
 
-def test_a_survey_finds_it(storage: Storage, config: Config) -> None:
+def test_a_survey_resumes_the_run(storage: Storage, config: Config) -> None:
     publish(storage, builders.manifest())
     today = datetime.datetime.now(datetime.UTC).date()
     _, fresh = survey(config, today=today)
@@ -109,7 +109,7 @@ def test_a_survey_finds_it(storage: Storage, config: Config) -> None:
 
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "../x", ".hidden", "a b", "x" * 201])
-def test_what_cannot_be_a_run_id(config: Config, run_id: str) -> None:
+def test_impossible_run_ids(config: Config, run_id: str) -> None:
     with pytest.raises(ConfigError, match="cannot be a run id"):
         survey(config, run_id)
 
