@@ -1,7 +1,8 @@
 """Every private name of another library that tercet relies on, so that an upgrade fails here with a list.
 
 `NAMES` are functions and classes, `TEXTS` are attributes, which classes set in their methods and so are looked up in
-the source. A scan of tercet's own source finds private names that are missing here.
+the source. A scan of tercet's own source finds private names that are missing here. The environment variables that
+tercet sets for Ray are checked too.
 docs/decisions/0017-private-names.md says what each is for. Versions: ray 2.60, deepspeed 0.19, transformers 5.23,
 accelerate 1.15, sentence-transformers 6.2, torch 2.13, datasets 5.2.
 """
@@ -216,6 +217,33 @@ def test_an_attribute(owner: str, text: str) -> None:
     value = look_up(owner)
     classes = value.__mro__ if inspect.isclass(value) else [value]
     assert any(text in inspect.getsource(each) for each in classes if getattr(each, "__module__", "") != "builtins")
+
+
+RAY_VARIABLES = sorted(
+    {
+        name
+        for path, tree in TREES.items()
+        if path.parent.name == "cluster"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for name in re.findall(r"^RAY_\w+$", node.value)
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def variables_of_ray() -> set[str]:
+    """Environment variables that the installed Ray reads."""
+    root = Path(importlib.import_module("ray").__file__ or "").parent
+    folders = ("_private", "train/v2/_internal", "dashboard/modules/job")
+    sources = [root / "_raylet.so", *(path for folder in folders for path in (root / folder).rglob("*.py"))]
+    return {name.decode() for path in sources for name in re.findall(rb"\bRAY_\w+", path.read_bytes())}
+
+
+@pytest.mark.parametrize("name", RAY_VARIABLES)
+def test_ray_reads_each_environment_variable(name: str, variables_of_ray: set[str]) -> None:
+    """Ray ignores a variable that it does not know."""
+    assert name in variables_of_ray
 
 
 def is_private(name: str) -> bool:
