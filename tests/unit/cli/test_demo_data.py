@@ -1,4 +1,4 @@
-"""The embedded data are many, good and the same each time."""
+"""The demo's rows are many, good, and the same each time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows() -> list[dict[str, str]]:
     return stdlib_triplets()
 
 
-def test_rows_are_many_and_good(rows: list[dict[str, str]]) -> None:
+def test_rows_are_many_and_pass_all_checks(rows: list[dict[str, str]]) -> None:
     assert len(rows) == NUM_ROWS == 4500
     assert len({row["group"] for row in rows}) > 200
     assert [row for row in rows if tuple(row) != COLUMNS or problem_of(row, COLUMNS, 10_000)] == []
@@ -39,7 +39,7 @@ def test_a_known_row(rows: list[dict[str, str]]) -> None:
     assert row["group"] == "heapq"
 
 
-def test_a_negative_is_a_sibling_and_not_true(rows: list[dict[str, str]]) -> None:
+def test_a_negative_is_a_sibling_that_the_anchor_does_not_describe(rows: list[dict[str, str]]) -> None:
     true = {(row["anchor"], row["positive"]) for row in rows}
     assert [row for row in rows if (row["anchor"], row["negative"]) in true] == []
     for row in rows:
@@ -69,7 +69,7 @@ def test_rows_make_a_version(tmp_path: Path, rows: list[dict[str, str]], monkeyp
     assert min(result.manifest.num_rows.values()) > 200
 
 
-def test_no_sources_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_sources_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_data.sysconfig, "get_path", lambda _: str(tmp_path))
     (tmp_path / "broken.py").write_text("def (")
     with pytest.raises(TercetError, match="no Python sources"):

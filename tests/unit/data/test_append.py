@@ -1,4 +1,4 @@
-"""New rows onto a dataset: each once, each in its split for ever, none that gives an answer away."""
+"""Appended rows: each once, each in its split for ever, none that leaks an answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(seed: object, num: int = 12) -> str:
-    """Words that no two seeds share."""
+    """Return words that no other seed gives."""
     draw = random.Random(str(seed))
     return " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(num))
 
@@ -47,7 +47,7 @@ def row(number: object, group: str) -> dict[str, str]:
 
 
 def rows(numbers: Iterable[int]) -> list[dict[str, str]]:
-    """Ten rows a group."""
+    """Return rows, ten per group."""
     return [row(number, f"g{number // 10}") for number in numbers]
 
 
@@ -69,7 +69,7 @@ def anchors(storage: Storage, split: str, version: str = "latest") -> list[str]:
     return list(load_split(storage, read_manifest(storage, "poems", version), split)["anchor"])
 
 
-def test_a_new_version_is_the_one_before_and_the_new_rows(storage: Storage, tmp_path: Path) -> None:
+def test_a_new_version_is_its_parent_and_the_new_rows(storage: Storage, tmp_path: Path) -> None:
     first = begin(storage, tmp_path, rows(range(200)))
     before = {split: anchors(storage, split) for split in SPLITS}
     result = add(storage, tmp_path, rows(range(200, 300)))
@@ -94,7 +94,7 @@ def test_a_new_version_is_the_one_before_and_the_new_rows(storage: Storage, tmp_
     assert [source.name for source in manifest.sources] == [source.name for source in whole.sources]
 
 
-def test_versions_are_chained_and_each_reads_whole(
+def test_a_chain_of_versions_is_read_whole_on_another_machine(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(storage, tmp_path, rows(range(100)))
@@ -106,17 +106,17 @@ def test_versions_are_chained_and_each_reads_whole(
     assert num_shards == sum(len(shards) for shards in read_manifest(storage, "poems").splits.values())
 
 
-def test_rows_that_are_there_are_not_added_again(storage: Storage, tmp_path: Path) -> None:
+def test_repeated_rows_are_not_added(storage: Storage, tmp_path: Path) -> None:
     begin(storage, tmp_path, rows(range(100)))
-    spaced = [{**found, "anchor": f"  {found['anchor']}\t"} for found in rows(range(50, 60))]
+    spaced = [{**old, "anchor": f"  {old['anchor']}\t"} for old in rows(range(50, 60))]
     result = add(storage, tmp_path, [*rows(range(90, 110)), *rows(range(100, 105)), *spaced])
     assert result.num_repeated_rows == 10 + 5 + 10
     assert sum(result.num_added_rows.values()) == 10
-    found = [anchor for split in SPLITS for anchor in anchors(storage, split)]
-    assert len(found) == len(set(found)) == 110
+    all_anchors = [anchor for split in SPLITS for anchor in anchors(storage, split)]
+    assert len(all_anchors) == len(set(all_anchors)) == 110
 
 
-def test_a_file_that_was_read_is_not_read_again(storage: Storage, tmp_path: Path) -> None:
+def test_a_known_file_is_skipped_even_if_renamed(storage: Storage, tmp_path: Path) -> None:
     first = begin(storage, tmp_path, rows(range(100)))
     (tmp_path / "first.jsonl").rename(tmp_path / "renamed.jsonl")
     result = append([tmp_path / "renamed.jsonl"], storage, "poems", IngestOptions(group="group"))
@@ -125,21 +125,21 @@ def test_a_file_that_was_read_is_not_read_again(storage: Storage, tmp_path: Path
     assert read_head(storage, "poems") == first
 
 
-def test_rows_that_are_all_there_make_no_version(storage: Storage, tmp_path: Path) -> None:
+def test_without_a_new_row_there_is_no_new_version(storage: Storage, tmp_path: Path) -> None:
     first = begin(storage, tmp_path, rows(range(100)))
     result = add(storage, tmp_path, rows(range(30)))
     assert (result.is_new, result.num_repeated_rows) == (False, 30)
     assert list_versions(storage, "poems") == [first]
 
 
-def near(found: dict[str, str], group: str) -> dict[str, str]:
-    """A near copy, in another group: one letter of each text is another, and a capital."""
-    texts = {name: found[name][:20].capitalize() + "#" + found[name][21:] for name in ("anchor", "positive")}
-    return {**found, **texts, "group": group}
+def near(original: dict[str, str], group: str) -> dict[str, str]:
+    """Return a near-duplicate in another group: one letter of each text differs, and one is a capital."""
+    texts = {name: original[name][:20].capitalize() + "#" + original[name][21:] for name in ("anchor", "positive")}
+    return {**original, **texts, "group": group}
 
 
 @pytest.mark.parametrize(("held_out", "num_left"), [("eval", 1), ("test", 1), ("train", 0)])
-def test_a_near_copy_of_a_held_out_row_is_left_out_of_training(
+def test_a_near_duplicate_of_a_held_out_row_is_kept_out_of_training(
     storage: Storage, tmp_path: Path, held_out: str, num_left: int
 ) -> None:
     original = row("a", GROUPS[held_out][0])
@@ -155,18 +155,18 @@ def test_a_near_copy_of_a_held_out_row_is_left_out_of_training(
         assert result.manifest.bad_rows == {}
 
 
-def test_a_held_out_row_that_is_a_near_copy_of_a_train_row_is_left_out(storage: Storage, tmp_path: Path) -> None:
-    """What was trained on cannot be taken back."""
+def test_a_held_out_row_near_an_old_train_row_is_excluded(storage: Storage, tmp_path: Path) -> None:
+    """A row that a model was trained on cannot become a test row."""
     original = row("a", GROUPS["train"][0])
     begin(storage, tmp_path, [*rows(range(100)), original])
     copy, copy_of_copy = near(original, GROUPS["test"][0]), near(original, GROUPS["train"][3])
     copy_of_copy["anchor"] += "!"
     result = add(storage, tmp_path, [copy, copy_of_copy])
     assert result.num_near_duplicates == 1
-    assert result.num_added_rows == {"train": 1, "eval": 0, "test": 0}  # the copy that is left out keeps none out
+    assert result.num_added_rows == {"train": 1, "eval": 0, "test": 0}  # an excluded row excludes no other
 
 
-def test_of_two_new_near_copies_that_of_train_is_left_out(storage: Storage, tmp_path: Path) -> None:
+def test_of_two_new_near_duplicates_the_train_row_is_excluded(storage: Storage, tmp_path: Path) -> None:
     begin(storage, tmp_path, rows(range(100)))
     original = row("a", GROUPS["train"][0])
     result = add(storage, tmp_path, [original, near(original, GROUPS["test"][0])])
@@ -174,31 +174,31 @@ def test_of_two_new_near_copies_that_of_train_is_left_out(storage: Storage, tmp_
     assert result.num_added_rows == {"train": 0, "eval": 0, "test": 1}
 
 
-def test_a_like_anchor_with_another_positive_is_no_near_copy(storage: Storage, tmp_path: Path) -> None:
+def test_an_equal_anchor_with_another_positive_is_no_near_duplicate(storage: Storage, tmp_path: Path) -> None:
     original = row("a", GROUPS["test"][0])
     begin(storage, tmp_path, [*rows(range(100)), original])
     result = add(storage, tmp_path, [{**row("b", GROUPS["train"][0]), "anchor": original["anchor"]}])
     assert result.num_near_duplicates == 0
 
 
-def test_near_copies_are_found_by_both_texts() -> None:
-    """All of those that are near by a full comparison of each with each, and none that is not."""
-    draw, found = random.Random(1), NearDuplicates()
+def test_near_duplicates_are_found_by_both_texts() -> None:
+    """Exactly the pairs that a full comparison of all pairs finds."""
+    draw, index = random.Random(1), NearDuplicates()
     texts = [words(number, 8) for number in range(60)]
     for text in list(texts):
         letters = list(text)
         for _ in range(draw.randrange(1, 9)):
             letters[draw.randrange(len(letters))] = draw.choice("xyz ")
         texts.append("".join(letters))
-    found.add(texts, texts)
-    assert len(found) == 120
+    index.add(texts, texts)
+    assert len(index) == 120
     near_ones = {(a, b) for a in range(120) for b in range(120) if jaccard(texts[a], texts[b]) >= 0.8}
     assert 120 + 20 < len(near_ones) < 120 + 110
-    assert {(a, b) for a, others in enumerate(found.find(texts, texts)) for b in others} == near_ones
-    assert found.find(texts[:1], [words("other")]) == [[]]
+    assert {(a, b) for a, others in enumerate(index.find(texts, texts)) for b in others} == near_ones
+    assert index.find(texts[:1], [words("other")]) == [[]]
 
 
-def test_of_appenders_at_once_nobody_loses_a_row(storage: Storage, tmp_path: Path) -> None:
+def test_concurrent_appends_lose_no_row(storage: Storage, tmp_path: Path) -> None:
     begin(storage, tmp_path, rows(range(100)))
     results: list[AppendResult] = []
     starts = range(100, 400, 50)
@@ -222,10 +222,10 @@ def test_of_appenders_at_once_nobody_loses_a_row(storage: Storage, tmp_path: Pat
     assert chain == 1 + len(starts)
 
 
-def test_a_version_that_came_between_is_added_to(
+def test_a_version_published_meanwhile_is_extended(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very rows that this one brings: then there is nothing to add."""
+    """It holds some of the same rows, which are not added twice."""
     begin(storage, tmp_path, rows(range(100)))
     came = False
 
@@ -243,7 +243,7 @@ def test_a_version_that_came_between_is_added_to(
     assert sum(read_manifest(storage, "poems").num_rows.values()) == 151
 
 
-def test_it_gives_up_where_others_keep_publishing(
+def test_it_gives_up_if_others_keep_publishing(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin(storage, tmp_path, rows(range(100)))
@@ -257,7 +257,7 @@ def test_it_gives_up_where_others_keep_publishing(
         add(storage, tmp_path, rows(range(100, 150)))
 
 
-def test_bad_rows_are_set_aside_and_too_many_publish_nothing(storage: Storage, tmp_path: Path) -> None:
+def test_bad_rows_are_quarantined_and_too_many_publish_nothing(storage: Storage, tmp_path: Path) -> None:
     first = begin(storage, tmp_path, rows(range(100)))
     bad = {**row("bad", "g1"), "positive": " "}
     result = add(storage, tmp_path, [*rows(range(100, 300)), bad])
@@ -268,7 +268,7 @@ def test_bad_rows_are_set_aside_and_too_many_publish_nothing(storage: Storage, t
     assert read_manifest(storage, "poems").parent == first
 
 
-def test_what_it_is_added_to_must_fit(storage: Storage, tmp_path: Path) -> None:
+def test_the_dataset_must_exist_with_the_same_columns(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFound):
         add(storage, tmp_path, rows(range(10)))
     begin(storage, tmp_path, rows(range(100)))
@@ -278,8 +278,8 @@ def test_what_it_is_added_to_must_fit(storage: Storage, tmp_path: Path) -> None:
         append([tmp_path / "none.jsonl"], storage, "poems", IngestOptions(group="group"))
 
 
-def test_slices_are_labels_and_no_texts(storage: Storage, tmp_path: Path) -> None:
-    content = [{**found, "language": "en" if number % 2 else 7} for number, found in enumerate(rows(range(100)))]
+def test_slices_are_labels_not_texts(storage: Storage, tmp_path: Path) -> None:
+    content = [{**plain, "language": "en" if number % 2 else 7} for number, plain in enumerate(rows(range(100)))]
     source = write(tmp_path / "sliced.jsonl", content)  # type: ignore[arg-type]
     manifest = build_version([source], storage, "poems", IngestOptions(group="group", slices=("language",))).manifest
     assert manifest.columns == ("anchor", "positive", "negative", "group", "slice_language")

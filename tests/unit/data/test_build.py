@@ -1,4 +1,4 @@
-"""Raw rows become one version or none: bad rows set aside, splits that stay, the same id for the same rows."""
+"""Raw rows become one version or none: bad rows quarantined, stable splits, the same id for the same rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _write(path: Path, rows: Iterable[object]) -> Path:
 
 
 def _contents(storage: Storage, manifest: Manifest, folder: Path) -> dict[str, list[dict[str, str]]]:
-    """All rows of a version by split."""
+    """Return all rows of a version, by split."""
     rows: dict[str, list[dict[str, str]]] = {}
     for split, shards in manifest.splits.items():
         rows[split] = []
@@ -156,7 +156,7 @@ def test_the_split_function_never_changes() -> None:
     rule = SplitRule(by="anchor", salt=SPLIT_SALT, fractions=(0.8, 0.1, 0.1))
     second_letters = "".join(rule.split_of(f"question {n}")[1] for n in range(40))  # tRain, eVal, tEst
     assert second_letters == "vrrrrrrrrrrrrerrrrrrerrrererrrrvrerrrrrr"
-    for n in range(50):  # near copies stay together
+    for n in range(50):  # nearly equal keys share a split
         assert rule.split_of(f"{n} Straße  Café") == rule.split_of(f" {n} strasse cafe\u0301 ")
     counts = [sum(rule.split_of(str(n)) == split for n in range(20_000)) for split in SPLITS]
     assert counts == pytest.approx([16_000, 2_000, 2_000], rel=0.1)
@@ -165,7 +165,7 @@ def test_the_split_function_never_changes() -> None:
         assert {rule.split_of(str(n)) for n in range(1000)} == only
 
 
-def test_bad_rows_are_set_aside_with_file_and_line(tmp_path: Path, storage: Storage) -> None:
+def test_bad_rows_are_quarantined_with_file_and_line(tmp_path: Path, storage: Storage) -> None:
     bad = ["{oops" + "x" * 5000, {"anchor": " ", "positive": "p", "negative": "n"}, '{"anchor": "\\ud800"}']
     path = _write(tmp_path / "r.jsonl", [*_rows(range(100)), *bad])
     result = build_version([path], storage, "faq", IngestOptions(max_bad_rows=0.03))
@@ -242,7 +242,7 @@ def test_only_five_bad_rows_are_listed(tmp_path: Path, storage: Storage) -> None
         ({"name": "a/b"}, "", DataError, "cannot name a dataset"),
     ],
 )
-def test_what_cannot_be_built_leaves_nothing(
+def test_a_failed_build_leaves_nothing_in_storage(
     tmp_path: Path, storage: Storage, change: dict[str, Any], data: str, error: type[TercetError], message: str
 ) -> None:
     (tmp_path / "r.jsonl").write_text(data)
@@ -270,7 +270,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
     assert message in caught.value.message
 
 
-def test_a_second_source_that_is_damaged_leaves_nothing(
+def test_a_damaged_second_source_leaves_nothing_in_storage(
     tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
@@ -284,7 +284,7 @@ def test_a_second_source_that_is_damaged_leaves_nothing(
 
 @pytest.mark.parametrize("method", ["upload", "put_if_absent"])
 @pytest.mark.parametrize("error", [StorageUnavailable("gone"), KeyboardInterrupt()])
-def test_a_build_cut_off_before_the_manifest_is_invisible(
+def test_a_build_interrupted_before_the_manifest_is_invisible(
     tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException
 ) -> None:
     before = build_version([_write(tmp_path / "r.jsonl", _rows(range(50)))], storage, "faq").manifest
@@ -305,7 +305,7 @@ def test_a_build_cut_off_before_the_manifest_is_invisible(
     assert list_datasets(storage) == ["faq"]
 
 
-def test_objects_go_up_in_the_order_that_keeps_versions_whole(
+def test_the_manifest_is_uploaded_after_the_shards_and_before_head(
     tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
@@ -333,14 +333,17 @@ def test_repeats_are_kept_and_reported(tmp_path: Path, storage: Storage) -> None
 
 
 def test_no_pair_is_in_two_splits(tmp_path: Path, storage: Storage) -> None:
-    """The groups of equal pairs differ: test keeps its rows, eval and train give way."""
+    """Equal pairs are in different groups. The later split of train, eval, test keeps them."""
     rows = _rows(range(400))
     same = [{**row, "anchor": f" {row['anchor']}", "topic": f"other {row['topic']}"} for row in rows[:150]]
     path = _write(tmp_path / "r.jsonl", [*rows, *same])
     alone = build_version([_write(tmp_path / "a.jsonl", rows)], storage, "faq", IngestOptions(group="topic")).manifest
     result = build_version([path], storage, "faq", IngestOptions(group="topic"), fractions=(0.6, 0.2, 0.2))
     contents = _contents(storage, result.manifest, tmp_path)
-    pairs = {split: {(row["anchor"].strip(), row["positive"]) for row in found} for split, found in contents.items()}
+    pairs = {
+        split: {(row["anchor"].strip(), row["positive"]) for row in split_rows}
+        for split, split_rows in contents.items()
+    }
     assert not pairs["train"] & (pairs["eval"] | pairs["test"])
     assert not pairs["eval"] & pairs["test"]
     assert set.union(*pairs.values()) == {(row["anchor"], row["positive"]) for row in rows}  # nothing is lost
@@ -379,24 +382,16 @@ def test_sources_of_several_formats_make_one_version(tmp_path: Path, storage: St
     assert manifest.columns == ("anchor", "positive")
 
 
-def test_progress_is_told(tmp_path: Path, storage: Storage) -> None:
-    told: list[Progress] = []
+def test_progress_is_reported(tmp_path: Path, storage: Storage) -> None:
+    reports: list[Progress] = []
     path = _write(tmp_path / "r.jsonl", _rows(range(25_000)))
     result: BuildResult = build_version(
-        [path], storage, "faq", IngestOptions(rows_per_shard=20_000), on_progress=told.append
+        [path], storage, "faq", IngestOptions(rows_per_shard=20_000), on_progress=reports.append
     )
-    assert told[:2] == [Progress("read", 10_000, None, 0), Progress("read", 20_000, None, 0)]
-    assert told[-1] == Progress("upload", 4, 4, 0)
-    assert (
-        len(
-            pq.ParquetFile(
-                storage.uri_of(
-                    f"{version_prefix('faq', result.manifest.version)}/{result.manifest.splits['train'][0].path}"
-                )
-            ).metadata.to_dict()["row_groups"]
-        )
-        > 1
-    )  # memory holds a row group, not a shard
+    assert reports[:2] == [Progress("read", 10_000, None, 0), Progress("read", 20_000, None, 0)]
+    assert reports[-1] == Progress("upload", 4, 4, 0)
+    shard_path = storage.uri_of(result.manifest.key_of(result.manifest.splits["train"][0]))
+    assert pq.ParquetFile(shard_path).num_row_groups > 1  # memory holds a row group, not a shard
 
 
 @pytest.mark.skipif(not os.environ.get("TERCET_EXTRA_TRIPLETS"), reason="TERCET_EXTRA_TRIPLETS names no file")

@@ -1,4 +1,4 @@
-"""Shards on this machine: downloaded once, verified, memory-mapped, in order."""
+"""Cached shards: downloaded once, verified, memory-mapped, in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def manifest(tmp_path: Path, storage: Storage) -> Manifest:
 
 @pytest.fixture
 def downloads(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The keys that were downloaded, as they are."""
+    """Return a list that receives the key of each download."""
     keys: list[str] = []
     download = storage.download
 
@@ -94,7 +94,7 @@ def test_an_empty_split_is_an_empty_dataset(tmp_path: Path, storage: Storage, ma
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_rows_are_mapped_from_the_arrow_files_not_copied(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
     load_split(storage, manifest, "train", tmp_path / "cache")
-    gc.collect()  # what earlier tests left, not in between
+    gc.collect()  # garbage of earlier tests must not be freed during the measurement
     before = pa.total_allocated_bytes()
     dataset = load_split(storage, manifest, "train", tmp_path / "cache")
     assert pa.total_allocated_bytes() == before
@@ -156,7 +156,7 @@ load_split(storage, read_manifest(storage, "faq"), "train", pathlib.Path(sys.arg
 """
 
 
-def test_processes_download_once_together(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
+def test_processes_that_start_together_download_once(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
     log = tmp_path / "downloads"
     command = [sys.executable, "-c", WORKER, storage.uri, str(tmp_path / "cache"), str(log)]
     workers = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(8)]
@@ -167,7 +167,7 @@ def test_processes_download_once_together(tmp_path: Path, storage: Storage, mani
     assert len(log.read_text().splitlines()) == len(manifest.splits["train"])
 
 
-def test_a_new_version_shares_the_shards_it_has_in_common(
+def test_versions_share_cached_shards(
     tmp_path: Path, storage: Storage, manifest: Manifest, downloads: list[str]
 ) -> None:
     load_split(storage, manifest, "train", tmp_path / "cache")
@@ -182,14 +182,14 @@ def test_a_new_version_shares_the_shards_it_has_in_common(
     assert len(downloads) <= 1
 
 
-def test_a_changed_arrow_file_is_made_anew(
+def test_a_damaged_arrow_file_is_made_again(
     tmp_path: Path, storage: Storage, manifest: Manifest, downloads: list[str]
 ) -> None:
     load_split(storage, manifest, "train", tmp_path / "cache")
     first, second, *_ = sorted((tmp_path / "cache" / "shards").glob("*.arrow"))
     whole, seen = (first.read_bytes(), second.read_bytes()), first.stat()
     _damage(first)
-    os.utime(first, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # as a failing disk does it
+    os.utime(first, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # a failing disk does not change the time stamps
     os.truncate(second, 100)
     del downloads[:]
     dataset = load_split(storage, manifest, "train", tmp_path / "cache")
@@ -211,7 +211,7 @@ def test_a_missing_shard_is_corrupt(tmp_path: Path, storage: Storage, manifest: 
         load_split(storage, manifest, "train", tmp_path / "cache")
 
 
-def test_a_kill_while_converting_leaves_nothing_that_counts(
+def test_a_kill_during_conversion_leaves_no_usable_file(
     tmp_path: Path, storage: Storage, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(_: Path) -> str:
@@ -226,7 +226,7 @@ def test_a_kill_while_converting_leaves_nothing_that_counts(
     assert not [*(tmp_path / "cache" / "shards").glob("*.partial"), *(tmp_path / "cache" / "shards").glob("*.parquet")]
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     tmp_path: Path, storage: Storage, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -237,7 +237,7 @@ def test_a_full_disk_is_told(
         load_split(storage, manifest, "train", tmp_path / "cache")
 
 
-def test_what_a_killed_download_left_is_removed(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
+def test_the_rest_of_a_killed_download_is_removed(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
     folder = tmp_path / "cache" / "shards"
     folder.mkdir(parents=True)
     (folder / f".{manifest.splits['train'][0].sha256}.parquet.0123.tmp").write_bytes(b"half")
@@ -252,7 +252,7 @@ def test_the_cache_folder_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert default_cache_dir() == Path.home() / ".cache" / "tercet"
 
 
-def test_a_cache_folder_that_cannot_be_is_an_error(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
+def test_an_impossible_cache_folder_is_an_error(tmp_path: Path, storage: Storage, manifest: Manifest) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as caught:
         load_split(storage, manifest, "train", tmp_path / "file")

@@ -46,7 +46,7 @@ def _manifest(number: int = 0, dataset: str = "faq", **change: Any) -> Manifest:
     return Manifest(**{**values, **change})
 
 
-def test_what_was_published_is_read_back(storage: Storage) -> None:
+def test_a_published_version_is_read_back(storage: Storage) -> None:
     manifest = _manifest(1, bad_rows={"blank": 2})
     assert publish(storage, manifest) == manifest
     assert read_manifest(storage, "faq") == read_manifest(storage, "faq", manifest.version) == manifest
@@ -87,7 +87,7 @@ def test_head_names_the_last_published(storage: Storage) -> None:
     publish(storage, first)
     publish(storage, second)
     assert read_manifest(storage, "faq") == second
-    publish(storage, first)  # going back is publishing too
+    publish(storage, first)  # a rollback publishes an earlier version
     assert read_head(storage, "faq") == first.version
     assert json.loads(storage.read("datasets/faq/HEAD.json"))["generation"] == 3
 
@@ -100,7 +100,7 @@ def test_without_a_manifest_there_is_no_version(storage: Storage) -> None:
         read_manifest(storage, "faq", "abc")
 
 
-def test_racing_publishers_all_count(storage: Storage) -> None:
+def test_all_racing_publishers_succeed(storage: Storage) -> None:
     manifests = [_manifest(number) for number in range(6)]
     together = threading.Barrier(6, timeout=120)
 
@@ -131,7 +131,7 @@ def test_a_lost_race_is_tried_again(storage: Storage, monkeypatch: pytest.Monkey
     assert read_head(storage, "faq") == _manifest(2).version
 
 
-def test_endless_conflict_ends(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_conflicts_end_in_an_error(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> str:
         raise Conflict("no")
 
@@ -156,7 +156,7 @@ def test_a_kill_before_head_leaves_the_old_head(storage: Storage, monkeypatch: p
     assert read_manifest(storage, "faq") == _manifest(2)
 
 
-def test_not_found_says_what_exists(storage: Storage) -> None:
+def test_not_found_lists_what_exists(storage: Storage) -> None:
     with pytest.raises(DatasetNotFound) as caught:
         read_manifest(storage, "faq")
     assert "no dataset" in caught.value.hint
@@ -200,7 +200,7 @@ def test_the_manifest_of_another_version_is_corrupt(storage: Storage, of: Manife
         read_manifest(storage, "faq")
 
 
-def test_a_version_must_be_its_contents_id(storage: Storage) -> None:
+def test_the_version_must_be_the_id_of_its_content(storage: Storage) -> None:
     with pytest.raises(DataError, match="describes content"):
         publish(storage, _manifest(1, version="mine"))
     assert storage.list("") == []
@@ -214,7 +214,7 @@ def test_names_that_cannot_be_keys_are_refused(name: str) -> None:
         version_prefix("faq", name)
 
 
-def test_importing_it_is_light() -> None:
+def test_the_import_is_light() -> None:
     heavy = "{'numpy', 'pyarrow', 'datasets', 'torch', 'ray', 'pandas'}"
     modules = "manifest, versions, readers, row_checks, build, cache"
     code = f"import sys; from tercet.data import {modules}; print(sorted({heavy} & set(sys.modules)))"

@@ -31,7 +31,7 @@ SEEDS = range(8)
 
 
 def repeating_texts(num_rows: int, batch_size: int, seed: int) -> npt.NDArray[np.int64]:
-    """Hard, but possible: two rows in five have an anchor that is in three batches of four; positives repeat too."""
+    """Hard but possible: two rows in five have an anchor that is in three of four batches; positives repeat too."""
     rng = np.random.default_rng(seed)
     repeats = max(3 * (num_rows // batch_size) // 4, 1)
     anchors = np.arange(num_rows)
@@ -50,10 +50,10 @@ def all_batches(
     text_ids: npt.NDArray[np.int64] | None = None,
     dataset: int = 0,
 ) -> npt.NDArray[np.int64]:
-    """Shape (num_steps, batch_size)."""
+    """Return the batches of a pass: shape (num_steps, batch_size)."""
     of = None if text_ids is None else text_ids.__getitem__
-    found = list(global_batches(num_rows, batch_size, seed, pass_number, of, dataset))
-    return np.array(found, dtype=np.int64).reshape(-1, batch_size)
+    batches = list(global_batches(num_rows, batch_size, seed, pass_number, of, dataset))
+    return np.array(batches, dtype=np.int64).reshape(-1, batch_size)
 
 
 def no_text_twice(batches: npt.NDArray[np.int64], text_ids: npt.NDArray[np.int64]) -> bool:
@@ -75,7 +75,7 @@ def test_every_row_at_most_once_and_only_whole_batches(num_rows: int, seed: int)
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("batch_size", [2, 8, 24])
-def test_no_text_is_twice_in_a_batch_and_no_row_in_two(seed: int, batch_size: int) -> None:
+def test_no_text_is_twice_in_a_batch_and_no_row_in_two_batches(seed: int, batch_size: int) -> None:
     text_ids = repeating_texts(509, batch_size, seed)
     assert not no_text_twice(all_batches(509, batch_size, seed, 0), text_ids), "the data must repeat to mean anything"
     for epoch in range(2):
@@ -87,7 +87,7 @@ def test_no_text_is_twice_in_a_batch_and_no_row_in_two(seed: int, batch_size: in
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_last_batches_are_filled_by_swapping(seed: int) -> None:
-    """One anchor is in exactly one row of every batch: the shuffle alone never gets there."""
+    """One anchor must be in exactly one row of every batch, which a shuffle alone never achieves."""
     text_ids = np.stack([np.where(np.arange(40) < 10, 0, np.arange(40)), 100 + np.arange(40)], axis=1)
     batches = all_batches(40, 4, seed, 0, text_ids)
     assert no_text_twice(batches, text_ids)
@@ -95,7 +95,7 @@ def test_the_last_batches_are_filled_by_swapping(seed: int) -> None:
     assert ((batches < 10).sum(axis=1) == 1).all()
 
 
-def test_rows_that_are_twice_the_same_text_in_themselves() -> None:
+def test_a_row_may_have_one_text_in_two_columns() -> None:
     text_ids = np.stack([np.arange(20), np.arange(20)], axis=1)
     assert len(np.unique(all_batches(20, 5, 0, 0, text_ids))) == 20
 
@@ -128,52 +128,52 @@ def test_the_same_global_batches_for_any_number_of_workers(
                 sorted(itertools.chain(*(ranks[rank][step * accumulation + k] for rank in range(world_size))))
                 for k in range(accumulation)
             ]
-            # What meets in one forward pass over all ranks, too, does not depend on their number.
+            # Nor do the rows that meet in one forward pass over all ranks depend on the number of ranks.
             assert forwards == [sorted(part.tolist()) for part in batch.reshape(accumulation, -1)]
 
 
-# --- a shuffle that is never made as a whole ------------------------------------------------------------------------
+# --- a shuffle that is computed position by position ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 10, 16, 17, 100, 1023, 50_021])
 def test_a_shuffle_has_every_row_once(num_rows: int) -> None:
     for seed in SEEDS:
-        found = shuffled(np.arange(num_rows), num_rows, (seed,))
-        assert np.array_equal(np.sort(found), np.arange(num_rows))
+        rows = shuffled(np.arange(num_rows), num_rows, (seed,))
+        assert np.array_equal(np.sort(rows), np.arange(num_rows))
         some = np.array([num_rows - 1, 0])
-        assert np.array_equal(shuffled(some, num_rows, (seed,)), found[some])
+        assert np.array_equal(shuffled(some, num_rows, (seed,)), rows[some])
 
 
-def test_all_shuffles_of_four_rows_are_about_as_frequent() -> None:
+def test_all_shuffles_of_four_rows_are_about_equally_frequent() -> None:
     counts = Counter(tuple(shuffled(np.arange(4), 4, (seed,)).tolist()) for seed in range(12_000))
     assert len(counts) == 24
-    # Chi-square with 23 degrees of freedom: 49.7 is passed once in a thousand times.
+    # Chi-square with 23 degrees of freedom exceeds 49.7 once in a thousand times.
     assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 49.7
 
 
-def test_every_row_is_in_every_place_about_as_often() -> None:
+def test_every_row_is_in_every_position_about_equally_often() -> None:
     counts = np.zeros((30, 30))
     for seed in range(3000):
         counts[np.arange(30), shuffled(np.arange(30), 30, (seed,))] += 1
-    # 841 degrees of freedom: 974 is passed once in a thousand times.
+    # Chi-square with 841 degrees of freedom exceeds 974 once in a thousand times.
     assert ((counts - 100) ** 2 / 100).sum() < 974
 
 
-def test_rows_that_lie_together_do_not_stay_together() -> None:
-    found = shuffled(np.arange(100_000), 100_000, (5,))
-    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.01
-    assert abs(np.corrcoef(np.arange(100_000), found)[0, 1]) < 0.01
+def test_neighbours_do_not_stay_together() -> None:
+    rows = shuffled(np.arange(100_000), 100_000, (5,))
+    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(np.arange(100_000), rows)[0, 1]) < 0.01
 
 
-# --- blocks, and beginning amid a pass ------------------------------------------------------------------------------
+# --- blocks, and starting within a pass -----------------------------------------------------------------------------
 
 
-# Each of 20 anchors is in one batch of five.
+# Each of 20 anchors is in a fifth of the batches.
 FREQUENT = np.stack([np.arange(1000) // 50, 1000 + np.arange(1000)], axis=1)
 
 
 @pytest.mark.parametrize("text_ids", [None, FREQUENT], ids=["plain", "no duplicates"])
-def test_a_pass_of_many_blocks_and_any_beginning(
+def test_a_pass_of_many_blocks_from_any_step(
     monkeypatch: pytest.MonkeyPatch, text_ids: npt.NDArray[np.int64] | None
 ) -> None:
     whole = all_batches(1000, 4, 7, 1)
@@ -192,7 +192,7 @@ def test_a_pass_of_many_blocks_and_any_beginning(
         assert np.array_equal(np.array(rest).reshape(-1, 4), blocks[start:])
 
 
-def test_a_beginning_looks_at_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_within_a_pass_makes_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "MIN_STEPS_PER_BLOCK", 30)
     monkeypatch.setattr(order, "ROWS_PER_BLOCK", 0)
     looked_at = []
@@ -204,7 +204,7 @@ def test_a_beginning_looks_at_one_block(monkeypatch: pytest.MonkeyPatch) -> None
     next(global_batches(1003, 4, 7, 1, text_ids, start_step=200))
     assert looked_at == [120]
     next(global_batches(1003, 4, 7, 1, text_ids, start_step=245))
-    assert looked_at == [120, 43]  # 40 of the last block, and the three rows that are left out
+    assert looked_at == [120, 43]  # 40 rows of the last block, and the three skipped ones
 
 
 def test_memory_does_not_grow_with_the_dataset() -> None:
@@ -226,8 +226,8 @@ def test_an_epoch_of_a_mix_from_any_step(seed: int) -> None:
             assert np.array_equal(list(mixed_batches(datasets, 8, seed, epoch, start)), whole[start:])
 
 
-def test_a_resumed_run_skips_without_a_look_at_the_rows() -> None:
-    """As transformers resumes: accelerate wraps the sampler, and transformers sets the epoch."""
+def test_a_resumed_run_skips_steps_without_computing_their_rows() -> None:
+    """Resumes as transformers does: accelerate wraps the sampler, and transformers sets the epoch."""
 
     def loader() -> tuple[RankBatches, EpochLoader]:
         sampler = RankBatches([DatasetRows(64, 8)], 8, 2, 1, 2, 42)
@@ -252,17 +252,17 @@ def test_ranks_take_slices_in_order() -> None:
     assert parts == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def test_ranks_take_rows_of_about_as_many_bytes() -> None:
-    """Lengths with the tail of real texts: the longest of 16 rows is as long as four others."""
+def test_ranks_take_about_equally_many_tokens() -> None:
+    """Lengths have the tail of real texts: the longest of 16 rows is as long as four others."""
     draw = np.random.default_rng(0)
     in_order, by_length = [], []
     for _ in range(100):
         sizes = draw.lognormal(5, 0.7, 128).astype(np.int64)
-        for shares, found in ((balance_by_tokens(sizes, 8), by_length), (np.arange(128).reshape(8, 16), in_order)):
+        for shares, waits in ((balance_by_tokens(sizes, 8), by_length), (np.arange(128).reshape(8, 16), in_order)):
             assert sorted(shares.ravel().tolist()) == list(range(128))
             sums = sizes[shares].sum(axis=1)
-            found.append(sums.max() / sums.mean())
-    assert np.median(in_order) > 1.2  # how long the others would wait for the slowest
+            waits.append(sums.max() / sums.mean())
+    assert np.median(in_order) > 1.2  # the slowest rank has 20 % more than the mean
     assert np.median(by_length) < 1.01
 
 
@@ -276,7 +276,7 @@ def test_epochs_and_seeds_differ_and_repeat(text_ids: npt.NDArray[np.int64] | No
     assert len({frozenset(rows) for rows in left_out}) == 4  # other rows in each epoch
 
 
-def test_the_impossible_is_refused_with_a_hint() -> None:
+def test_too_many_repeats_are_refused_with_a_hint() -> None:
     text_ids = np.stack([np.zeros(8, dtype=np.int64), np.arange(1, 9)], axis=1)  # one anchor for all
     with pytest.raises(TrainingError, match="8 rows in 4 batches of 2 without a text twice") as caught:
         all_batches(8, 2, 0, 0, text_ids)
@@ -286,10 +286,10 @@ def test_the_impossible_is_refused_with_a_hint() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("num_frequent", "num_repeats"), [(29, 0), (30, 1), (38, 9)])
-def test_a_text_in_a_few_more_rows_than_batches_is_repeated_no_more_than_it_must_be(
+def test_a_text_in_slightly_more_rows_than_batches_is_repeated_as_little_as_possible(
     seed: int, num_frequent: int, num_repeats: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """928 rows in 29 batches, in each of which one text can be once."""
+    """928 rows in 29 batches: a text in more than 29 rows must be repeated."""
     batches = all_batches(928, 32, seed, 0, one_frequent_text(928, num_frequent))
     assert len(np.unique(batches)) == 928
     assert int(((batches < num_frequent).sum(axis=1) - 1).sum()) == num_repeats
@@ -300,7 +300,7 @@ def test_a_text_in_a_few_more_rows_than_batches_is_repeated_no_more_than_it_must
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_looking_at_all_batches_together_finds_what_looking_at_each_does(
+def test_searching_all_batches_together_finds_the_same_order_as_one_by_one(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hard = [(repeating_texts(509, size, seed), size) for size in (2, 8)]
@@ -312,13 +312,13 @@ def test_looking_at_all_batches_together_finds_what_looking_at_each_does(
         assert len(set(orders)) == 1
 
 
-def test_more_than_a_few_are_refused() -> None:
+def test_more_than_one_percent_of_repeats_is_refused() -> None:
     with pytest.raises(TrainingError, match="more than 1% of the rows repeat"):
         all_batches(928, 32, 0, 0, one_frequent_text(928, 39))
 
 
 def one_frequent_text(num_rows: int, num_frequent: int) -> npt.NDArray[np.int64]:
-    """The first rows have the same positive; no other text is twice there."""
+    """The first rows have the same positive; no other text occurs twice."""
     rows = np.arange(num_rows)
     return np.stack([rows + 1, np.where(rows < num_frequent, 0, rows + 1 + num_rows)], axis=1)
 
@@ -329,11 +329,11 @@ def test_subset_is_stable_sorted_and_chosen_by_the_seed() -> None:
     assert len(set(chosen.tolist())) == 50
     assert (np.diff(chosen) > 0).all()
     assert chosen.tolist() == subset(1000, 50, 42).tolist() != subset(1000, 50, 43).tolist()
-    assert set(chosen.tolist()) < set(subset(1000, 100, 42).tolist())  # a longer try goes on with the same rows
+    assert set(chosen.tolist()) < set(subset(1000, 100, 42).tolist())  # a larger subset keeps the rows of a smaller one
 
 
 def mix(*parts: tuple[int, float], batch_size: int = 8) -> list[DatasetRows]:
-    """Datasets of so many rows with such weights."""
+    """Return datasets with the given numbers of rows and weights."""
     return [DatasetRows(num_rows, num_steps_per_epoch(num_rows, batch_size, weight)) for num_rows, weight in parts]
 
 
@@ -345,12 +345,12 @@ def dataset_of(row: int, datasets: list[DatasetRows]) -> int:
 @pytest.mark.parametrize(
     ("num_rows", "weight", "steps"), [(80, 1, 10), (87, 1, 10), (80, 2.5, 25), (80, 0.34, 3), (80, 0.01, 0), (7, 9, 0)]
 )
-def test_the_weight_is_passes_an_epoch(num_rows: int, weight: float, steps: int) -> None:
+def test_the_weight_is_the_number_of_passes_per_epoch(num_rows: int, weight: float, steps: int) -> None:
     assert num_steps_per_epoch(num_rows, 8, weight) == steps
 
 
 @pytest.mark.parametrize("text_ids", [None, repeating_texts(300, 4, 0)], ids=["plain", "no duplicates"])
-def test_a_dataset_by_itself_has_the_order_it_always_had(text_ids: npt.NDArray[np.int64] | None) -> None:
+def test_a_mix_of_one_dataset_has_the_order_of_its_passes(text_ids: npt.NDArray[np.int64] | None) -> None:
     for epoch in range(3):
         of = None if text_ids is None else text_ids.__getitem__
         batches = list(mixed_batches([DatasetRows(300, 75, of)], 4, 42, epoch))
@@ -359,7 +359,7 @@ def test_a_dataset_by_itself_has_the_order_it_always_had(text_ids: npt.NDArray[n
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_row_is_used_as_often_as_its_weight_says(seed: int) -> None:
-    datasets = mix((80, 1), (40, 0.4), (56, 2), (24, 1.7))  # 10, 2, 14 and 5 steps of 10, 5, 7 and 3 a pass
+    datasets = mix((80, 1), (40, 0.4), (56, 2), (24, 1.7))  # 10, 2, 14 and 5 steps per epoch; 10, 5, 7 and 3 per pass
     used: Counter[int] = Counter()
     for epoch in range(8):
         batches = list(mixed_batches(datasets, 8, seed, epoch))
@@ -371,13 +371,13 @@ def test_every_row_is_used_as_often_as_its_weight_says(seed: int) -> None:
         assert owners == {0: 10, 1: 2, 2: 14, 3: 5}
         used.update(row for batch in batches for row in batch.tolist())
         for dataset, (steps, steps_per_pass) in enumerate([(10, 10), (2, 5), (14, 7), (5, 3)]):
-            # The rows fill their batches, so each pass has every row once: nothing is used twice before all are once.
+            # Batches use all rows, so a pass has every row once. No row is used twice before all are used once.
             expected = (epoch + 1) * steps / steps_per_pass
             counts = {used[row] for row in range(200) if dataset_of(row, datasets) == dataset}
             assert counts <= {int(np.floor(expected)), int(np.ceil(expected))}
 
 
-def test_every_pass_leaves_out_other_rows() -> None:
+def test_every_pass_skips_other_rows() -> None:
     datasets = mix((87, 1), (45, 0.4))
     used = {row for epoch in range(30) for batch in mixed_batches(datasets, 8, 0, epoch) for row in batch.tolist()}
     assert used == set(range(87 + 45))
@@ -385,7 +385,7 @@ def test_every_pass_leaves_out_other_rows() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_text_is_twice_in_a_batch_of_a_mix(seed: int) -> None:
-    """The same numbers mean other texts in another dataset."""
+    """Equal row numbers mean different texts in different datasets."""
     texts = [repeating_texts(200, 8, seed), repeating_texts(100, 8, seed)]
     datasets = [DatasetRows(200, 25, texts[0].__getitem__), DatasetRows(100, 6, texts[1].__getitem__)]
     for epoch in range(4):
@@ -394,13 +394,13 @@ def test_no_text_is_twice_in_a_batch_of_a_mix(seed: int) -> None:
             assert no_text_twice([batch - 200 * dataset], texts[dataset])  # type: ignore[arg-type]
 
 
-def test_datasets_of_a_mix_are_shuffled_apart_and_take_turns() -> None:
+def test_datasets_of_a_mix_are_shuffled_independently_and_take_turns() -> None:
     datasets = mix((80, 1), (80, 1))
     turns = set()
     for epoch in range(6):
         batches = list(mixed_batches(datasets, 8, 42, epoch))
         first, second = ([batch for batch in batches if (batch[0] >= 80) == dataset] for dataset in (False, True))
-        assert np.array_equal(first, all_batches(80, 8, 42, epoch))  # a mix leaves the first dataset's order alone
+        assert np.array_equal(first, all_batches(80, 8, 42, epoch))  # a mix does not change the first dataset's order
         assert not np.array_equal(np.array(first), np.array(second) - 80)
         turns.add(tuple(bool(batch[0] >= 80) for batch in batches))
         again = list(mixed_batches(datasets, 8, 42, epoch))
@@ -410,7 +410,7 @@ def test_datasets_of_a_mix_are_shuffled_apart_and_take_turns() -> None:
     assert subset(100, 10, 42, 1).tolist() != subset(100, 10, 42).tolist() == subset(100, 10, 42, 0).tolist()
 
 
-def test_half_a_pass_goes_on_in_the_next_epoch() -> None:
+def test_half_a_pass_continues_in_the_next_epoch() -> None:
     datasets = mix((80, 1), (80, 0.5))
     epochs = [[batch for batch in mixed_batches(datasets, 8, 7, epoch) if batch[0] >= 80] for epoch in range(4)]
     for number in (0, 1):
@@ -419,7 +419,7 @@ def test_half_a_pass_goes_on_in_the_next_epoch() -> None:
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    """A run resumes with the rows it has not seen yet: another order would silently repeat some and miss others."""
+    """A run resumes with the rows that it has not seen. Another order would silently repeat some and miss others."""
     text_ids = np.stack([np.arange(1000) // 30, 100 + np.arange(1000) * 7 % 900], axis=1)
     assert {
         "plain": sha256(all_batches(1000, 32, 42, 1))[:16],

@@ -1,4 +1,4 @@
-"""All formats give the same rows; bad records are bad rows with their line; bad files are errors that name them."""
+"""All formats give the same rows; a bad record is a bad row with its line; a bad file is an error that names it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, suffix: str, compression
         (".parquet", [1, 2, 3]),
     ],
 )
-def test_rows_know_the_line_where_they_start(tmp_path: Path, suffix: str, starts: list[int]) -> None:
+def test_rows_have_the_number_of_their_first_line(tmp_path: Path, suffix: str, starts: list[int]) -> None:
     assert [row.line for row in _all(_write(tmp_path / f"r{suffix}", CONTENT[suffix]()), COLUMNS)] == starts
 
 
@@ -116,7 +116,7 @@ def test_an_over_long_line_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.Mo
     assert _good(path) == [(2, "1"), (5, "4"), (7, "5")]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     assert _good(_write(tmp_path / "r.csv", b"\xef\xbb\xbfa,b\n1,2\n")) == [(2, "1")]
     assert _good(_write(tmp_path / "r.jsonl", b'\xef\xbb\xbf{"a": "1"}\n')) == [(1, "1")]
     assert _good(_write(tmp_path / "r.json", b'\xef\xbb\xbf[{"a": "1"}]')) == [(1, "1")]
@@ -136,14 +136,14 @@ def test_a_stray_quote_costs_one_record(tmp_path: Path, after: str) -> None:
     assert len(_good(path)) == 5001 + bool(after)
 
 
-def test_a_stray_quote_is_found_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_closing_quote_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_records, "MAX_FIELD_CHARS", csv.field_size_limit())
     path = _write(tmp_path / "r.csv", 'a,b\n2,"never closed\n' + "3,z\n" * 40_000)
     assert _bad(path) == [(2, "not_csv")]
     assert len(_good(path)) == 40_000
 
 
-def test_parquet_values_are_judged_one_by_one(tmp_path: Path) -> None:
+def test_parquet_values_are_checked_one_by_one(tmp_path: Path) -> None:
     binary = pa.array([b"good", b"\xff", None, b"also"])
     text = pa.Array.from_buffers(pa.string(), 4, binary.buffers())
     pq.write_table(pa.table({"a": text}), tmp_path / "r.parquet")
@@ -211,7 +211,7 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
         _all(tmp_path / "folder.jsonl")
 
 
-def test_a_column_in_some_rows_is_no_error(tmp_path: Path) -> None:
+def test_a_column_that_only_some_rows_have_is_no_error(tmp_path: Path) -> None:
     path = _write(tmp_path / "r.jsonl", '{"b": "1"}\n{"a": "2"}\n')
     assert [row.values for row in _all(path) if isinstance(row, Row)] == [{}, {"anchor": "2"}]
 

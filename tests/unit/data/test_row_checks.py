@@ -1,4 +1,4 @@
-"""Every kind of bad row is found, good rows are left alone, and repeats are counted."""
+"""Every kind of bad row is found, good rows pass, and repeats are counted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_negative_is_compared() -> None:
     assert "negative_1" in problem.detail
 
 
-def test_kinds_have_no_twins() -> None:
+def test_kinds_are_unique() -> None:
     assert len(set(get_args(BadKind))) == len(get_args(BadKind)) == 12
 
 
@@ -69,7 +69,7 @@ def test_normalise_keeps_case() -> None:
     assert normalise("  A\u00a0 b\r\nC ") == "A b C"
 
 
-def test_texts_have_one_hash_in_every_form() -> None:
+def test_all_forms_of_a_text_have_one_hash() -> None:
     assert text_hash(" Caf\u00e9  au\nlait") == text_hash("Cafe\u0301 au lait")
     assert len({text_hash(text) for text in ("ls -a", "ls -A", "ls-a", "l s-a")}) == 4
 
@@ -78,14 +78,14 @@ def test_duplicates_and_leaks_are_counted() -> None:
     repeats = RepeatCounter(("train", "eval", "test"))
     repeats.add("train", ["a", "p", "n"])
     repeats.add("train", ["a", "p", "n"])  # a duplicate
-    repeats.add("train", ["ap", "", "n"])  # not one: the boundary between texts counts
+    repeats.add("train", ["ap", "", "n"])  # not a duplicate: the boundary between texts matters
     repeats.add("eval", ["a ", " p", "other"])  # leaked, though not a duplicate
     repeats.add("eval", ["b", "p", "n"])
-    repeats.add("test", ["b", "p", "n"])  # a duplicate, and leaked from either side
+    repeats.add("test", ["b", "p", "n"])  # a duplicate, whose pair is in eval too
     assert repeats.num_duplicate_rows() == 2
     assert repeats.leaked_pairs() == {"train": {row_hash(["a", "p"])}, "eval": {row_hash(["b", "p"])}}
 
 
-def test_nothing_repeats_in_nothing() -> None:
+def test_without_rows_nothing_repeats() -> None:
     repeats = RepeatCounter(("train", "eval"))
     assert (repeats.num_duplicate_rows(), repeats.leaked_pairs()) == (0, {})

