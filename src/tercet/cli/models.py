@@ -1,4 +1,4 @@
-"""`tercet models`: what is published, and what serves; by hand, also another one."""
+"""The verb `models`: list published models, promote and roll back by hand."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ if TYPE_CHECKING:
 
 def add_models(verbs: Any, store: argparse.ArgumentParser) -> None:
     """Add the verbs; `store` has the flags that say where storage is."""
-    models = verbs.add_parser("models", help="published models, and which one serves").add_subparsers(
+    models = verbs.add_parser("models", help="list published models, promote and roll back").add_subparsers(
         required=True, metavar="VERB"
     )
-    listing = models.add_parser("list", parents=[store], help="every model and its champion")
+    listing = models.add_parser("list", parents=[store], help="list every model with its champion")
     listing.set_defaults(call=_list)
-    show = models.add_parser("show", parents=[store], help="the champion, every one before it, and all versions")
+    show = models.add_parser("show", parents=[store], help="show the champion, all earlier ones, and all versions")
     show.add_argument("name")
-    show.add_argument("--json", action="store_true")
+    show.add_argument("--json", action="store_true", help="print the documents as stored")
     show.set_defaults(call=_show)
-    lineage = models.add_parser("lineage", parents=[store], help="from a model to its run, data, shards and files")
+    lineage = models.add_parser("lineage", parents=[store], help="trace a model to its run, data, shards and files")
     lineage.add_argument("name")
-    lineage.add_argument("--version", type=int, metavar="N", help="another one than the champion")
+    lineage.add_argument("--version", type=int, metavar="N", help="number of a version (the champion's)")
     lineage.set_defaults(call=_lineage)
-    promote = models.add_parser("promote", parents=[store], help="make a version the champion by hand, past the gate")
+    promote = models.add_parser(
+        "promote", parents=[store], help="make a version the champion by hand, without the gate"
+    )
     promote.add_argument("name")
     which = promote.add_mutually_exclusive_group(required=True)
-    which.add_argument("--version", type=int, metavar="N", help="one that is published")
-    which.add_argument("--run", metavar="RUN_ID", help="the best model of a run, which is published first")
-    promote.add_argument("--reason", required=True, type=_text, help="kept for ever")
+    which.add_argument("--version", type=int, metavar="N", help="number of a published version")
+    which.add_argument("--run", metavar="RUN_ID", help="publish the best model of this run first")
+    promote.add_argument("--reason", required=True, type=_text, help="kept in the champion's history")
     promote.set_defaults(call=_promote)
     rollback = models.add_parser("rollback", parents=[store], help="make an earlier champion serve again")
     rollback.add_argument("name")
-    rollback.add_argument("--to", type=int, metavar="N", help="a version (the champion before the present one)")
-    rollback.add_argument("--reason", required=True, type=_text, help="kept for ever")
+    rollback.add_argument(
+        "--to", type=int, metavar="N", help="number of a version that served (the previous champion's)"
+    )
+    rollback.add_argument("--reason", required=True, type=_text, help="kept in the champion's history")
     rollback.set_defaults(call=_rollback)
 
 
 def who() -> str:
-    """The person and the machine."""
+    """Return `user@machine`, for the record of who promoted."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _text(value: str) -> str:
     if not value.strip():
-        raise argparse.ArgumentTypeError("a reason has at least a word")
+        raise argparse.ArgumentTypeError("a reason has at least one word")
     return value.strip()
 
 

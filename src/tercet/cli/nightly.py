@@ -1,4 +1,4 @@
-"""`tercet nightly`: what cron, Kubernetes or a person starts, once a night or more often."""
+"""The verbs `nightly` and `nights`: run one night, list the outcomes of all."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REFUSED_EXIT_CODE = 8  # beside those of errors.py: the night is over, and somet
 def add_nightly(verbs: Any, recipe: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
     """Add the verbs; `recipe` has the flags of a run, `store` those that say where storage is."""
     nightly = verbs.add_parser(
-        "nightly", parents=[recipe], help="new rows in, a run, and the champion kept or replaced"
+        "nightly", parents=[recipe], help="add new rows, train, and keep or replace the champion"
     )
-    nightly.add_argument("--json", action="store_true", help="what came of it, as it is stored")
+    nightly.add_argument("--json", action="store_true", help="print the outcome as stored")
     nightly.set_defaults(call=_nightly)
-    nights = verbs.add_parser("nights", parents=[store], help="what came of the nights of a model")
-    nights.add_argument("name")
+    nights = verbs.add_parser("nights", parents=[store], help="list the outcomes of a model's nights")
+    nights.add_argument("name", help="name of the model")
     nights.set_defaults(call=_nights)
 
 
@@ -52,7 +52,7 @@ def _nights(arguments: argparse.Namespace) -> None:
 
 
 def night_text(night: Night) -> str:
-    """What a person reads in the morning."""
+    """Human-readable outcome of a night."""
     lines = [f"Night of {night.date}: {night.outcome.replace('_', ' ')}", f"  {night.sentence}"]
     if night.warning is not None:
         lines.append(f"  Warning: {night.warning}")
