@@ -1,13 +1,13 @@
-"""Everything derived from a recipe and storage, or a refusal. No torch.
+"""Derive everything from a recipe and storage, or refuse it with reasons. No torch.
 
-- `model_files`: where the base model comes from, and what its files say
-- `packing`: how texts share a forward pass, decided from the model files
+- `model_files`: locate the base model, and read its size from its files
+- `packing`: choose how texts share a forward pass
 - `estimates`: estimated memory, tokens and seconds
-- `parallelism`: the parallelism that fits
-- `engine_settings`: the parallelism in the words of DeepSpeed and FSDP2
+- `parallelism`: choose the parallelism that fits into memory
+- `engine_settings`: settings of DeepSpeed and FSDP2 for a parallelism
 - `dataset_plan`: what a dataset version contributes to training
-- `problems`: what cannot work, each problem with a hint
-- `plan`: recipe and storage to a TrainPlan
-- `rows`: the rows of a plan on this machine
-- `survey`: reads storage and derives the plan
+- `problems`: why a recipe cannot work, each problem with a hint
+- `plan`: the `TrainPlan`, and its derivation from what the survey found
+- `rows`: load the rows of a plan on this machine
+- `survey`: read storage and derive the plan
 """

@@ -139,7 +139,7 @@ def memory_of(
             host = math.ceil(shard(weights + copies))
             gradients = buckets + (gradients if loss_is_cached else GRADIENT_BYTES * trained_of_unit)
             weights, optimizer = WEIGHT_BYTES * unit, 0
-    if _is_16_bit(training) and parallelism in ("ddp", "zero1", "zero2"):
+    if is_16_bit(training) and parallelism in ("ddp", "zero1", "zero2"):
         # The sharded modes gather a unit in 16 bits, and free it. Autocast caches copies of trained weights but not of
         # frozen ones, so that with gradient checkpointing only one layer's copies remain.
         one_layer = lora is not None and training.gradient_checkpointing
@@ -153,12 +153,13 @@ def memory_of(
     )
 
 
-def _is_16_bit(training: TrainingConfig) -> bool:
+def is_16_bit(training: TrainingConfig) -> bool:
+    """Return whether the recipe asks for a 16-bit precision."""
     return training.precision in ("bf16", "fp16")
 
 
 def _activations_bytes(facts: ModelFacts, num_tokens: float, training: TrainingConfig) -> int:
-    of_a_layer = num_tokens * facts.hidden_size * (1 if _is_16_bit(training) else 2)
+    of_a_layer = num_tokens * facts.hidden_size * (1 if is_16_bit(training) else 2)
     if training.gradient_checkpointing:
         return math.ceil(of_a_layer * (LAYER_INPUT_BYTES_16_BIT * facts.num_layers + ACTIVATION_BYTES_16_BIT))
     return math.ceil(of_a_layer * ACTIVATION_BYTES_16_BIT * facts.num_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tercet.config.recipe import Config
 from tercet.config.sections import Parallelism, WorkersConfig
 from tercet.errors import PlanError
-from tercet.planning.estimates import SHARE_OF_MEMORY, _is_16_bit, fits, memory_of, size_text
+from tercet.planning.estimates import SHARE_OF_MEMORY, is_16_bit, fits, memory_of, size_text
 from tercet.planning.model_files import ModelFacts
 
 ZERO_STAGES: dict[Parallelism, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
@@ -98,7 +98,7 @@ def _what_helps(config: Config) -> str:
         "more workers": True,
         "smaller micro-batches (raise training.gradient_accumulation_steps)": rows > 1,
         "training.gradient_checkpointing: true": not training.gradient_checkpointing,
-        "training.precision: bf16": not _is_16_bit(training),
+        "training.precision: bf16": not is_16_bit(training),
         "model.lora": config.model.lora is None,
     }
     return "any of these helps: " + ", ".join(way for way, is_open in ways.items() if is_open)
