@@ -5,7 +5,7 @@ from __future__ import annotations
 from tercet.config.recipe import Config
 from tercet.config.sections import Parallelism, WorkersConfig
 from tercet.errors import PlanError
-from tercet.planning.estimates import SHARE_OF_MEMORY, is_16_bit, fits, memory_of, size_text
+from tercet.planning.estimates import SHARE_OF_MEMORY, fits, is_16_bit, memory_of, size_text
 from tercet.planning.model_files import ModelFacts
 
 ZERO_STAGES: dict[Parallelism, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
