@@ -14,7 +14,7 @@ from support.commands import check, run_command
 from support.interrupted_run import settings
 from support.machines import CannotIsolate
 from support.ray_cluster import RayCluster, Run, ray_cluster
-from support.workers import worker_command, write_plan
+from support.workers import worker_of, write_plan
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def whole(
     for num_workers in (1, 2):
         runs[num_workers] = f"whole-{num_workers}"
         plan = write_plan(folder, runs[num_workers], model, store, **settings(num_workers))
-        check(run_command(worker_command(plan), environment, folder))
+        check(run_command(worker_of(plan), environment, folder))
     return runs
 
 

@@ -12,7 +12,7 @@ import pytest
 from support.commands import check, run_command
 from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
 from support.tiers import in_soak
-from support.workers import commits, training_log, worker_command, write_plan
+from support.workers import commits, training_log, worker_of, write_plan
 from tercet.artifacts import journal
 from tercet.failpoints import VARIABLE
 from tercet.storage import open_storage
@@ -60,12 +60,12 @@ def test_a_kill_changes_nothing(
     plan = write_plan(tmp_path, run_id, model, store, **settings(crash.num_workers))
     fired = tmp_path / "fired"
     armed = f"at={crash.at} rank={crash.rank} step={crash.step} once={fired}"
-    died = run_command(worker_command(plan), {**environment, VARIABLE: armed}, tmp_path)
+    died = run_command(worker_of(plan), {**environment, VARIABLE: armed}, tmp_path)
     assert fired.exists(), died.stdout[-3000:]
     assert died.returncode != 0
     assert not (store / "runs" / run_id / "training.json").exists()
 
-    check(run_command(worker_command(plan), environment, tmp_path))
+    check(run_command(worker_of(plan), environment, tmp_path))
     resumed_from_step = training_log(store, run_id)["resumed_from_step"]
     # Uploads run beside the training: how far they were when it was killed is chance, but not within their own thread.
     if crash.at in IN_UPLOADER and crash.rank == 0:
@@ -87,12 +87,12 @@ def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     limited = {**sections, "workers": {**sections["workers"], "step_timeout_seconds": 40}}
     plan = write_plan(tmp_path, run_id, model, store, **limited)
     armed = f"at=before_step rank={num_workers - 1} step=15 do=hang once={tmp_path / 'fired'}"
-    hung = run_command(worker_command(plan), {**environment, VARIABLE: armed}, tmp_path)
+    hung = run_command(worker_of(plan), {**environment, VARIABLE: armed}, tmp_path)
     assert hung.returncode != 0
     told = hung.stdout.split("no step within 40 s on rank ")[1:]
     assert any(text.startswith(str(num_workers - 1)) and "in crash_point" in text for text in told)  # where it hung
     plan = write_plan(tmp_path, run_id, model, store, **sections)
-    check(run_command(worker_command(plan), environment, tmp_path))
+    check(run_command(worker_of(plan), environment, tmp_path))
     assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
     assert journal.counts(open_storage(str(store)), run_id) == {"hung": 1}
 
@@ -121,11 +121,11 @@ def test_a_disk_that_fills_up(
     small_disk: Path, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     plan = write_plan(tmp_path, "full", model, store, **settings())
-    died = run_command(worker_command(plan), {**environment, "TMPDIR": str(small_disk)}, tmp_path)
+    died = run_command(worker_of(plan), {**environment, "TMPDIR": str(small_disk)}, tmp_path)
     assert died.returncode == 5
     assert "tercet: a disk of this machine is full, or fails" in died.stdout
     assert commits(store, "full") == []
-    check(run_command(worker_command(plan), environment, tmp_path))
+    check(run_command(worker_of(plan), environment, tmp_path))
     assert what_counts(store, "full") == what_counts(store, whole[1])
     assert journal.counts(open_storage(str(store)), "full") == {"disk_full": 1}
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_twice_and_moved_to_more_workers(
         sections["workers"] = {"num_workers": num_workers, "min": 1, "max": 2}
         plan = write_plan(tmp_path, "moved", model, store, **sections)
         armed = {} if step is None else {VARIABLE: f"at=before_commit step={step} once={tmp_path / str(attempt)}"}
-        done = run_command(worker_command(plan), {**environment, **armed}, tmp_path)
+        done = run_command(worker_of(plan), {**environment, **armed}, tmp_path)
         assert (done.returncode == 0) == (step is None), done.stdout[-3000:]
     attempts = proof(store, tmp_path / "moved.yaml", "moved").attempts
     assert [text.split(": ")[1] for text in attempts] == [

@@ -11,7 +11,7 @@ import pytest
 from support.commands import check, run_command
 from support.interrupted_run import proof, settings, what_counts
 from support.tiers import in_soak
-from support.workers import armed_worker, commits, held_worker, training_log, wait_until, worker_command, write_plan
+from support.workers import armed_worker, commits, held_worker, training_log, wait_until, worker_of, write_plan
 from tercet.artifacts import journal
 from tercet.storage import open_storage
 
@@ -32,7 +32,7 @@ def test_a_lone_worker(
     assert commits(store, "notice")[0].step == 14
     assert not (store / "runs/notice/evaluations/00000014.json").exists()
 
-    check(run_command(worker_command(plan), environment, tmp_path))
+    check(run_command(worker_of(plan), environment, tmp_path))
     assert training_log(store, "notice")["resumed_from_step"] == 14
     assert what_counts(store, "notice") == what_counts(store, whole[1])
     assert journal.counts(open_storage(str(store)), "notice") == {"preempted": 1}
@@ -63,6 +63,6 @@ def test_of_two_ranks_one_gets_it(
     assert f"step {saved} is saved" in log.read_text()
     assert commits(store, run_id)[0].step == saved
 
-    check(run_command(worker_command(plan), environment, tmp_path))
+    check(run_command(worker_of(plan), environment, tmp_path))
     assert training_log(store, run_id)["resumed_from_step"] == saved
     assert what_counts(store, run_id) == what_counts(store, whole[2])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import tiny_model
 from support.commands import check, run_command, tercet
 from support.interrupted_run import proof, settings, what_counts
-from support.workers import training_log, wait_until, worker_command, write_plan
+from support.workers import training_log, wait_until, worker_of, write_plan
 from tercet.artifacts.best import read_best
 from tercet.artifacts.checkpoint import read_commits
 from tercet.failpoints import VARIABLE
@@ -90,7 +90,7 @@ def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: d
     """Of a run whose training has ended: the next best is measured and published, and that is said."""
     sections = settings()
     sections["checkpoint"] = {"keep_last": 100}
-    check(run_command(worker_command(write_plan(tmp_path, "damaged", model, store, **sections)), environment, tmp_path))
+    check(run_command(worker_of(write_plan(tmp_path, "damaged", model, store, **sections)), environment, tmp_path))
     storage = open_storage(str(store))
     best, expected = sorted(read_commits(storage, "damaged"), key=lambda commit: -commit.metrics["ndcg@10"])
     path = store / best.folder / "model.safetensors"

@@ -14,7 +14,7 @@ from support import tiny_model
 from support.commands import check, run_command
 from support.interrupted_run import proof, settings, what_counts
 from support.s3_server import FaultyProxy, S3Server
-from support.workers import make_plan, worker_command
+from support.workers import make_plan, worker_of
 from tercet.data.build import build_version
 from tercet.data.ingest import IngestOptions
 from tercet.failpoints import VARIABLE
@@ -47,7 +47,7 @@ def write_recipe(folder: Path, model: Path, storage: Storage, proxy: FaultyProxy
 def command_of(recipe: Path, run_id: str) -> list[str]:
     plan = recipe.with_suffix(".json")
     plan.write_text(make_plan(recipe, run_id).model_dump_json(), encoding="utf-8")
-    return worker_command(plan)
+    return worker_of(plan)
 
 
 def environment_of(server: S3Server, environment: dict[str, str], cache: Path) -> dict[str, str]:

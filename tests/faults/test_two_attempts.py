@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 from filelock import FileLock
 
 from support.commands import check, run_command
+from support.forks import Process
 from support.interrupted_run import proof, settings, what_counts
-from support.workers import commits, held_worker, wait_until, worker_command, write_plan
+from support.workers import commits, held_worker, wait_until, worker_of, write_plan
 
 
-def stop(process: subprocess.Popen[bytes], store: Path) -> None:
+def stop(process: Process, store: Path) -> None:
     """Not while it holds the folder's lock: all others would wait for it, as they should."""
     with FileLock(store / ".tercet" / "lock", timeout=60, poll_interval=0.001):
         process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        threads = Path(f"/proc/{process.pid}/task")
+        wait_until(lambda: all(") T" in path.read_text() for path in threads.glob("*/stat")), process)
 
 
 def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_back(
@@ -31,7 +31,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
         wait_until(lambda: any(commit.step == 12 for commit in commits(store, "cut-off")), cut_off)
         stop(cut_off, store)  # no more renewals, and all that it holds stays in its memory
         started = time.monotonic()
-        second = check(run_command(worker_command(plan), environment, tmp_path))
+        second = check(run_command(worker_of(plan), environment, tmp_path))
         assert time.monotonic() - started > 3
         assert f"run cut-off is held: process {cut_off.pid} on" in second.stdout
         assert "resuming from the checkpoint of step 12" in second.stdout
@@ -52,7 +52,7 @@ def test_the_second_of_two_is_told_who_runs(
     go = tmp_path / "go"
     with held_worker(plan, environment, step=6, until=go) as first:
         wait_until(lambda: bool(commits(store, "two")), first)
-        second = run_command(worker_command(plan), environment, tmp_path)
+        second = run_command(worker_of(plan), environment, tmp_path)
         assert second.returncode != 0
         assert f"RunIsTaken: run two is being trained: process {first.pid} on" in second.stdout
         go.touch()

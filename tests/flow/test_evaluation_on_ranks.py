@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
+from support.forks import Forked
 from support.tiers import in_soak
-from support.workers import torchrun
 from tercet.evaluation.evaluate import make_evaluator
 
 SCRIPT = PROGRAMS / "evaluate_on_ranks.py"
@@ -65,7 +65,7 @@ def alone(tiny_model_dir: Path) -> dict[str, dict[str, float]]:
 def _run(mode: str, num_ranks: int, folder: Path, model: Path, environment: dict[str, str]) -> Shared:
     cases = folder / "cases.json"
     cases.write_text(json.dumps(_cases()))
-    command = torchrun(num_ranks, [str(SCRIPT), str(model), str(cases), str(folder), mode])
+    command = Forked((str(SCRIPT), str(model), str(cases), str(folder), mode), num_ranks)
     check(run_command(command, environment, folder))
     return Shared(
         [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)],

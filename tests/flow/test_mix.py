@@ -18,7 +18,7 @@ from support.workers import (
     largest_difference,
     make_plan,
     training_log,
-    worker_command,
+    worker_of,
 )
 from tercet.artifacts.report import RunReport
 from tercet.data.build import build_version
@@ -70,7 +70,7 @@ def trained(
             write_mix(folder, f"{num_workers}-{name}", tiny_model_dir, mixed_store, num_workers, **sections)
             for name, sections in SECTIONS.items()
         ]
-        check(run_command(worker_command(*plans), environment, folder))
+        check(run_command(worker_of(*plans), environment, folder))
     return mixed_store
 
 
@@ -115,7 +115,7 @@ def test_a_leak_is_refused_before_training(
     tmp_path: Path, mixed_store: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:
     plan = write_mix(tmp_path, "leaky", tiny_model_dir, mixed_store, 2, mix=[*MIX, {"name": "leaky"}])
-    done = run_command(worker_command(plan), environment, tmp_path)
+    done = run_command(worker_of(plan), environment, tmp_path)
     made = TrainPlan.model_validate_json(plan.read_text())
     num_held_out = made.num_rows["eval"] + made.num_rows["test"]
     assert done.returncode != 0

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from support.commands import PROGRAMS, check, run_command
+from support.forks import Forked
 from support.tiers import in_soak
-from support.workers import commits, torchrun, write_plan
+from support.workers import commits, write_plan
 from tercet.failpoints import VARIABLE
 
 STEP = 6
@@ -46,7 +47,8 @@ def test_it_is_named_and_not_committed(
     script = str(PROGRAMS / "planted.py")
     first = store / "runs" / run_id / "checkpoints/00000002/COMMIT"
     armed = {VARIABLE: f"at=before_step step=5 do=hang once={tmp_path / 'held'} until={first}"}
-    done = check(run_command(torchrun(2, [script, str(plan), kind, str(step)]), {**environment, **armed}, tmp_path))
+    program = Forked((script, str(plan), kind, str(step)), num_ranks=2)
+    done = check(run_command(program, {**environment, **armed}, tmp_path))
     for rank in (0, 1):
         assert f"rank {rank}: {TOLD[mode, kind]}" in done.stdout, done.stdout[-5000:]
     kept = [commit.step for commit in commits(store, run_id)]

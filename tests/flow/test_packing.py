@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support.commands import check, run_command
-from support.workers import commits, final_weights, largest_difference, weights, worker_command, write_plan
+from support.workers import commits, final_weights, largest_difference, weights, worker_of, write_plan
 
 MODES = ("ddp", "fsdp2", "zero2", "zero3")
 LOSSES: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def trained(
         )
         plans.setdefault(mode.startswith("zero"), []).append(path)
     # DeepSpeed leaves traces in a process.
-    commands = [worker_command(*some) for some in plans.values()]
+    commands = [worker_of(*some) for some in plans.values()]
     output = [check(run_command(command, environment, folder)).stdout for command in commands]
     return {"store": store, "output": "".join(output)}
 

@@ -23,7 +23,7 @@ from support.workers import (
     model_folder,
     training_log,
     weights,
-    worker_command,
+    worker_of,
     write_plan,
 )
 from tercet.artifacts.best import best_commit, publish_best
@@ -84,7 +84,7 @@ class Runs:
         """Run everything that was added; returns what it printed."""
         output = ""
         for plans in self._plans.values():
-            command = worker_command(*plans)
+            command = worker_of(*plans)
             output += check(run_command(command, self.environment, self.folder)).stdout
         self._plans.clear()
         return output

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command, tercet
+from support.forks import Forked
 
 RUN_ID = "whole-run"
 
@@ -261,9 +261,9 @@ def failures(
     for run_id, learning_rate in (("frozen", 1e-60), ("unmoved", 1e-30), ("bursting", 1e20)):
         training = {"learning_rate": learning_rate, "num_epochs": 1, "max_grad_norm": 0.0}
         recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", tiny_model_dir, store, training=training)
-        command = tercet("train", recipe, "--run-id", run_id)
+        command: list[str] | Forked = tercet("train", recipe, "--run-id", run_id)
         if run_id != "frozen":
-            command = [sys.executable, str(PROGRAMS / "train_without_ray.py"), *command[3:]]
+            command = Forked((str(PROGRAMS / "train_without_ray.py"), "train", str(recipe), "--run-id", run_id))
         done[run_id] = run_command(command, environment, folder)
     return done
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import check, run_command
-from support.workers import commits, make_plan, model_folder, training_log, weights, worker_command
+from support.workers import commits, make_plan, model_folder, training_log, weights, worker_of
 from tercet.artifacts.best import best_commit, publish_best
 from tercet.config.examples import example_path
 from tercet.config.losses import TripletLossConfig
@@ -38,7 +38,7 @@ def trained(
 ) -> Path:
     path = tmp_path_factory.mktemp("stella-plan") / "plan.json"
     path.write_text(plan.model_dump_json())
-    check(run_command(worker_command(path), environment, path.parent))
+    check(run_command(worker_of(path), environment, path.parent))
     return store
 
 

@@ -11,17 +11,17 @@ import pytest
 
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
+from support.forks import Forked
 from support.workers import (
     commits,
     final_weights,
     held_worker,
     largest_difference,
     model_folder,
-    torchrun,
     training_log,
     wait_until,
     weights,
-    worker_command,
+    worker_of,
     write_plan,
 )
 
@@ -61,12 +61,12 @@ def trained(plans: dict[str, Path], store: Path, environment: dict[str, str]) ->
     """The storage in which all RUNS have ended."""
     for num_workers in (1, 2):
         several = [plans[run_id] for run_id in RUNS if RUNS[run_id][0] == num_workers]
-        check(run_command(worker_command(*several), environment, store))
+        check(run_command(worker_of(*several), environment, store))
     return store
 
 
 def test_one_seed_gives_equal_bits(plans: dict[str, Path], trained: Path, environment: dict[str, str]) -> None:
-    check(run_command(worker_command(plans["2-again"]), environment, trained))
+    check(run_command(worker_of(plans["2-again"]).command, environment, trained))
     assert largest_difference(final_weights(trained, "2-ranking"), final_weights(trained, "2-again")) == 0.0
 
 
@@ -104,8 +104,8 @@ def test_the_plain_trainer_ends_with_the_same_weights(
     trained: Path, tmp_path: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:
     """SentenceTransformerTrainer by itself, told the same settings in its own words."""
-    script = [sys.executable, PROGRAMS / "plain_trainer.py", tiny_model_dir, trained, tmp_path]
-    check(run_command([str(part) for part in script], environment, tmp_path))
+    program = (PROGRAMS / "plain_trainer.py", tiny_model_dir, trained, tmp_path)
+    check(run_command(Forked(tuple(map(str, program))), environment, tmp_path))
     assert largest_difference(weights(tmp_path / "ranking"), final_weights(trained, "1-plain")) < 1e-6
     # Packed, sums are taken in another order. The gradient of a key's bias is zero but for that, and Adam makes a step
     # of it.
@@ -120,7 +120,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
     model = tiny_model.tiny_bert(tmp_path / "dropout", tiny_model.all_texts(), dropout=0.1, pooler=False)
     settings: dict[str, Any] = {"training": {"num_epochs": 3, "warmup_ratio": 0.5, "log_every_steps": 1}}
     whole = write_plan(tmp_path, "whole", model, store, **settings)
-    check(run_command(worker_command(whole), environment, tmp_path))
+    check(run_command(worker_of(whole), environment, tmp_path))
 
     killed = write_plan(tmp_path, "killed", model, store, **settings)
     with held_worker(killed, environment, step=13, until=tmp_path / "never") as process:
@@ -128,7 +128,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
     assert [commit.step for commit in commits(store, "killed")] == [11]
     assert not (store / "runs/killed/training.json").exists()
 
-    check(run_command(worker_command(killed), environment, tmp_path))
+    check(run_command(worker_of(killed), environment, tmp_path))
     assert training_log(store, "killed")["resumed_from_step"] == 11
     assert training_log(store, "whole")["resumed_from_step"] == 0
     assert [commit.step for commit in commits(store, "killed")] == [33, 22, 11]
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    done = check(run_command(worker_command(plans["1-damaged"]), environment, trained))
+    done = check(run_command(worker_of(plans["1-damaged"]), environment, trained))
     assert "step 22 is damaged and skipped" in done.stdout
     assert training_log(trained, "1-damaged")["resumed_from_step"] == 11
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_one_with_its_metrics
     """Not one before the evaluation and another after it, into the same folder."""
     sections: dict[str, Any] = {"training": {"num_epochs": 2}, "checkpoint": {"every_steps": 11}}
     plan = write_plan(tmp_path, "due", tiny_model_dir, store, **sections)
-    done = check(run_command(worker_command(plan), environment, tmp_path))
+    done = check(run_command(worker_of(plan), environment, tmp_path))
     assert [(commit.step, "ndcg@10" in commit.metrics) for commit in commits(store, "due")] == [(22, True), (11, True)]
     assert done.stdout.count("checkpoint committed") == 2
 
@@ -181,7 +181,7 @@ def test_a_plan_for_more_workers_than_started_is_refused(
 
 
 def test_ranks_that_train_models_of_their_own_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
-    command = torchrun(2, [str(PROGRAMS / "ranks_differ.py")])
+    command = Forked((str(PROGRAMS / "ranks_differ.py"),), num_ranks=2)
     done = check(run_command(command, environment, tmp_path))
     for rank in (0, 1):
         assert f"rank {rank}: after 5 steps the ranks hold different weights" in done.stdout

@@ -17,7 +17,7 @@ from support.workers import (
     largest_difference,
     model_folder,
     training_log,
-    worker_command,
+    worker_of,
     write_plan,
 )
 
@@ -48,7 +48,7 @@ def run(
         training={"num_epochs": 1, "learning_rate": 0.0005, "precision": precision},
         workers={"num_workers": 1, "use_gpu": use_gpu, "parallelism": mode},
     )
-    check(run_command(worker_command(path), {**environment, "CUDA_VISIBLE_DEVICES": "0"}, folder, timeout=300))
+    check(run_command(worker_of(path).command, {**environment, "CUDA_VISIBLE_DEVICES": "0"}, folder, timeout=300))
     return training_log(store, run_id)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from support.forks import Forked, start
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
@@ -17,9 +20,18 @@ LEFT_OUT = ("AWS_", "RAY_", "TERCET_", "HF_", "MASTER_", "WORLD_SIZE", "RANK", "
 
 
 def run_command(
-    command: list[str], environment: Mapping[str, str], cwd: Path, timeout: float = 900
+    command: list[str] | Forked, environment: Mapping[str, str], cwd: Path, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end. A test that expects success calls `check`."""
+    if isinstance(command, Forked):
+        with tempfile.TemporaryFile("w+") as out:
+            process = start(command, environment, cwd, out)
+            try:
+                code = process.wait(timeout)
+            finally:
+                process.kill()
+            out.seek(0)
+            return subprocess.CompletedProcess(command.command, code, out.read())
     return subprocess.run(
         command,
         env=dict(environment),

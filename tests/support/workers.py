@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 from support import tiny_model
 from support.commands import PROGRAMS
+from support.forks import Forked, Process, start
 from tercet.artifacts.checkpoint import Commit, read_commits
 from tercet.config.recipe import load_config
 from tercet.failpoints import VARIABLE
@@ -37,35 +36,24 @@ def write_plan(folder: Path, run_id: str, model: Path, store: Path, /, **section
     return path
 
 
-def worker_command(*plans: Path) -> list[str]:
-    """One worker by itself, or as many as the plan says under torchrun. Several plans: one after the other."""
+def worker_of(*plans: Path) -> Forked:
+    """One worker, or as many as the plan says under torchrun. Several plans: one after the other."""
     num_workers = json.loads(plans[0].read_text())["config"]["workers"]["num_workers"]
-    module = ["-m", "tercet.cli", "worker"] if len(plans) == 1 else [str(PROGRAMS / "several_plans.py")]
-    worker = [*module, *map(str, plans)]
-    return [sys.executable, *worker] if num_workers == 1 else torchrun(num_workers, worker)
+    program = ("-m", "tercet.cli", "worker") if len(plans) == 1 else (str(PROGRAMS / "several_plans.py"),)
+    return Forked((*program, *map(str, plans)), 0 if num_workers == 1 else num_workers)
 
 
-def torchrun(num_workers: int, worker: list[str]) -> list[str]:
-    """A program on so many ranks of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [*launcher, "--nproc-per-node", str(num_workers), *worker]
-
-
-def held_worker(
-    plan: Path, environment: Mapping[str, str], step: int, until: Path
-) -> AbstractContextManager[subprocess.Popen[bytes]]:
+def held_worker(plan: Path, environment: Mapping[str, str], step: int, until: Path) -> AbstractContextManager[Process]:
     """Waits before a step for that file to be there. A .held beside its plan says that it does."""
     armed = f"at=before_step step={step} do=hang once={plan.with_suffix('.held')} until={until}"
     return armed_worker(plan, environment, armed)
 
 
 @contextmanager
-def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iterator[subprocess.Popen[bytes]]:
+def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iterator[Process]:
     """Runs beside the test, and is killed at its end. What it prints is in a .log beside its plan."""
     with plan.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(
-            worker_command(plan), env={**environment, VARIABLE: armed}, cwd=plan.parent, stdout=log, stderr=log
-        )
+        process = start(worker_of(plan), {**environment, VARIABLE: armed}, plan.parent, log)
         try:
             yield process
         finally:
@@ -73,7 +61,7 @@ def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iter
             process.wait(timeout=60)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], process: Process, seconds: float = 240) -> None:
     """As long as the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
