@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
+from support.tiers import in_soak
 from support.workers import (
     commits,
     final_weights,
@@ -53,22 +54,56 @@ CASES = [
 # A run of one mode on so many workers that goes on as another. The weights are compared with those of `ddp`.
 GOES_ON_AS = [
     ("ddp", 2, "zero3", 2),
+    ("fsdp2", 2, "zero2", 1),
     ("zero2", 2, "fsdp2", 2),
     ("fsdp2", 2, "zero1", 2),
     ("zero3", 2, "ddp", 1),
-    ("fsdp2", 2, "zero2", 1),
     ("ddp", 1, "fsdp2", 2),
     ("zero1", 1, "zero3_offload", 2),
 ]
 
 
-class Runs:
-    """Tiny runs, as many as possible in one start of the processes. DeepSpeed leaves traces in a process, so the other
-    modes have one of their own."""
+# `make test` has one machinery of each, with a loss of either kind.
+IN_TEST = [("fsdp2", "ranking"), ("fsdp2", "cached"), ("zero3", "ranking"), ("zero3", "cached")]
+PACKED_BF16 = "zero3-packed-bf16"
+MORE_THAT_DIED = [f"{mode}-{what}" for mode, what in product(MODES, ["dropout", "bf16"])]
+MORE_THAT_DIED.remove("fsdp2-dropout")
 
-    def __init__(self, folder: Path, store: Path, environment: dict[str, str]) -> None:
-        self.folder, self.store, self.environment = folder, store, environment
+
+class Runs:
+    """Tiny runs on two workers, made when a test first needs them: as many as possible in one start of the processes.
+    DeepSpeed leaves traces in a process, so the other modes have one of their own."""
+
+    def __init__(self, folder: Path, store: Path, models: dict[str, Path], environment: dict[str, str]) -> None:
+        self.folder, self.store, self.models, self.environment = folder, store, models, environment
         self._plans: dict[tuple[bool, int], list[Path]] = {}
+        self._ended: set[str] = set()
+
+    def need(self, *run_ids: str) -> Path:
+        """See that these have ended: `<mode>-<loss>`; `<mode>-dropout`; that in bf16, `<mode>-bf16`; and PACKED_BF16.
+        Returns their storage."""
+        for run_id in sorted({*run_ids} - self._ended):
+            self._add_named(run_id, run_id)
+        self.go()
+        self._ended |= {*run_ids}
+        return self.store
+
+    def start_again(self, *run_ids: str) -> str:
+        """Runs that ended, as `<run_id>-again` from the checkpoint after the first epoch; returns what is printed."""
+        self.need(*run_ids)
+        for run_id in run_ids:
+            self.rewind(run_id, f"{run_id}-again", step=11)
+            self._add_named(f"{run_id}-again", run_id)
+        return self.go()
+
+    def _add_named(self, run_id: str, as_run: str) -> None:
+        mode, what = as_run.split("-", 1)
+        if what in LOSSES:
+            self.add(run_id, mode, self.models["plain"], loss=LOSSES[what])
+        else:
+            training = {"num_epochs": 3, "precision": "bf16" if "bf16" in what else "fp32"}
+            workers = {"packing": "packed" if "packed" in what else "auto"}
+            self.add(run_id, mode, self.models["dropout"], training=training, workers=workers)
 
     def add(self, run_id: str, mode: str, model: Path, num_workers: int = 2, /, **sections: Any) -> Path:
         """Plan a run; `go` starts it."""
@@ -106,8 +141,15 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, store: Path, environment: dict[str, str]) -> Runs:
-    return Runs(tmp_path_factory.mktemp("parallelism"), store, environment)
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    store: Path,
+    tiny_model_dir: Path,
+    dropout_model_dir: Path,
+    environment: dict[str, str],
+) -> Runs:
+    models = {"plain": tiny_model_dir, "dropout": dropout_model_dir}
+    return Runs(tmp_path_factory.mktemp("parallelism"), store, models, environment)
 
 
 @pytest.fixture(scope="module")
@@ -118,26 +160,17 @@ def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model.tiny_bert(folder, tiny_model.all_texts(), **options)
 
 
-@pytest.fixture(scope="module")
-def trained(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> Path:
-    """Modes with losses, `<mode>-<loss>`; all with dropout, `<mode>-dropout`; and that in bf16, `<mode>-bf16`."""
-    for mode in MODES:  # one after the other: ZeRO-3 leaves another `linear` in the process, which rounds differently
-        for loss in (loss for of, loss in CASES if of == mode):
-            runs.add(f"{mode}-{loss}", mode, tiny_model_dir, loss=LOSSES[loss])
-        runs.add(f"{mode}-dropout", mode, dropout_model_dir, training={"num_epochs": 3})
-        runs.add(f"{mode}-bf16", mode, dropout_model_dir, training={"num_epochs": 3, "precision": "bf16"})
-    packed = {"training": {"num_epochs": 3, "precision": "bf16"}, "workers": {"packing": "packed"}}
-    runs.add("zero3-packed-bf16", "zero3", dropout_model_dir, **packed)
-    runs.go()
-    return runs.store
-
-
 @pytest.mark.parametrize(
-    ("mode", "loss"), [case for case in (*CASES, *product(MODES, ["dropout"])) if case[0] != "ddp"]
+    ("mode", "loss"),
+    [
+        *IN_TEST,
+        *in_soak(case for case in (*CASES, *product(MODES, ["dropout"])) if case[0] != "ddp" and case not in IN_TEST),
+    ],
 )
-def test_every_mode_ends_with_the_weights_of_ddp(trained: Path, mode: str, loss: str) -> None:
+def test_every_mode_ends_with_the_weights_of_ddp(runs: Runs, mode: str, loss: str) -> None:
     """Evaluated in each epoch, with a Dense module, over two accumulation steps, negatives across ranks. The wrapped
     model's type and its shards are checked by the worker itself, which fails otherwise."""
+    trained = runs.need(f"ddp-{loss}", f"{mode}-{loss}")
     assert training_log(trained, f"{mode}-{loss}")["parallelism"] == mode
     assert largest_difference(final_weights(trained, f"ddp-{loss}"), final_weights(trained, f"{mode}-{loss}")) < 1e-5
     expected, found = commits(trained, f"ddp-{loss}"), commits(trained, f"{mode}-{loss}")
@@ -150,13 +183,15 @@ def _weights(store: Path, commit: Any) -> dict[str, torch.Tensor]:
     return weights(model_folder(store, commit))
 
 
-def test_gradient_caching_changes_nothing(trained: Path) -> None:
+def test_gradient_caching_changes_nothing(runs: Runs) -> None:
+    trained = runs.need("ddp-ranking", "ddp-cached")
     assert largest_difference(final_weights(trained, "ddp-ranking"), final_weights(trained, "ddp-cached")) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_best_is_not_last_and_complete(trained: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["zero3", *in_soak(mode for mode in MODES if mode != "zero3")])
+def test_best_is_not_last_and_complete(runs: Runs, mode: str) -> None:
     """What is published is the best step's model: loadable by plain sentence-transformers, every tensor whole."""
+    trained = runs.need("ddp-dropout", f"{mode}-dropout")
     found = commits(trained, f"{mode}-dropout")
     best = best_commit(found, "ndcg@10")
     assert best is not None
@@ -183,9 +218,10 @@ def _same_step(store: Path, step: int) -> Any:
     return next(commit for commit in commits(store, "ddp-dropout") if commit.step == step)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", [*KINDS, *in_soak(mode for mode in MODES if mode not in KINDS)])
+def test_a_checkpoint_holds_every_ranks_share(runs: Runs, mode: str) -> None:
     """Weights once, by rank 0; the optimizer's state cut among the ranks; a state of random numbers each."""
+    trained = runs.need(f"{mode}-ranking")
     for commit in commits(trained, f"{mode}-ranking"):
         documents = (model_folder(trained, commit) / f"rank-{rank}.json" for rank in (0, 1))
         parts = [json.loads(document.read_text())["files"].keys() for document in documents]
@@ -199,44 +235,45 @@ def test_a_checkpoint_holds_every_ranks_share(trained: Path, mode: str) -> None:
         assert max(sizes) < 1.5 * min(sizes)
 
 
-def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, dropout_model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [["fsdp2-dropout", PACKED_BF16], *in_soak([MORE_THAT_DIED])], ids=["two", "all others"]
+)
+def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, names: list[str]) -> None:
     """In every mode, with dropout, in fp32 and in bf16, from amid the schedule. Once packed, as ZeRO-3 would gather
     biases in bf16 now in one type, now in another: the first step after a start met other ones than it should."""
-    names = [f"{mode}-{name}" for mode in MODES for name in ("dropout", "bf16")] + ["zero3-packed-bf16"]
+    assert runs.start_again(*names).count("resuming from the checkpoint of step 11") == 2 * len(names)
     for name in names:
-        runs.rewind(name, f"{name}-again", step=11)
-        training = {"num_epochs": 3, "precision": "bf16" if "bf16" in name else "fp32"}
-        workers = {"packing": "packed" if "packed" in name else "auto"}
-        runs.add(f"{name}-again", name.split("-")[0], dropout_model_dir, training=training, workers=workers)
-    assert runs.go().count("resuming from the checkpoint of step 11") == 2 * len(names)
-    for name in names:
-        assert largest_difference(final_weights(trained, name), final_weights(trained, f"{name}-again")) == 0.0, name
-        assert commits(trained, f"{name}-again")[0].metrics == commits(trained, name)[0].metrics
+        assert largest_difference(final_weights(runs.store, name), final_weights(runs.store, f"{name}-again")) == 0.0
+        assert commits(runs.store, f"{name}-again")[0].metrics == commits(runs.store, name)[0].metrics
 
 
+@pytest.mark.parametrize("cases", [GOES_ON_AS[:2], *in_soak([GOES_ON_AS[2:]])], ids=["two", "all others"])
 def test_a_run_goes_on_in_another_mode_and_with_another_number_of_workers(
-    runs: Runs, trained: Path, tiny_model_dir: Path
+    runs: Runs, tiny_model_dir: Path, cases: list[tuple[str, int, str, int]]
 ) -> None:
     loss = LOSSES["ranking"]
-    for mode in ("ddp", "zero1"):
-        runs.add(f"{mode}-alone", mode, tiny_model_dir, 1, loss=loss)
+    trained = runs.need("ddp-ranking", *(f"{before}-ranking" for before, num_before, *_ in cases if num_before == 2))
+    for before, num_before, *_ in cases:
+        if num_before == 1:
+            runs.add(f"{before}-alone", before, tiny_model_dir, 1, loss=loss)
     runs.go()
-    for before, num_before, after, num_after in GOES_ON_AS:
+    for before, num_before, after, num_after in cases:
         first = f"{before}-ranking" if num_before == 2 else f"{before}-alone"
         runs.rewind(first, f"{before}{num_before}-{after}{num_after}", step=11)
         runs.add(f"{before}{num_before}-{after}{num_after}", after, tiny_model_dir, num_after, loss=loss)
     output = runs.go()
-    assert "resuming from the checkpoint of step 11 (1 workers)" in output
-    for before, num_before, after, num_after in GOES_ON_AS:
+    for before, num_before, after, num_after in cases:
+        assert f"resuming from the checkpoint of step 11 ({num_before} workers)" in output
         run_id = f"{before}{num_before}-{after}{num_after}"
         assert training_log(trained, run_id)["resumed_from_step"] == 11
         difference = largest_difference(final_weights(trained, "ddp-ranking"), final_weights(trained, run_id))
         assert difference < 2e-5, run_id
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_bf16_is_autocast_over_fp32_weights(trained: Path, dropout_model_dir: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["ddp", *in_soak(mode for mode in MODES if mode != "ddp")])
+def test_bf16_is_autocast_over_fp32_weights(runs: Runs, dropout_model_dir: Path, mode: str) -> None:
     """In training and in what is saved: a weight that bf16 could hold was rounded on the way."""
+    trained = runs.need("ddp-dropout", f"{mode}-bf16")
     rough = final_weights(trained, f"{mode}-bf16")
     assert {value.dtype for value in rough.values()} == {torch.float32}
     # fp32 modes differ by 1e-6.
@@ -247,9 +284,9 @@ def test_bf16_is_autocast_over_fp32_weights(trained: Path, dropout_model_dir: Pa
     assert [name for name, value in moved.items() if torch.equal(value, value.bfloat16().float())] == []
 
 
-def test_lora_and_gradient_checkpointing(
-    runs: Runs, trained: Path, tiny_model_dir: Path, dropout_model_dir: Path
-) -> None:
+@pytest.mark.soak
+def test_lora_and_gradient_checkpointing(runs: Runs, tiny_model_dir: Path, dropout_model_dir: Path) -> None:
+    trained = runs.need("ddp-ranking", "ddp-dropout")
     adapter = {"lora": {"rank": 4, "target_modules": ["query", "value"]}}
     again = {"num_epochs": 3, "gradient_checkpointing": True}
     for mode in KINDS:
@@ -269,7 +306,10 @@ def test_lora_and_gradient_checkpointing(
         assert {name.rsplit(".", 2)[-2] for name in moved} == {"query", "value", "2_Dense/linear"}, mode
 
 
-def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.soak
+def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
+    """After the test before it, which trained what is started again."""
+    trained = runs.store
     sections: dict[str, Any] = {"model": {"lora": {"rank": 4, "target_modules": ["query", "value"]}}}
     for mode in ("ddp", "zero3"):
         runs.rewind(f"{mode}-lora", f"{mode}-lora-again", step=11)
@@ -280,7 +320,9 @@ def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, trained: Path,
         assert largest_difference(final_weights(trained, f"{mode}-lora"), again) == 0.0, mode
 
 
-def test_ray_runs_to_the_same_bits(runs: Runs, trained: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.soak
+def test_ray_runs_to_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
+    trained = runs.need(*(f"{mode}-ranking" for mode in KINDS))
     plans = [runs.add(f"{mode}-ray", mode, tiny_model_dir, loss=LOSSES["ranking"]) for mode in KINDS]
     script = [sys.executable, str(PROGRAMS / "train_on_ray.py"), *map(str, plans)]
     check(run_command(script, runs.environment, runs.folder))
