@@ -28,7 +28,7 @@ def test_a_lone_worker(
         assert worker.wait(timeout=400) == 6
     said = plan.with_suffix(".log").read_text()
     assert "Traceback" not in said
-    assert "Preempted: the machine is about to be taken away; step 14 is saved" in said
+    assert "tercet: the machine is about to be taken away; step 14 is saved" in said
     assert commits(store, "notice")[0].step == 14
     assert not (store / "runs/notice/evaluations/00000014.json").exists()
 

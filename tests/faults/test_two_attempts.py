@@ -40,7 +40,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
         go.touch()
         cut_off.send_signal(signal.SIGCONT)
         assert cut_off.wait(timeout=400) != 0
-    assert "LeaseLost: run cut-off was taken over by process" in plan.with_suffix(".log").read_text()
+    assert "tercet: run cut-off was taken over by process" in plan.with_suffix(".log").read_text()
     assert what_counts(store, "cut-off") == expected
     assert len(proof(store, tmp_path / "cut-off.yaml", "cut-off").attempts) == 2
 
@@ -54,7 +54,7 @@ def test_the_second_of_two_is_told_who_runs(
         wait_until(lambda: bool(commits(store, "two")), first)
         second = run_command(worker_of(plan), environment, tmp_path)
         assert second.returncode != 0
-        assert f"RunIsTaken: run two is being trained: process {first.pid} on" in second.stdout
+        assert f"tercet: run two is being trained: process {first.pid} on" in second.stdout
         go.touch()
         assert first.wait(timeout=400) == 0
     assert what_counts(store, "two") == what_counts(store, whole[1])
