@@ -1,31 +1,31 @@
-"""Everything that tercet raises on purpose.
+"""Errors that tercet raises on purpose.
 
     TercetError                 1   the root: message, hint, exit code
     ├── ConfigError             2   a recipe or a flag is wrong
     ├── DataError               3   rows or a dataset version are wrong
     │   ├── TooManyBadRows      3   the share of bad rows is above the limit; nothing was published
     │   └── DatasetNotFound     3   no such dataset, or no such version of it
-    ├── PlanError               4   the recipe is valid, but cannot work on this data or these workers
-    ├── StorageError            5   storage did not do what was asked
+    ├── PlanError               4   the recipe is valid, but cannot work with this data or these workers
+    ├── StorageError            5   a storage request failed
     │   ├── ObjectNotFound      5   no such object
     │   ├── AlreadyExists       5   put-if-absent found an object
-    │   ├── Conflict            5   compare-and-swap found another value than expected
+    │   ├── Conflict            5   compare-and-swap did not find the expected value
     │   │   └── ChampionMoved   5   another publisher moved the champion: compare with the new one
     │   ├── AccessDenied        5   credentials missing, wrong or expired
     │   ├── BucketNotFound      5   no such bucket
     │   ├── StorageUnavailable  5   no answer after all retries
-    │   ├── DiskFull            5   a disk of this machine, or the folder that is the storage, has no room
-    │   ├── LeaseLost           5   another attempt has taken the run over
-    │   └── CorruptObject       5   the bytes are not those that were committed (sha256)
+    │   ├── DiskFull            5   a disk of this machine, or the storage folder, is full
+    │   ├── LeaseLost           5   another attempt has taken over the run
+    │   └── CorruptObject       5   the bytes differ from those that were written (sha256)
     ├── TrainingError           6   training started and did not succeed
-    │   ├── RunIsTaken          6   another attempt at the same run lives
-    │   ├── Preempted           6   the machine was taken away, with notice; the run was saved
-    │   ├── OutOfMemory         6   a worker had not the memory for a step
+    │   ├── RunIsTaken          6   another attempt at the same run is alive
+    │   ├── Preempted           6   the machine was preempted, with notice; the run was saved
+    │   ├── OutOfMemory         6   a worker ran out of memory
     │   ├── NonFiniteError      6   NaN or Inf in a loss, gradient, weight, embedding or metric
-    │   └── LearnedNothing      6   the weights did not move
-    └── JobError                7   a submitted Ray job failed, or was stopped
+    │   └── LearnedNothing      6   the weights did not change
+    └── JobError                7   a submitted Ray job failed or was stopped
 
-The number is the exit code of the command line. All of them survive pickling, because Ray carries them between
+The number is the exit code of the command line. All errors survive pickling, because Ray carries them between
 processes.
 """
 
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 
 class TercetError(Exception):
-    """Something a person can act on: what happened (`message`) and what to do (`hint`)."""
+    """An error that a user can act on: `message` says what happened, `hint` what to do."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class TercetError(Exception):
 
 
 def first_line(error: object) -> str:
-    """Of what an error of a library says, which may be nothing."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -72,13 +72,13 @@ class DatasetNotFound(DataError):
 
 
 class PlanError(TercetError):
-    """The recipe is valid, but cannot work on this data or these workers."""
+    """The recipe is valid, but cannot work with this data or these workers."""
 
     exit_code = 4
 
 
 class StorageError(TercetError):
-    """Storage did not do what was asked."""
+    """A storage request failed."""
 
     exit_code = 5
 
@@ -88,15 +88,15 @@ class ObjectNotFound(StorageError):
 
 
 class AlreadyExists(StorageError):
-    """Put-if-absent found an object of that name."""
+    """Put-if-absent found an object."""
 
 
 class Conflict(StorageError):
-    """Compare-and-swap found another value than the expected one."""
+    """Compare-and-swap did not find the expected value."""
 
 
 class ChampionMoved(Conflict):
-    """Another publisher moved the champion; a candidate is to be compared with the new one."""
+    """Another publisher moved the champion: compare the candidate with the new one."""
 
 
 class AccessDenied(StorageError):
@@ -112,18 +112,18 @@ class StorageUnavailable(StorageError):
 
 
 class DiskFull(StorageError):
-    """A disk of this machine has no room, or the folder that is the storage has none."""
+    """A disk of this machine, or the storage folder, is full."""
 
 
 class LeaseLost(StorageError):
-    """Another attempt at the same run has taken it over; what this one writes does not count any more."""
+    """Another attempt has taken over the run; checkpoints that this one still writes do not count."""
 
 
 class CorruptObject(StorageError):
-    """The bytes read are not the bytes that were committed."""
+    """The bytes read differ from those that were written."""
 
     token: str | None = None
-    """Of the bytes that lie there, where storage itself found them damaged: `compare_and_swap` replaces them by it."""
+    """Token of the damaged object, if storage found the damage; pass it to `compare_and_swap` to replace the object."""
 
 
 class TrainingError(TercetError):
@@ -133,15 +133,15 @@ class TrainingError(TercetError):
 
 
 class RunIsTaken(TrainingError):
-    """Another attempt at the same run lives."""
+    """Another attempt at the same run is alive."""
 
 
 class Preempted(TrainingError):
-    """The machine was taken away, with notice. The run was saved, and goes on with the same command."""
+    """The machine was preempted, with notice. The run was saved; the same command resumes it."""
 
 
 class OutOfMemory(TrainingError):
-    """A worker had not the memory for a step."""
+    """A worker ran out of memory."""
 
 
 class NonFiniteError(TrainingError):
@@ -149,10 +149,10 @@ class NonFiniteError(TrainingError):
 
 
 class LearnedNothing(TrainingError):
-    """The weights did not move although the learning rate was above zero."""
+    """The weights did not change although the learning rate was above zero."""
 
 
 class JobError(TercetError):
-    """A submitted Ray job failed, or was stopped."""
+    """A submitted Ray job failed or was stopped."""
 
     exit_code = 7

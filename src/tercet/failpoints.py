@@ -2,9 +2,9 @@
 
     TERCET_CRASH="at=before_commit rank=1 step=8 do=kill once=/tmp/fired"
 
-`do` is kill (SIGKILL), notice (SIGTERM), or hang: for ever, or with `until=/tmp/go` until that file exists. `once`
-names a file that is made when it fires: where it exists, the place is inert again, so that a restart gets past. Several
-are parted by `;`.
+`do` is kill (SIGKILL), notice (SIGTERM) or hang: for ever, or until the file named by `until=/tmp/go` exists. `once`
+names a file that is created when the place fires; while it exists the place is inert, so that a restart gets past.
+Separate several places with `;`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VARIABLE = "TERCET_CRASH"
 
 
 def crash_point(name: str, step: int | None = None) -> None:
-    """Does what the environment asks for at this place, step and rank."""
+    """Do what the environment asks for at this place, step and rank."""
     if VARIABLE not in os.environ:
         return
     for text in os.environ[VARIABLE].split(";"):

@@ -237,7 +237,7 @@ class TestFiles:
         assert storage.read("a") == b"new"
 
     def test_no_such_local_file(self, storage: Storage, tmp_path: Path) -> None:
-        with pytest.raises(StorageError, match="no file"):
+        with pytest.raises(StorageError, match="none does not exist"):
             storage.upload(tmp_path / "none", "a")
         assert not storage.exists("a")
 
@@ -320,13 +320,13 @@ while True:
             storage.put(".tercet/lock", b"")
 
     def test_a_held_lock_is_not_waited_for_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tercet.storage.local.LOCK_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("tercet.storage.local.LOCK_TIMEOUT_SECONDS", 0.2)
         storage = LocalStorage(tmp_path)
         storage.put("a", b"1")
         with storage._lock():
             (outcome,) = at_once([lambda: storage.put("a", b"2")])
         assert isinstance(outcome, StorageUnavailable)
-        assert "held by another process" in outcome.message
+        assert "another process has held" in outcome.message
         assert storage.read("a") == b"1"
 
 
@@ -398,7 +398,7 @@ class TestFaults:
         self, behind: Storage, proxy: FaultyProxy, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if fault == "stall":
-            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_S", 2)
+            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_SECONDS", 2)
         data = os.urandom(100_000)
         behind.put("a", data)
         proxy.fail("GET", fault)
@@ -425,9 +425,9 @@ class TestFaults:
         self, behind: Storage, proxy: FaultyProxy, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         behind.put("a", b"1")
-        monkeypatch.setattr(tercet.storage.s3, "PATIENCE_S", 6.0)
+        monkeypatch.setattr(tercet.storage.s3, "PATIENCE_SECONDS", 6.0)
         if fault == "stall":
-            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_S", 2)
+            monkeypatch.setattr(tercet.storage.s3, "READ_TIMEOUT_SECONDS", 2)
         proxy.fail("GET", fault, times=100)
         start = time.monotonic()
         with pytest.raises(StorageUnavailable, match=proxy.endpoint_url) as caught:
@@ -444,7 +444,7 @@ class TestMistakes:
 
     @pytest.mark.usefixtures("s3")
     def test_nobody_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tercet.storage.s3, "FIRST_CONTACT_S", 2.0)
+        monkeypatch.setattr(tercet.storage.s3, "FIRST_CONTACT_SECONDS", 2.0)
         start = time.monotonic()
         with silent_address() as address:
             endpoint = f"http://{address}"

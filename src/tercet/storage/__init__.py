@@ -1,11 +1,11 @@
-"""One contract for a local folder and for S3, and documents that prove they are whole.
+"""One contract for a local folder and for S3; documents that prove they are whole; every key.
 
 - `base`: the contract: read, write, put-if-absent, compare-and-swap, list, delete
 - `local`: a folder of this machine, or of a network file system
 - `s3`: any S3 server
-- `s3_errors`: what S3 servers and clients answer, as tercet errors
-- `documents`: JSON documents sealed with their own sha256
-- `layout`: every key in storage
+- `s3_errors`: errors of S3 servers and clients, as tercet errors
+- `documents`: JSON sealed with its own sha256
+- `layout`: every key in storage, with its purpose
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Storage", "open_storage"]
 
 
 def open_storage(uri: str, endpoint_url: str | None = None) -> Storage:
-    """Open `s3://bucket[/prefix]`, or a folder (which need not exist yet). Does not touch storage. ConfigError.
+    """Open `s3://bucket[/prefix]` or a folder, which need not exist yet. Sends no request.
 
-    S3 credentials come from where AWS's own tools take them; the endpoint from the argument, AWS_ENDPOINT_URL_S3 or
-    AWS_ENDPOINT_URL; the region from AWS_REGION or AWS_DEFAULT_REGION, else us-east-1, which other servers ignore.
-    """
+    S3 credentials are found as by the AWS tools. The endpoint is the argument, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
+    The region is AWS_REGION, AWS_DEFAULT_REGION or us-east-1; servers other than AWS ignore it. Raises ConfigError for
+    an impossible URI or endpoint."""
     scheme, separator, rest = uri.partition("://")
     if separator and scheme == "s3":
         bucket, _, prefix = rest.partition("/")
@@ -38,7 +38,7 @@ def open_storage(uri: str, endpoint_url: str | None = None) -> Storage:
 
         return S3Storage(bucket, prefix.strip("/"), endpoint)
     if (separator and scheme != "file") or not (rest or scheme):
-        raise ConfigError(f"{uri!r} is not a storage tercet knows", "Use a folder, or s3://bucket/prefix.")
+        raise ConfigError(f"{uri!r} is not a storage that tercet supports", "Use a folder, or s3://bucket/prefix.")
     from tercet.storage.local import LocalStorage
 
     return LocalStorage(Path(rest if separator else uri))

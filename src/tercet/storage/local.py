@@ -1,6 +1,6 @@
-"""Storage in a folder of this machine, or of a network file system whose flock works.
+"""Storage in a folder of this machine, or of a network file system with a working flock.
 
-The promises are those of `storage.py`; here is how files are brought to keep them.
+`base.py` states the guarantees; this file makes plain files keep them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from filelock import FileLock
 from tercet.errors import Conflict, StorageError
 from tercet.storage.base import (
     ANYTHING,
-    CHUNK,
-    LOCK_TIMEOUT_S,
+    CHUNK_BYTES,
+    LOCK_TIMEOUT_SECONDS,
     Fetched,
     Keys,
     Storage,
@@ -33,14 +33,13 @@ from tercet.storage.base import (
 
 
 class LocalStorage(Storage):
-    """A folder. Objects are files; `.tercet/` in it holds the lock and what is being written or deleted just now.
+    """A folder whose files are the objects. `.tercet/` in it holds the lock, and files being written or deleted.
 
-    Every change is staged there, synced, and then renamed under one flock, so changes from any process of this machine
-    come one after another. Network file systems do as well as their flock does.
-    """
+    Every change is staged there, synced, and then renamed under one flock. So changes by all processes of this machine
+    happen one after another. On a network file system, that is as reliable as its flock."""
 
     def __init__(self, root: Path) -> None:
-        self._root = Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 (links in it stay as the person wrote them)
+        self._root = Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 (links in it stay as the user wrote them)
         self._own = self._root / ".tercet"
         self.uri = str(self._root).rstrip("/")
 
@@ -53,13 +52,13 @@ class LocalStorage(Storage):
 
     def list(self, prefix: str) -> Keys:
         top = self._path(prefix) if prefix.strip("/") else self._root
-        found: Keys = []
+        keys: Keys = []
         with local_errors(top):
             for folder, folders, files in os.walk(top, onerror=_not_vanished):
                 if Path(folder) == self._root and self._own.name in folders:
                     folders.remove(self._own.name)
-                found += [str(Path(folder, name).relative_to(self._root)) for name in files]
-        return sorted(found)
+                keys += [str(Path(folder, name).relative_to(self._root)) for name in files]
+        return sorted(keys)
 
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)
@@ -79,7 +78,7 @@ class LocalStorage(Storage):
     def _fetch(self, key: str, sink: IO[bytes]) -> Fetched:
         path, digest = self._path(key), hashlib.sha256()
         with local_errors(path), path.open("rb") as file:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 sink.write(chunk)
         return Fetched(digest.hexdigest(), None, digest.hexdigest())
@@ -93,12 +92,12 @@ class LocalStorage(Storage):
 
     def _path(self, key: str) -> Path:
         if checked_key(key).split("/")[0] == self._own.name:
-            raise StorageError(f"the key {key!r} is reserved", f"Names in {self._own} are tercet's own.")
+            raise StorageError(f"the key {key!r} is reserved", f"{self._own} is for tercet itself: choose another key.")
         return self._root / checked_key(key)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
-        """A free name on the same file system. What a killed process left there goes after a day."""
+        """Yield an unused path on the same file system. Files of killed processes are deleted after a day."""
         self._own.mkdir(parents=True, exist_ok=True)
         temp = self._own / f"staged-{uuid4().hex}"
         try:
@@ -111,7 +110,7 @@ class LocalStorage(Storage):
         _sync(temp)
         with self._lock():
             if expected != ANYTHING and (sha256_of(target) if target.is_file() else None) != expected:
-                raise Conflict(f"{target} is not what it was", "Another writer changed it: read again, decide again.")
+                raise Conflict(f"{target} has changed", "Another writer changed it: read it and decide again.")
             folder = target.parent
             changed = {folder, *(above.parent for above in (folder, *folder.parents) if not above.exists())}
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ class LocalStorage(Storage):
                 _sync(above)
 
     def _lock(self) -> FileLock:
-        return FileLock(self._own / "lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.005, fallback_to_soft=False)
+        return FileLock(self._own / "lock", timeout=LOCK_TIMEOUT_SECONDS, poll_interval=0.005, fallback_to_soft=False)
 
 
 def _not_vanished(error: OSError) -> None:
@@ -136,7 +135,7 @@ def _age(path: Path) -> float:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a loss of power."""
+    """Make a file's bytes, or a folder's names, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

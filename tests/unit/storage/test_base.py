@@ -19,5 +19,5 @@ def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_nobody() -> None:
-    with pytest.raises(ConfigError, match="~no-such-user/x: this machine knows no home folder"):
+    with pytest.raises(ConfigError, match="~no-such-user/x: this machine has no home folder"):
         open_storage("~no-such-user/x")
