@@ -59,6 +59,7 @@ class Loss(Section):
 
     name: str
     matryoshka: MatryoshkaConfig | None = None
+    """Also train embeddings that are cut to fewer components. Without this section, only whole embeddings."""
 
     num_negatives: ClassVar[tuple[int, int | None]] = (0, None)
     """Least and greatest number of negatives per row that the loss works with; None: no limit."""
@@ -167,6 +168,7 @@ class _Guided(Loss):
     """Exclude a negative if its similarity for the guide is above positive - margin (absolute), or above
     positive * (1 - margin) (relative)."""
     margin: float = 0.0
+    """Margin of `margin_strategy`."""
     contrast_anchors: bool = True
     """Use other anchors as negatives too; only those of the same worker, even if positives are gathered."""
     contrast_positives: bool = True
@@ -180,7 +182,9 @@ class TripletLossConfig(Loss):
 
     name: Literal["TripletLoss"]
     distance_metric: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
+    """The distance d."""
     triplet_margin: PositiveFloat = 5.0
+    """The margin."""
 
     num_negatives: ClassVar[tuple[int, int | None]] = (1, 1)
 

@@ -78,9 +78,11 @@ class LoraConfig(Section):
     merged into its weights; the adapter is also stored separately."""
 
     rank: PositiveInt = 16
+    """Rank of the update: the inner width of the two matrices of an adapter."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the input of an adapter."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers to adapt, such as query and value."""
 
@@ -116,15 +118,21 @@ class TrainingConfig(Section):
     """The experiment: everything here changes the final weights."""
 
     seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of every random choice of the training."""
     num_epochs: PositiveInt = 1
+    """Passes over the train rows."""
     global_batch_size: PositiveInt = 32
     """Rows per optimizer step, over all workers and accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step, on each worker."""
     learning_rate: PositiveFloat = 2e-5
+    """Highest learning rate of AdamW."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate changes during the training, as in transformers."""
     warmup_ratio: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of all steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
@@ -140,6 +148,7 @@ class TrainingConfig(Section):
     max_train_rows: PositiveInt | None = None
     """Use only this many rows of each dataset's train split, chosen by the seed: for a quick trial."""
     log_every_steps: PositiveInt = 10
+    """Steps between two entries of the training log."""
 
 
 class CheckpointConfig(Section):
@@ -172,6 +181,7 @@ class WorkersConfig(Section):
     num_workers: PositiveInt = 1
     """Exactly this many workers. With `min` and `max`, the number that the plan's estimates are for."""
     min: PositiveInt | None = None
+    """Fewest workers that the run may continue with. Needs `max`."""
     max: PositiveInt | None = None
     """Under Ray, as many workers from `min` to `max` as there is room for: a run continues with fewer when machines are
     lost. Only numbers that share the global batch evenly are used, so the batches stay the same."""
@@ -193,6 +203,7 @@ class WorkersConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     """`auto`: a GPU for each worker if the cluster has any."""
     cpus_per_worker: PositiveInt = 1
+    """CPU cores that Ray reserves for each worker, and threads with which it computes."""
     max_failures: int = Field(default=3, ge=0)
     """How often Ray may restart the workers after a failure, from the newest complete checkpoint."""
     max_preemptions: int = Field(default=100, ge=0)
@@ -225,10 +236,13 @@ class SliceConfig(Section):
     """A rule that selects rows to be judged separately. A row must meet all conditions that are given."""
 
     column: Literal["anchor", "positive"] = "anchor"
+    """Column whose texts are tested."""
     matches: str | None = None
     """A regular expression to search for in the text."""
     min_chars: PositiveInt | None = None
+    """Least length of the text, in characters."""
     max_chars: PositiveInt | None = None
+    """Greatest length of the text, in characters."""
 
     @field_validator("matches")
     @classmethod
@@ -252,7 +266,9 @@ class FrozenDatasetConfig(Section):
     """A dataset of which only the test split is used, to measure on."""
 
     name: str
+    """The name given to `tercet shard --name`."""
     version: str = "latest"
+    """A version id, or `latest`."""
 
 
 class GateConfig(Section):
@@ -288,6 +304,7 @@ class MiningConfig(Section):
     """Which texts become hard negatives: the most similar to the anchor that are unlikely to be right answers."""
 
     num_negatives: PositiveInt = 1
+    """Hard negatives for each row."""
     relative_margin: float = Field(default=0.05, ge=0.0, lt=1.0)
     """A text with a similarity above (1 - relative_margin) times that of the positive is assumed to be a right answer,
     and excluded. 0.05 is the best of the methods that Moreira et al. 2024 compare (arXiv 2407.15831, TopK-PercPos at
@@ -332,6 +349,7 @@ class NightlyConfig(Section):
     mine: MiningConfig | None = None
     """Mine hard negatives before training. The run then trains on `<dataset>-mined`, made from the dataset version."""
     publish: PublishConfig = PublishConfig()
+    """Where to announce a new champion."""
     index_rows: PositiveInt | None = None
     """Rows of the index in production, to estimate how long embedding them again takes. Defaults to the number of texts
     in the evaluation's corpus."""
