@@ -1,4 +1,4 @@
-"""The plan in transformers' words."""
+"""The plan as arguments of transformers' Trainer, and the choice of precision."""
 
 from __future__ import annotations
 
@@ -21,30 +21,37 @@ from tercet.training.choices import choose_once
 
 
 def use_cpu(plan: TrainPlan) -> bool:
-    """Whether this process trains on its CPU."""
+    """Return whether this process trains on the CPU."""
     import torch
 
     return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
 
 
 def gathers(plan: TrainPlan) -> bool:
-    """Whether the trained model cannot be written as it is: sharded, or with an adapter to merge. ZeRO-1 and 2 lay all
-    weights into one flat tensor, which safetensors refuses to write in parts."""
+    """Return whether weights must be gathered to be saved: they are sharded, or have an adapter to merge.
+
+    True for ZeRO-1 and 2 as well: they put all weights into one flat tensor, which safetensors refuses to write as
+    parts."""
     return plan.parallelism != "ddp" or plan.config.model.lora is not None
 
 
 def column_prompts(columns: tuple[str, ...], prompts: dict[str, str | None]) -> dict[str, str] | None:
-    """The prompts for training: those that the model uses to encode queries and documents."""
-    found = {column: prompts.get(role_of(column)) or "" for column in columns}
-    return {column: prompt for column, prompt in found.items() if prompt} or None
+    """Return the prompt of each column that has one: the model's own prompts for queries and documents.
+
+    prompts: by role, as the model has them. None if no column has a prompt."""
+    by_column = {column: prompts.get(role_of(column)) or "" for column in columns}
+    return {column: prompt for column, prompt in by_column.items() if prompt} or None
 
 
 def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
-    """The plan in the words of transformers' TrainingArguments. Raises PlanError for a precision that is a GPU's where
-    this process has none."""
+    """Return the keyword arguments of transformers' TrainingArguments for a plan.
+
+    Raises PlanError for a precision that needs a GPU if this process has none."""
     training, on_cpu = plan.config.training, use_cpu(plan)
     if on_cpu and training.precision in ("tf32", "fp16"):
-        raise PlanError(f"training.precision={training.precision} needs a GPU, and none is here", "choose fp32 or bf16")
+        raise PlanError(
+            f"training.precision={training.precision} needs a GPU, and this machine has none", "choose fp32 or bf16"
+        )
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
@@ -58,9 +65,9 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
         "use_cpu": on_cpu,
-        # accelerate takes a backend as the promise of a process group, which a lone process has not.
+        # accelerate expects a process group wherever a backend is named; a single process has none.
         "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
-        # The pooler, which nothing uses, is frozen. A model's own code may have more; looking for it costs time.
+        # The unused pooler is frozen. A model's own code may have more unused parameters; the search costs time.
         "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "eval_strategy": "epoch",
@@ -68,7 +75,7 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "logging_strategy": "steps",
         "logging_steps": training.log_every_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would hide them from guards.py
+        "logging_nan_inf_filter": False,  # it would hide them from NonFiniteGuard
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -88,17 +95,16 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
 
 logger = logging.getLogger("tercet")
 
-# A feed-forward layer of BERT-base on the tokens of a small batch.
+# The trial: a feed-forward layer of BERT-base on the tokens of a small batch, for this long.
 NUM_TOKENS, HIDDEN_SIZE, INNER_SIZE = 1024, 768, 3072
-
 SECONDS = 1.0
 
-# Below this, a difference may be noise, and fp32 is the more exact.
+# A smaller speed-up may be noise, and fp32 is more exact.
 MIN_SPEED_UP = 1.2
 
 
 class Precision(Document):
-    """What was chosen, and why."""
+    """The precision that a run chose when it began, and why."""
 
     precision: Literal["fp32", "bf16"]
     speed_up: float
@@ -141,13 +147,14 @@ def _precision_obstacle(device: str, choice: Precision) -> str | None:
 
 
 def speed_up_of_bf16(device: str) -> float:
-    """How many times as fast a feed-forward layer is in bf16 autocast as in fp32, forward and backward: the median of
-    neighbours, in about a second. 0 where a GPU has no bf16."""
+    """Return how many times as fast a feed-forward layer is in bf16 autocast as in fp32, forward and backward.
+
+    It is the median of the ratios of neighbouring trials, and takes about SECONDS. 0 for a GPU without bf16."""
     import torch
 
     if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return 0.0
-    # Not from the generators of the training: they go on as if nothing had been drawn.
+    # A generator of its own: the training's random numbers stay the same.
     draw = torch.Generator().manual_seed(0)
     shapes = ((INNER_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE, INNER_SIZE), (NUM_TOKENS, HIDDEN_SIZE))
     up, down, tokens = (torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes)

@@ -1,6 +1,6 @@
-"""What happens in a training is handed on: evaluations, checkpoints, and a line of progress."""
+"""Callbacks that record a training (evaluations, checkpoints, progress) and stop it early (preemption, lost lease)."""
 
-# ruff: noqa: ARG002 - a callback is given more than it needs
+# ruff: noqa: ARG002 - callbacks get more arguments than they need
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ledger.close_step()
         crash_point("after_step", state.global_step)
-        # The end of an epoch has its checkpoint, after its evaluation.
+        # The end of an epoch is saved by the trainer, after its evaluation.
         ends_epoch = state.global_step % (self._plan.num_steps // int(args.num_train_epochs)) == 0
         save_every_steps = self._plan.config.checkpoint.every_steps
         if save_every_steps and state.global_step % save_every_steps == 0 and not ends_epoch:
@@ -92,11 +92,12 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         step, metrics = self._metrics
-        of_this_step = metrics if step == state.global_step else {}  # or an older model's would make this one the best
-        self._uploader.submit(folder, state.global_step, float(state.epoch), of_this_step, self._clean_up)
+        # Never the metrics of an older model: they could make this checkpoint the best.
+        own_metrics = metrics if step == state.global_step else {}
+        self._uploader.submit(folder, state.global_step, float(state.epoch), own_metrics, self._clean_up)
 
     def _clean_up(self, commit: Commit) -> None:
-        """Called on rank 0 after each commit, in the uploader's thread."""
+        """Log a commit and delete what it replaces. Called on rank 0, in the uploader's thread."""
         uri = self._storage.uri_of(commit.folder)
         logger.info("step %d/%d  checkpoint committed: %s", commit.step, self._plan.num_steps, uri)
         retain(self._storage, self._plan.run_id, self._plan.metric, self._plan.config.checkpoint.keep_last)
@@ -108,35 +109,35 @@ def _metrics_text(metrics: dict[str, float]) -> str:
 
 
 class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
-    """Ends the training with a checkpoint of the step in which a rank got notice."""
+    """Saves and ends the training after the step in which a rank learns that its machine will be taken away."""
 
     def __init__(self, notice: Callable[[], bool], steps_per_epoch: int) -> None:
-        """notice: whether this rank got it; asked after every step."""
+        """notice: whether this rank's machine will be taken away; called after every step."""
         self._notice, self._steps_per_epoch = notice, steps_per_epoch
         self._group: Any = None
         self.step: int | None = None
-        """After which the training ended early; None otherwise."""
+        """Step after which the training ended early; None if it did not."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():
             self._group = torch.distributed.new_group(backend="gloo")  # NCCL's would wait for the GPU
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.step is not None or not self._any_rank_got_it() or state.global_step == state.max_steps:
+        if self.step is not None or not self._any_rank_has_notice() or state.global_step == state.max_steps:
             return
         self.step = state.global_step
         control.should_training_stop = True
-        # The last step of an epoch is evaluated and saved in any case.
+        # The trainer evaluates and saves the last step of an epoch anyway.
         control.should_save = control.should_save or self.step % self._steps_per_epoch != 0
         if state.is_world_process_zero:
-            logger.warning("step %d  this machine is about to be taken away: saving, and ending", self.step)
+            logger.warning("step %d  this machine is about to be taken away: saving and stopping", self.step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """transformers takes the place at which it stops for the end of an epoch."""
+        """Skip the evaluation and save of an epoch's end: transformers treats the step at which it stops as one."""
         if self.step is not None and self.step % self._steps_per_epoch != 0:
             control.should_evaluate = control.should_save = False
 
-    def _any_rank_got_it(self) -> bool:
+    def _any_rank_has_notice(self) -> bool:
         got = self._notice()
         if self._group is None:
             return got
@@ -146,10 +147,10 @@ class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
 
 
 class LeaseGuard(TrainerCallback):  # type: ignore[misc]
-    """Stops an attempt that another one has taken the run from: nothing that it does counts any more."""
+    """Stops an attempt after another one has taken over its run: from then on nothing that it writes counts."""
 
     def __init__(self, check: Callable[[], None]) -> None:
-        """check: raises when the run is lost."""
+        """check: raises LeaseLost once another attempt has taken over the run."""
         self._check = check
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine, where tercet reaches into it."""
+"""Everything that tercet changes in DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tercet.planning import parallelism as settings
 
 
 def prepare_process(parallelism: Parallelism, use_cpu: bool) -> None:
-    """Before the trainer's arguments and the model are made. Does nothing for DDP and FSDP2."""
+    """Set this process up for DeepSpeed, before the trainer's arguments and the model are made.
+
+    Does nothing for DDP and FSDP2."""
     os.environ.update(engine_settings.environment(parallelism, use_cpu))
     if not settings.is_zero(parallelism):
         return
-    if "RANK" not in os.environ:  # a lone process: DeepSpeed wants a group even of one
+    if "RANK" not in os.environ:  # a single process: DeepSpeed needs a process group even so
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -35,9 +37,11 @@ def prepare_process(parallelism: Parallelism, use_cpu: bool) -> None:
 
 
 def gather_small_exactly(engine: Any) -> None:
-    """ZeRO-3 keeps small parameters gathered. After a step it gathers them in fp32, but whenever a forward pass finds
-    one that is not, in the type of the autocast: then what is computed with a bias depends on what came before, and a
-    run that went on after a crash ended with other bits. Now it is fp32 each time."""
+    """Make ZeRO-3 gather small parameters in fp32 at all times.
+
+    It keeps them gathered. After a step it gathers them in fp32, but in the type of the autocast when a forward pass
+    finds one that is not gathered. Results would then depend on what ran before, and a run that resumed after a crash
+    ended with other bits."""
     optimizer = engine.optimizer
     if torch.float32 in getattr(optimizer, "ipg_buckets", ()):  # where it can reduce gradients of that type
         for parameter in getattr(optimizer, "persistent_parameters", ()):
@@ -46,20 +50,20 @@ def gather_small_exactly(engine: Any) -> None:
 
 
 class OneReduction:
-    """In place of accelerate's DeepSpeedEngineWrapper, for losses that run several backward passes a micro-batch.
+    """Replaces accelerate's DeepSpeedEngineWrapper for losses that run several backward passes per micro-batch.
 
-    DeepSpeed reduces gradients in each backward pass: with such a loss ZeRO-2 crashes and ZeRO-3 is silently wrong.
-    Here they add up on each rank, and are reduced once, before the step."""
+    DeepSpeed reduces gradients in each backward pass. With such a loss, ZeRO-2 crashes and ZeRO-3 is silently wrong.
+    Here gradients add up on each rank, and are reduced once, before the step."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        # Called for each gradient that enters the model. DeepSpeed takes the loss's own passes for a user's, and
-        # divides by gradient_accumulation_steps what transformers divided already.
+        # Called for each gradient that enters the model. DeepSpeed takes the loss's own backward passes for calls by a
+        # user, and would divide by gradient_accumulation_steps what transformers has divided already.
         engine._backward_prologue_per_tensor = lambda gradient: gradient
         self._open: contextlib.ExitStack | None = None
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        """Called by accelerate for each micro-batch; `sync_gradients` on the last one of a step."""
+        """Run the backward pass of a micro-batch, and the optimizer step after the last one (`sync_gradients`)."""
         if self._open is None:
             self._open = contextlib.ExitStack()
             self._open.enter_context(self.engine.coalesce_grad_reduction())
@@ -68,10 +72,10 @@ class OneReduction:
         if sync_gradients:
             self._open.close()
             self._open = None
-            self.engine.set_gradient_accumulation_boundary(is_boundary=True)  # closing went back to the first one's
+            self.engine.set_gradient_accumulation_boundary(is_boundary=True)  # closing restored the first pass's value
             self.engine.step()
 
     def get_global_grad_norm(self) -> Any:
-        """As a plain number."""
+        """Return the norm of all gradients as a Python number."""
         norm = self.engine.get_global_grad_norm()
         return norm.item() if hasattr(norm, "item") else norm

@@ -1,10 +1,10 @@
-"""The gradient of the word embeddings, row by row.
+"""A sparse gradient for the word embeddings.
 
-A step touches a few thousand tokens of a vocabulary of 30,000 to 250,000; the rest of that gradient is zero. And yet
-autograd makes a new one of zeros in each step (46 MB for all-MiniLM-L6-v2: 3 % of a packed step on a CPU), and
-DistributedDataParallel sends all of it: half of what it sends for that model, two thirds for a multilingual encoder of
-base size. Here one is kept, of which a step clears the rows of the step before, and ranks exchange the rows that they
-touched. There is nothing to overlap that with: in a backward pass this gradient comes last.
+A step uses a few thousand tokens of a vocabulary of 30,000 to 250,000; the other rows of the gradient are zero. Still,
+autograd allocates and clears a whole gradient in each step (46 MB for all-MiniLM-L6-v2, 3 % of a packed step on a CPU),
+and DistributedDataParallel sends all of it: half of what it sends for that model, two thirds for a multilingual encoder
+of base size. Here one gradient is kept. Each step clears only the rows of the step before, and ranks exchange only the
+rows that they used. That exchange overlaps with nothing: in a backward pass this gradient comes last.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from tercet.model.collectives import gather, world_size
 
 
 class EmbeddingGradient:
-    """Takes the word embeddings of a model out of autograd's and DistributedDataParallel's hands."""
+    """Computes and averages the gradient of a model's word embeddings instead of autograd and DDP."""
 
     def __init__(self, model: torch.nn.Module, name: str, embedding: torch.nn.Embedding) -> None:
-        """Before the model is wrapped. name: of the weight, within `model`."""
+        """To be made before the model is wrapped. name: of the embeddings' weight, within `model`."""
         self._embedding = embedding
         self._gradient: torch.Tensor | None = None
         self._touched: list[torch.Tensor] = []
-        """Numbers of the rows of `_gradient` that may not be zero."""
+        """Indices of the rows of `_gradient` that may not be zero."""
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name])
         embedding.forward = self._look_up
 
     def _look_up(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Instead of `torch.nn.Embedding.forward`."""
-        found: torch.Tensor = _LookUp.apply(tokens, self._embedding.weight, self)
-        return found
+        """Replaces `torch.nn.Embedding.forward`: shape (...) to (..., width)."""
+        embeddings: torch.Tensor = _LookUp.apply(tokens, self._embedding.weight, self)
+        return embeddings
 
     def add(self, tokens: torch.Tensor, gradient: torch.Tensor) -> None:
-        """The gradient of what was looked up: shapes (...) and (..., width)."""
+        """Add the gradient of looked-up rows. tokens: shape (...); gradient: shape (..., width)."""
         weight = self._embedding.weight
-        if weight.grad is None:  # a step begins
+        if weight.grad is None:  # first backward pass of a step
             if self._gradient is None:
                 self._gradient = torch.zeros_like(weight)
             for rows in self._touched:
@@ -47,14 +47,14 @@ class EmbeddingGradient:
             self._touched.clear()
             weight.grad = self._gradient
         rows, places = tokens.unique(return_inverse=True)
-        of_rows = torch.ops.aten.embedding_dense_backward(gradient, places, len(rows), -1, False)
+        row_gradients = torch.ops.aten.embedding_dense_backward(gradient, places, len(rows), -1, False)
         if self._embedding.padding_idx is not None:
-            of_rows.masked_fill_((rows == self._embedding.padding_idx)[:, None], 0.0)
-        weight.grad.index_add_(0, rows, of_rows)
+            row_gradients.masked_fill_((rows == self._embedding.padding_idx)[:, None], 0.0)
+        weight.grad.index_add_(0, rows, row_gradients)
         self._touched.append(rows)
 
     def average(self) -> None:
-        """Over all ranks, before an optimizer step. Every rank must call it. Ranks end with the same bits."""
+        """Average the gradient over all ranks, before an optimizer step. All ranks must call it, and get equal bits."""
         num_ranks = world_size()
         if num_ranks == 1:
             return
@@ -63,7 +63,7 @@ class EmbeddingGradient:
         own = torch.cat(self._touched).unique()
         counts = torch.cat(gather(torch.tensor([len(own)], device=own.device))).tolist()
         most = max(counts)
-        if num_ranks * most >= len(gradient):  # a large batch touches most of the vocabulary
+        if num_ranks * most >= len(gradient):  # a large batch uses most of the vocabulary
             dist.all_reduce(gradient.div_(num_ranks))
             self._touched = [torch.arange(len(gradient), device=own.device)]
             return
@@ -78,7 +78,7 @@ class EmbeddingGradient:
 
 
 class _LookUp(torch.autograd.Function):  # type: ignore[misc]
-    """Rows of a weight, whose gradient goes to an EmbeddingGradient."""
+    """Looks up rows of a weight, and passes their gradient to an EmbeddingGradient."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, to: EmbeddingGradient) -> torch.Tensor:
@@ -93,8 +93,10 @@ class _LookUp(torch.autograd.Function):  # type: ignore[misc]
 
 
 def embedding_gradient(model: Any) -> EmbeddingGradient | None:
-    """Of a SentenceTransformer that is to be wrapped. None where they are not trained, tied to another weight, or
-    of a model's own code; and where it would not pay."""
+    """Return the sparse gradient for the word embeddings of a SentenceTransformer that is not wrapped yet.
+
+    None if they are not trained, are tied to another weight, or belong to a model's own code, and where it would not
+    save time."""
     encoder: Any = getattr(model[0], "model", None)
     # A model's own code might look rows up without calling the module.
     if not type(encoder).__module__.startswith("transformers.models."):
@@ -102,14 +104,16 @@ def embedding_gradient(model: Any) -> EmbeddingGradient | None:
     embedding = encoder.get_input_embeddings()
     if type(embedding) is not torch.nn.Embedding or not embedding.weight.requires_grad:
         return None
-    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse or not _pays(embedding):
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse or not _saves_time(embedding):
         return None
     names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is embedding.weight]
     return EmbeddingGradient(model, names[0], embedding) if len(names) == 1 else None
 
 
-def _pays(embedding: torch.nn.Embedding) -> bool:
-    """On CPUs, and between machines. GPUs of one machine clear and send tens of megabytes in less time than each step
-    would wait here, for the numbers of rows to come from the GPU (not measured)."""
+def _saves_time(embedding: torch.nn.Embedding) -> bool:
+    """Return whether a sparse gradient is faster: on CPUs, and between machines.
+
+    GPUs of one machine clear and send tens of megabytes faster than a step could read the row counts back from the GPU
+    (estimated, not measured)."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     return embedding.weight.device.type == "cpu" or ranks_here < world_size()

@@ -1,6 +1,6 @@
-"""What ends a run that cannot come out well: bad numbers, weights that do not move, ranks that differ or hang."""
+"""Callbacks that stop a run that cannot succeed: NaN, weights that do not move, ranks that differ or hang."""
 
-# ruff: noqa: ARG002 - a callback is given more than it needs
+# ruff: noqa: ARG002 - callbacks get more arguments than they need
 
 from __future__ import annotations
 
@@ -25,39 +25,42 @@ from tercet.model.sharding import local_values, reshard
 
 logger = logging.getLogger("tercet")
 
-# After so many steps with a learning rate above zero, a weight that still is bit for bit the first one will not move.
+# A weight that is still bit for bit the same after this many steps with a learning rate above 0 will not move.
 LEARNED_NOTHING_STEPS = 5
-# What telling storage of a hang may take.
+# Time allowed to record the hang in storage before the process is killed.
 HANG_REPORT_SECONDS = 20.0
-# A weight of 0 moves at any learning rate above 0, by 1e-30 if need be. That is no sign of learning: 1e-12 is.
+# A weight of 0 moves at any learning rate above 0, if only by 1e-30. That is no sign of learning; 1e-12 is.
 SMALLEST_SQUARE = 1e-24
 
 
 class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
-    """Stops at the first loss, gradient or weight that is NaN or Inf, and says which of them, and of what parameter.
+    """Stops a run when a loss, gradient or weight is NaN or infinite, and names the step and the parameter.
 
-    No step waits for the device: of the first step that is not finite, the loss and the norm of each gradient stay
-    there until the training waits in any case, to log, evaluate or save. Weights are looked at then. So nothing of such
-    a step is committed. What it spoiled after it is not told.
+    No step waits for the device. The loss and the gradient norms of the first bad step stay on the device until the
+    training waits there anyway: to log, evaluate or save. Weights are checked at that time too, so nothing of a bad
+    step is ever committed. What the bad step corrupted afterwards is not reported.
 
-    All ranks stop, with the same words."""
+    All ranks stop with the same message."""
 
     def __init__(self, device: torch.device, scales_loss: bool = False) -> None:
-        """device: of this rank. scales_loss: gradients are scaled up to fit into 16 bits, and steps skipped where that
-        was too much (fp16): gradients are not looked at."""
+        """device: the one that this rank trains on. scales_loss: the loss is scaled to keep gradients within fp16, and
+        a step whose gradients overflow is skipped on purpose; gradients are then not checked."""
         self._device, self._scales_loss = device, scales_loss
         self._loss: torch.Tensor | None = None
         self._names: list[str] = []
         self._norms: list[torch.Tensor] = []
-        self._record: torch.Tensor | None = None  # of a step: its number, loss, norm of each gradient, norm of them all
+        self._record: torch.Tensor | None = None
+        """Numbers of the first bad step, or of the newest: its step, loss, norm of each gradient, norm of all."""
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Of a micro-batch, on this rank."""
+        """Add the loss of a micro-batch of this rank."""
         self._loss = loss if self._loss is None else self._loss + loss
 
     def add_gradients(self, model: torch.nn.Module) -> torch.Tensor:
-        """Before they are clipped, which makes all of them NaN where one is. Returns the norm of what this rank holds
-        of each parameter's gradient, 0 where there is none."""
+        """Take the gradients of a step, before they are clipped: clipping turns all of them into NaN if one is.
+
+        Returns the norm of each trained parameter's gradient, as far as this rank holds it, or 0 where there is none:
+        shape (num_parameters,)."""
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         none = torch.zeros((), device=self._device)
         self._names = [name for name, _ in named]
@@ -65,7 +68,8 @@ class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
         return self._norms[0]
 
     def close_step(self, step: int, norm: Any) -> None:
-        """All of its losses and gradients were added; `norm` is of all gradients together, of FSDP2 this rank's."""
+        """End a step whose losses and gradients were all added. norm: of all gradients together; with FSDP2, of this
+        rank's part of them."""
         assert self._loss is not None
         numbers = [torch.full((1,), step, device=self._device), self._loss.reshape(1)]
         if not self._scales_loss:
@@ -77,7 +81,9 @@ class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
         self._loss, self._norms = None, []
 
     def check(self, step: int, model: torch.nn.Module) -> None:
-        """Raises NonFiniteError. A collective: all ranks call it after the same step."""
+        """Read what was recorded, and check the weights. A collective: all ranks must call it after the same step.
+
+        Raises NonFiniteError, on all ranks, if any number on any rank is not finite."""
         reshard(model)
         weights = self._norms_of([local_values(parameter) for parameter in model.parameters()])
         record = weights[:0] if self._record is None else self._record
@@ -86,24 +92,35 @@ class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         if bad:
             named = zip((name for name, _ in model.named_parameters()), weights.tolist(), strict=True)
-            found = gather_objects(self._first(record.tolist(), step, dict(named)))
-            raise NonFiniteError(min(filter(None, found))[1], hint=NOT_FINITE_HINT)
+            problems = gather_objects(self._first_problem(record.tolist(), step, dict(named)))
+            raise NonFiniteError(min(filter(None, problems))[1], hint=NOT_FINITE_HINT)
 
     def _norms_of(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Of each, in fp32. As torch's `clip_grad_norm_` computes them."""
+        """Return the norm of each tensor in fp32, computed as in torch's `clip_grad_norm_`: shape (num_tensors,)."""
         return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).to(self._device)
 
-    def _first(self, record: list[float], step: int, weights: dict[str, float]) -> tuple[int, str] | None:
-        """The place and the words of what was wrong first, if anything is on this rank. Of gradients that is the last
-        of the model: backward they spread from there."""
-        gradients = [(f"the gradient of {name}", norm) for name, norm in zip(self._names, record[2:], strict=False)]
-        told = [*zip(["the loss"], record[1:], strict=False), *reversed(gradients)]
-        if len(record) > 2:
-            told.append(("the norm of all gradients together", record[-1]))
-        told = [(f"step {record[0]:.0f}: {what}", value) for what, value in told]
-        told += [(f"after step {step}: the weight {name}", value) for name, value in weights.items()]
-        wrong = ((place, f"{text} is {value}") for place, (text, value) in enumerate(told) if not math.isfinite(value))
-        return next(wrong, None)
+    def _first_problem(self, record: list[float], step: int, weights: dict[str, float]) -> tuple[int, str] | None:
+        """Return the position and description of the first number on this rank that is not finite, or None.
+
+        record: as `close_step` made it; may be empty. weights: norm of each parameter after `step`. Gradients count
+        from the last parameter to the first, because a backward pass spreads NaN in that order."""
+        numbers: list[tuple[str, float]] = []
+        if record:
+            recorded_step, loss, *norms = record
+            numbers.append(("the loss", loss))
+            if norms:
+                *gradient_norms, total_norm = norms
+                named = zip(self._names, gradient_norms, strict=False)
+                numbers += reversed([(f"the gradient of {name}", norm) for name, norm in named])
+                numbers.append(("the norm of all gradients together", total_norm))
+            numbers = [(f"step {recorded_step:.0f}: {what}", value) for what, value in numbers]
+        numbers += [(f"after step {step}: the weight {name}", value) for name, value in weights.items()]
+        problems = (
+            (position, f"{what} is {value}")
+            for position, (what, value) in enumerate(numbers)
+            if not math.isfinite(value)
+        )
+        return next(problems, None)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
@@ -116,25 +133,26 @@ class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
-    """Ends a process that hangs, with the stacks of all its threads in its log, so that it can be started again.
+    """Ends a process that hangs, so that it can be started again. Logs the stacks of all its threads first.
 
-    A thread of its own says so first. Where that cannot run, because what hangs holds the interpreter, Python's
-    faulthandler ends the process a little later: its watch does not need one."""
+    A watching thread logs, reports and exits. If that thread cannot run because the hanging code holds the
+    interpreter's lock, Python's faulthandler ends the process a little later: it does not need the lock."""
 
     def __init__(self, seconds: float, rank: int = 0, on_hang: Callable[[], None] = lambda: None) -> None:
-        """seconds: for the longest of a step, an evaluation and a checkpoint. on_hang: called last."""
+        """seconds: time limit of one step, one evaluation or one checkpoint. on_hang: called just before the
+        process exits."""
         self._seconds, self._rank, self._on_hang = seconds, rank, on_hang
         self._ended = threading.Event()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin_anew(args, state, control)
+        self._restart(args, state, control)
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
-    def _begin_anew(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _restart(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
         faulthandler.dump_traceback_later(self._seconds + HANG_REPORT_SECONDS, exit=True)
 
-    on_step_end = on_evaluate = on_prediction_step = on_save = _begin_anew
+    on_step_end = on_evaluate = on_prediction_step = on_save = _restart
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ended.set()
@@ -151,8 +169,10 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
 
 
 def _stacks() -> str:
-    """Of all threads. To be written in one piece: ranks that share a log hang at the same moment, and faulthandler,
-    which writes word by word, mixed up their lines."""
+    """Return the stacks of all threads as one text.
+
+    It is written to the log in one piece. Ranks that share a log hang at the same time, and their lines would mix if
+    faulthandler wrote them word by word."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
@@ -161,14 +181,16 @@ def _stacks() -> str:
 
 
 class LearningGuard(TrainerCallback):  # type: ignore[misc]
-    """Stops a run whose weights do not change (frozen model, optimizer over a copy, learning rate 0, detached loss), or
-    whose ranks do not hold the same weights (gradients that are not averaged: each rank trains a model of its own).
+    """Stops a run that learns nothing, or whose ranks train different models.
 
-    Compares, bit for bit, the sum of squares of every parameter with its value at the start, and among the ranks up to
-    rounding. Reads all parameters twice, once at the start and once a few steps in."""
+    Weights do not change when the model is frozen, the optimizer holds a copy, the learning rate is 0, or the loss is
+    detached. Ranks hold different weights when gradients are not averaged.
+
+    Compares the sum of squares of every parameter with that at the start, bit for bit, and with that of the other
+    ranks, up to rounding. Reads all parameters twice: at the start, and LEARNED_NOTHING_STEPS later."""
 
     def __init__(self, sharded: bool = False) -> None:
-        """sharded: each rank holds a part of the weights, so there is nothing to compare among ranks."""
+        """sharded: each rank holds another part of the weights, so ranks are not compared."""
         self._sharded = sharded
         self._start: torch.Tensor | None = None
         self._start_step = 0
@@ -188,17 +210,17 @@ class LearningGuard(TrainerCallback):  # type: ignore[misc]
         if any(not torch.allclose(rank, ranks[0], rtol=1e-6, atol=0.0, equal_nan=True) for rank in ranks):
             raise TrainingError(
                 f"after {num_steps} steps the ranks hold different weights: gradients are not averaged among them",
-                hint="this is a fault of tercet or of the installed accelerate; a run on one worker is right",
+                hint="this is a fault of tercet or of the installed accelerate; a run on one worker is not affected",
             )
         if not ((now != self._start) & ((self._start > 0) | (now > SMALLEST_SQUARE))).any():
             raise LearnedNothing(
                 f"no weight moved in the first {num_steps} steps: this run would learn nothing",
-                hint="is the model frozen, the learning rate 0, or the optimizer built over other parameters?",
+                hint="is the model frozen, is the learning rate 0, or does the optimizer hold other parameters?",
             )
 
 
 def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
-    """One sum of squares per parameter, in double precision on the parameter's own device."""
+    """Return one sum of squares per parameter, on the CPU: shape (num_parameters,), float64."""
     reshard(model)
     with torch.no_grad():
         return torch.stack([local_values(p).double().square().sum().cpu() for p in model.parameters()])

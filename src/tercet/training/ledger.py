@@ -1,10 +1,10 @@
-"""Which rows each optimizer step consumed, as one number a step, committed with the checkpoint.
+"""Which rows each optimizer step consumed, as one number per step, committed with the checkpoint.
 
-    ledger-00000-of-00002.npy    of rank 0 of 2: shape (num_steps,), uint64, from step 0 of the run on
+    ledger-00000-of-00002.npy    part of rank 0 of 2: shape (num_steps,), uint64, from step 0 of the run
 
-A step's number is the sum, modulo 2^64, of a hash of each row that went into it; ranks add up. So it does not depend on
-the number of workers, which may change on the way, and takes 8 bytes a step and rank. It is written down where rows are
-trained on, not where their order is made: `verify.py` holds the two against each other.
+A step's number is the sum, modulo 2^64, of a hash of each row that it consumed, added up over ranks. So it does not
+depend on the number of workers, which may change during a run, and takes 8 bytes per step and rank. The ledger records
+what was trained on, not what the order of rows planned: `verify_rows` compares the two.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ Digests = npt.NDArray[np.uint64]
 
 
 def file_name(rank: int, world_size: int) -> str:
-    """Of one rank's file."""
+    """Return the name of one rank's part."""
     return f"ledger-{rank:05d}-of-{world_size:05d}.npy"
 
 
 def digest(rows: npt.ArrayLike) -> int:
-    """The sum of a hash of each row, modulo 2^64. Rows that were used twice count twice."""
-    # Zero is a fixed point of the mixing function.
+    """Return the sum of a hash of each row, modulo 2^64. A row that occurs twice counts twice."""
+    # An offset, because 0 is a fixed point of the mixing function.
     hashes = splitmix64(np.asarray(rows, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return int(hashes.sum(dtype=np.uint64))
 
 
 class Ledger:
-    """One rank's part: open for the step that runs, closed for those before."""
+    """One rank's part of the ledger: a number for each step so far, and one for the step that is running."""
 
     def __init__(self) -> None:
         self._closed: list[int] = []
         self._open = 0
 
     def consume(self, rows: list[int]) -> None:
-        """These rows went into the step that runs."""
+        """Add rows to the step that is running."""
         self._open = (self._open + digest(rows)) % 2**64
 
     def close_step(self) -> None:
-        """The step that ran has ended."""
+        """End the step that is running."""
         self._closed.append(self._open)
         self._open = 0
 
     def save(self, folder: Path, rank: int, world_size: int, num_steps: int) -> None:
-        """Write this rank's part. Raises TrainingError unless it has `num_steps` steps."""
+        """Write this rank's part to a folder. Raises TrainingError unless it has exactly `num_steps` steps."""
         if len(self._closed) != num_steps:
             raise TrainingError(
                 f"the ledger has the rows of {len(self._closed)} steps, but {num_steps} were trained",
@@ -64,16 +64,16 @@ class Ledger:
         np.save(folder / file_name(rank, world_size), np.array(self._closed, dtype=np.uint64))
 
     def load(self, folder: Path, rank: int) -> None:
-        """Go on from a checkpoint, perhaps of another number of ranks: rank 0 takes what all of them wrote."""
+        """Resume from a checkpoint, perhaps of another number of ranks: rank 0 takes over the sum of all parts."""
         digests = read(folder)
         self._closed = digests.tolist() if rank == 0 else [0] * len(digests)
         self._open = 0
 
 
 def read(folder: Path) -> Digests:
-    """The number of each step, of all ranks together: shape (num_steps,).
+    """Return each step's number, summed over ranks: shape (num_steps,).
 
-    Raises CorruptObject when a rank's file is missing, damaged, or of another length than the others."""
+    Raises CorruptObject when a rank's part is missing, damaged, or has another length than the others."""
     paths = sorted(folder.glob("ledger-*-of-*.npy"))
     world_size = int(paths[0].stem.rpartition("-")[2]) if paths else 1
     try:
@@ -88,61 +88,62 @@ NUM_SHOWN = 5
 
 
 class PassProof(Frozen):
-    """One pass over one dataset, as far as the run came."""
+    """What one pass over one dataset consumed, as far as the run has come."""
 
     dataset: str
     number: int
-    """From 0."""
+    """Counted from 0."""
     num_rows: int
-    """Of the dataset that take part."""
+    """Rows of the dataset that are trained on."""
     num_rows_consumed: int
-    """Different ones."""
+    """Distinct rows that were consumed."""
     num_rows_repeated: int
+    """How many times a row was consumed again. Anything but 0 is a fault."""
     num_rows_left_out: int
-    """They fill no global batch; 0 for a pass that has not ended."""
+    """Rows at the end of a pass that fill no global batch; 0 for a pass that has not ended."""
     ended: bool
 
     def text(self) -> str:
-        """One line."""
-        state = f"{self.num_rows_left_out:,} left out (they fill no batch)" if self.ended else "not ended"
-        repeated = f", WRONG: {self.num_rows_repeated:,} again" if self.num_rows_repeated else " once each"
+        """Return the proof as one line for the screen."""
+        state = f"{self.num_rows_left_out:,} left over (they fill no batch)" if self.ended else "not ended"
+        repeated = f", WRONG: {self.num_rows_repeated:,} repeated" if self.num_rows_repeated else " once each"
         rows = f"{self.num_rows_consumed:,} of {self.num_rows:,} rows{repeated}"
         return f"{self.dataset}, pass {self.number}: {rows}, {state}"
 
 
 class RowsProof(Frozen):
-    """What the ledger of a run proves."""
+    """What the ledger of a run proves about the rows that it consumed."""
 
     run_id: str
     num_steps: int
-    """That the newest checkpoint has behind it."""
+    """Steps up to the newest checkpoint."""
     num_planned_steps: int
     attempts: tuple[str, ...]
-    """The lineage of that checkpoint: each start of the workers that it goes back to, in words."""
+    """Each attempt that the checkpoint builds on, oldest first, as text."""
     wrong_steps: tuple[int, ...]
-    """Steps, from 1, that consumed other rows than the order gives them."""
+    """Steps, counted from 1, that consumed other rows than the order of rows says."""
     passes: tuple[PassProof, ...]
 
     @property
     def holds(self) -> bool:
-        """No step consumed other rows, and no pass had a row twice."""
+        """Whether every step consumed its own rows, and no pass consumed a row twice."""
         return not self.wrong_steps and all(part.num_rows_repeated == 0 for part in self.passes)
 
     def text(self) -> str:
-        """A few lines."""
+        """Return the proof as a few lines for the screen."""
         lines = [f"{self.run_id}: {self.num_steps:,} of {self.num_planned_steps:,} steps", *self.attempts]
         lines += [part.text() for part in self.passes]
         if self.wrong_steps:
             shown = ", ".join(f"{step:,}" for step in self.wrong_steps[:NUM_SHOWN])
             more = "" if len(self.wrong_steps) <= NUM_SHOWN else f" and {len(self.wrong_steps) - NUM_SHOWN:,} more"
-            lines.append(f"WRONG: step {shown}{more} consumed other rows than the order gives them")
+            lines.append(f"WRONG: step {shown}{more} consumed other rows than the order says")
         elif self.holds:
-            lines.append("every step consumed the rows that the order gives it")
+            lines.append("every step consumed the rows that the order says")
         return "\n  ".join(lines)
 
 
 def verify_rows(storage: Storage, plan: TrainPlan) -> RowsProof:
-    """Hold the ledger of a run's newest whole checkpoint against the order of rows, which is made again from the data.
+    """Compare the ledger of a run's newest whole checkpoint with the order of rows, computed again from the data.
 
     Raises TrainingError while there is no checkpoint, CorruptObject when none can be read, PlanError for an engine that
     is not supported."""
@@ -179,12 +180,12 @@ def _newest_ledger(storage: Storage, plan: TrainPlan) -> tuple[Commit, Digests]:
                 continue
     if commits:
         what = f"no checkpoint of run {plan.run_id} has a ledger that can be read"
-        raise CorruptObject(what, hint="its rows cannot be proven; a new --run-id trains anew")
-    raise TrainingError(f"run {plan.run_id} has no checkpoint yet", hint="a run proves what is committed")
+        raise CorruptObject(what, hint="its rows cannot be verified; train again with a new --run-id")
+    raise TrainingError(f"run {plan.run_id} has no checkpoint yet", hint="verify it after its first checkpoint")
 
 
 def _batches(storage: Storage, plan: TrainPlan) -> Iterator[Rows]:
-    """Every global batch of the run in turn."""
+    """Yield every global batch of the run in order: row numbers over all datasets, shape (global_batch_size,)."""
     from tercet.planning.rows import load_splits, load_train_rows, rows_to_order
 
     training = plan.config.training
@@ -194,7 +195,7 @@ def _batches(storage: Storage, plan: TrainPlan) -> Iterator[Rows]:
 
 
 class _Counts:
-    """How often each row was used in each pass."""
+    """Counts how often each row was consumed in each pass."""
 
     def __init__(self, plan: TrainPlan) -> None:
         self._datasets, self._batch_size = plan.datasets, plan.config.training.global_batch_size
@@ -204,7 +205,7 @@ class _Counts:
         self._passes: list[list[PassProof]] = [[] for _ in plan.datasets]
 
     def add(self, batch: Rows) -> None:
-        """A global batch, which is of one dataset."""
+        """Count the rows of a global batch, which all belong to one dataset."""
         number = int(np.searchsorted(self._ends, batch[0], side="right"))
         first = 0 if number == 0 else int(self._ends[number - 1])
         np.add.at(self._used[number], batch - first, 1)
@@ -213,7 +214,7 @@ class _Counts:
             self._close(number, ended=True)
 
     def passes(self) -> Iterator[PassProof]:
-        """Dataset by dataset, the one that has not ended last."""
+        """Yield each dataset's passes in order; a pass that has not ended is last."""
         for number, batches in enumerate(self._num_batches):
             if batches:
                 self._close(number, ended=False)

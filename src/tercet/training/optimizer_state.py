@@ -1,13 +1,13 @@
-"""The optimizer's state in storage: one format for every parallelism and any number of workers.
+"""Saves and loads the optimizer's state in one format for every parallelism and any number of workers.
 
-Each rank writes what it holds, and nothing is gathered: pieces of flattened parameters, in one safetensors file a rank.
+Each rank writes what it holds: pieces of flattened parameters, in one safetensors file. Nothing is gathered.
 
     optimizer-00000-of-00002.safetensors    tensors named `<parameter>|<moment>|<start>`, `start` in elements
                                             and `<parameter>|step`, a scalar; 0 and no moments for a parameter
                                             that never had a gradient
 
-A rank that resumes reads the ranges that it holds now, from whichever files have them, so a run may go on with another
-number of workers or another parallelism. Every element must be there exactly once.
+A rank that resumes reads the ranges that it now holds from the files that contain them. So a run may resume with
+another number of workers or another parallelism. Every element must be stored exactly once.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of one parameter's state: `moments` are flat views (shape (num_elements,)) that can be
-    written to; `state` holds the step."""
+    """The part of one parameter's optimizer state that this rank holds."""
 
     name: str
     start: int
+    """Index of the first element in the flattened parameter."""
     moments: dict[str, torch.Tensor]
+    """Views by name, shape (num_elements,): writing to them changes the state. Empty if there never was a gradient."""
     state: dict[str, Any]
+    """The optimizer's own dictionary, which holds the step."""
 
 
 def file_name(rank: int, world_size: int) -> str:
-    """Of one rank's file."""
+    """Return the name of one rank's file."""
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> None:
-    """Write this rank's share."""
+    """Write this rank's pieces to its file in a folder."""
     tensors: dict[str, torch.Tensor] = {}
     for piece in pieces:
         step = torch.as_tensor(piece.state.get("step", 0), dtype=torch.float32)
@@ -58,10 +60,11 @@ def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> N
 
 
 def load(pieces: Iterator[Piece], folder: Path) -> None:
-    """Fill this rank's share. A parameter that never had a gradient gets zeros and step 0, which is how Adam begins.
+    """Fill this rank's pieces from all files in a folder.
 
-    Raises CorruptObject when a file is missing or damaged, or an element is missing or there twice."""
-    found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+    A parameter that never had a gradient gets zeros and step 0, which is how Adam begins. Raises CorruptObject when a
+    file is missing or damaged, or an element is missing or stored twice."""
+    sources: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
     steps: dict[str, float] = {}
     for file in _open_all(folder):
         for key in file.keys():  # noqa: SIM118 - not a dict
@@ -71,24 +74,24 @@ def load(pieces: Iterator[Piece], folder: Path) -> None:
                 if steps.setdefault(name, step) != step:
                     raise CorruptObject(
                         f"{folder}: {name} is at optimizer step {steps[name]:g} in one file and {step:g} in another",
-                        hint="the files are of several checkpoints: use another checkpoint",
+                        hint="the files belong to several checkpoints: use another checkpoint",
                     )
             else:
-                found.setdefault((name, moment), []).append((int(start[0]), file, key))
+                sources.setdefault((name, moment), []).append((int(start[0]), file, key))
     for piece in pieces:
         if piece.name not in steps:
             raise CorruptObject(
-                f"{folder}: holds no optimizer state of {piece.name}",
-                hint="the checkpoint is of another model: was it another recipe?",
+                f"{folder} holds no optimizer state of {piece.name}",
+                hint="the checkpoint belongs to another model: did it come from another recipe?",
             )
-        if steps[piece.name] == 0 and not any((piece.name, moment) in found for moment in piece.moments):
+        if steps[piece.name] == 0 and not any((piece.name, moment) in sources for moment in piece.moments):
             piece.state.setdefault("step", torch.tensor(0.0, device=_step_device(piece)))
             for view in piece.moments.values():
                 view.zero_()
             continue
         _set_step(piece, steps[piece.name], folder)
         for moment, view in piece.moments.items():
-            _fill(view, piece.start, found.get((piece.name, moment), []), f"{folder}: {piece.name} {moment}")
+            _fill(view, piece.start, sources.get((piece.name, moment), []), f"{folder}: {piece.name} {moment}")
 
 
 def _open_all(folder: Path) -> list[Any]:
@@ -139,14 +142,17 @@ def _fill(view: torch.Tensor, start: int, sources: list[tuple[int, Any, str]], w
         if position == end:
             return
         first = end
-    fault = "missing" if first > position else "there twice"
+    fault = "missing" if first > position else "stored twice"
     raise CorruptObject(f"{what}: element {min(first, position)} is {fault}", hint="use another checkpoint")
 
 
 def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iterator[Piece]:
-    """What this rank holds. `create`: make an empty state where there is none yet, to be filled.
+    """Yield the pieces of optimizer state that this rank holds. Not a collective.
 
-    transformers 5.23, accelerate 1.15, DeepSpeed 0.19.8; see the functions below for what is read of each."""
+    create: first allocate state where there is none, to be filled by `load`. With DDP, every rank then holds all of it;
+    otherwise each yields an equal share, for `save`.
+
+    The functions below read internals of transformers 5.23, accelerate 1.15 and DeepSpeed 0.19.8."""
     optimizer = trainer.optimizer.optimizer
     reshard(trainer.model)
     named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
@@ -160,8 +166,10 @@ def pieces(trainer: Any, parallelism: Parallelism, create: bool = False) -> Iter
 def _torch(
     optimizer: torch.optim.Optimizer, named: list[tuple[str, Any]], rank: int, world_size: int, create: bool
 ) -> Iterator[Piece]:
-    """FSDP2: slices of the first dimension. DDP: each rank holds everything; to save, each takes an equal share of all
-    elements, to load it fills everything (`create`)."""
+    """Yield the pieces of FSDP2 or DDP.
+
+    FSDP2: slices of the first dimension. DDP: each rank holds everything; to save, it takes an equal share of all
+    elements; to load (`create`), it fills everything."""
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     num_elements = sum(parameter.numel() for _, parameter in named)
     first, last = num_elements * rank // world_size, num_elements * (rank + 1) // world_size
@@ -169,7 +177,7 @@ def _torch(
     for name, parameter in named:
         if id(parameter) not in optimized:
             raise TrainingError(
-                f"{name} is trained, but the optimizer does not know it: its state cannot be saved",
+                f"{name} is trained, but is not in the optimizer: its state cannot be saved",
                 hint="this is a fault of tercet or of the installed libraries",
             )
         state = optimizer.state[parameter]
@@ -196,8 +204,10 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _zero12(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
-    """DeepSpeed lays the parameters of a group end to end and cuts that into one partition a rank; `_hp_mapping` says
-    which elements of a parameter lie where in this rank's partition, and is None where none do."""
+    """Yield the pieces of ZeRO-1 or 2.
+
+    DeepSpeed puts the parameters of a group end to end, and cuts the result into one partition per rank. `_hp_mapping`
+    says which elements of a parameter are where in this rank's partition; it is None if none are."""
     states = [optimizer.optimizer.state[flat] for flat in optimizer.single_partition_of_fp32_groups]
     if create:
         for flat, state in zip(optimizer.single_partition_of_fp32_groups, states, strict=True):
@@ -212,8 +222,10 @@ def _zero12(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Itera
 
 
 def _zero3(optimizer: Any, named: list[tuple[str, Any]], create: bool) -> Iterator[Piece]:
-    """Each parameter is cut into equal parts, the last one filled up; `grad_position` says in which flat group, and
-    where in it, this rank's part lies."""
+    """Yield the pieces of ZeRO-3.
+
+    Each parameter is cut into equal parts, the last one padded. `grad_position` says in which flat group, and where in
+    it, this rank's part is."""
     groups = optimizer.fp32_partitioned_groups_flat
     if create:
         for flat in groups:

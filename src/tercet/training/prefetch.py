@@ -1,4 +1,4 @@
-"""The next batch, made in a thread while a step runs: reading rows and making tokens is off its path."""
+"""Makes the next batch in a thread while a step runs, so that no step waits for rows or tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """One ahead, in order. A thread is enough: tokenizers let go of Python's lock, and a process of its own would hold
-    a copy of the model. Call `drain` before the tokenizer is used elsewhere: it cannot be used twice at once."""
+    """Makes one item ahead, in order.
+
+    A thread is enough: tokenizers release Python's lock, and a process would hold a copy of the model. Call `drain`
+    before the tokenizer is used elsewhere: two threads cannot use it at the same time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tercet-look-ahead")
@@ -19,7 +21,9 @@ class Prefetcher(Generic[T]):
         self._next: Future[T] | None = None
 
     def get(self, source: object, make: Callable[[], T]) -> T:
-        """What `make` returns, or raises, called for the first time for this source or ahead of time."""
+        """Return what `make` returns, and begin to make the next item. Raises what `make` raises.
+
+        An item made ahead is returned only if it was made for the same `source`."""
         if self._next is None or self._source is not source:
             self.drain()
             self._source, self._next = source, self._pool.submit(make)
@@ -28,6 +32,6 @@ class Prefetcher(Generic[T]):
         return made
 
     def drain(self) -> None:
-        """Wait until nothing is being made."""
+        """Wait until no item is being made."""
         if self._next is not None:
             wait([self._next])

@@ -1,4 +1,4 @@
-"""The trainer: SentenceTransformerTrainer, with tercet's order of rows and checkpoints, in every parallelism."""
+"""SentenceTransformerTrainer with tercet's order of rows and checkpoints, in every parallelism."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EpochLoader(DataLoader):  # type: ignore[misc]
 
 
 class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Replaces what follows of sentence-transformers 6.2 and transformers 5.23, each for the reason it gives."""
+    """Overrides methods of sentence-transformers 6.2 and transformers 5.23; each says why."""
 
     def __init__(
         self,
@@ -55,12 +55,13 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_reads_texts: bool = False,
         **kwargs: Any,
     ) -> None:
-        """batches: the order of rows; `ledger` says which of them were trained on.
-        save_whole: writes a model from its gathered weights; None where the trained model itself can be written.
+        """batches: the order of rows; `ledger` records which of them were trained on.
+        save_whole: writes a model from its gathered weights; None if the trained model can write itself.
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
-        scales_loss: as NonFiniteGuard takes it.
+        scales_loss: passed to NonFiniteGuard.
         forward: how the columns of a batch share a forward pass.
-        loss_reads_texts: it has a guide, and may make tokens itself. Otherwise the evaluator measures it too."""
+        loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
+        too."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
@@ -69,14 +70,15 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._finite = NonFiniteGuard(self.args.device, scales_loss)
         self.add_callback(self._finite)
-        # Not where the scaler skips a step: clipping would leave NaN in rows that the next step does not touch.
-        keeps = parallelism == "ddp" and not scales_loss
-        self._embedding = embedding_gradient(self.model) if keeps else None
+        # Not if the scaler may skip a step: clipping would leave NaN in rows that the next step does not clear.
+        can_be_sparse = parallelism == "ddp" and not scales_loss
+        self._embedding = embedding_gradient(self.model) if can_be_sparse else None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """After `Trainer.create_accelerator_and_postprocess`: DDP is told to keep gradients in the buckets that it
-        sends, not beside them. On CPUs accelerate 1.15 falls back from FSDP to DDP without a word, though it can do it,
-        so it is told to."""
+        """Extends `Trainer.create_accelerator_and_postprocess`.
+
+        DDP keeps gradients in the buckets that it sends, not beside them. On CPUs, accelerate 1.15 silently falls back
+        from FSDP to DDP although it supports it, so FSDP is set here."""
         super().create_accelerator_and_postprocess()
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         if self._parallelism == "fsdp2" and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -85,18 +87,19 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = unit_classes(self.model)
-            # Where accelerate looks for a last norm to gather by itself. Among the model's own modules it would find
+            # accelerate looks here for a final norm to wrap separately. Among the model's own modules it would find
             # Normalize, which has no weights, and fail.
             self.model.base_model_prefix = "transformers_model"
         if self.is_fsdp_enabled and self.args.bf16:
-            # As in the other modes: fp32 weights, sums and embeddings. accelerate would have bf16 for all of them.
+            # As in the other modes: fp32 weights, sums and embeddings. accelerate would use bf16 for all of them.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def get_train_dataloader(self) -> DataLoader:
-        """Instead of `BaseTrainer.get_train_dataloader`: a batch sampler that already knows its rank. The original's is
-        cut up among ranks by accelerate, which pads or drops the ends, and its NO_DUPLICATES holds within one rank
-        only."""
+        """Replaces `BaseTrainer.get_train_dataloader`, with a batch sampler that already knows its rank.
+
+        The original's batches are distributed over ranks by accelerate, which pads or drops the last ones, and its
+        NO_DUPLICATES sampler looks at one rank only."""
         return EpochLoader(
             self.train_dataset,
             batch_sampler=self._batches,
@@ -105,28 +108,31 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         )
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
-        """Around `Trainer.get_batch_samples`: what the next step needs is made while this one runs."""
+        """Extends `Trainer.get_batch_samples`: the next step's batches are made while this one runs."""
         make = functools.partial(super().get_batch_samples, epoch_iterator, *args)
         return make() if self._loss_reads_texts else self._ahead.get(epoch_iterator, make)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Instead of `BaseTrainer.add_model_card_callback`: nothing. It encodes examples for a card that tercet
-        replaces with its own, which has the results on the test split."""
+        """Replaces `BaseTrainer.add_model_card_callback`: does nothing.
+
+        The original encodes examples for a model card. tercet writes its own card, with results on the test split."""
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Instead of `BaseTrainer.evaluation_loop`, which encodes texts once for the loss and again for the metrics,
-        and shares the evaluator's work over ranks for DDP alone. Here every rank runs the evaluator, which shares the
-        encoding (see evaluators.py), so that sharded models meet in each forward pass."""
+        """Replaces `BaseTrainer.evaluation_loop`.
+
+        The original encodes texts once for the loss and again for the metrics, and distributes the evaluator's work
+        over ranks with DDP only. Here every rank runs the evaluator, which distributes the encoding (see
+        evaluators.py), so that all ranks of a sharded model take part in each forward pass."""
         self._ahead.drain()
         self._finite.check(self.state.global_step, self.model)
-        # ZeRO-3 must meet passes outside of inference mode before those of `encode`, or the model cannot be trained any
-        # more: "Inference tensors cannot be saved for backward". The loss of these is replaced by the evaluator's.
+        # ZeRO-3 needs forward passes outside inference mode before those of `encode`, or the model cannot be trained
+        # afterwards: "Inference tensors cannot be saved for backward". The evaluator's loss replaces that of these.
         if self._loss_reads_texts or self._parallelism in ("zero3", "zero3_offload"):
-            # A Matryoshka draws widths, a DataLoader a seed: the training's draws go on as if they had not.
-            drawn = random.getstate()
+            # MatryoshkaLoss draws widths, and a DataLoader a seed: keep the training's random state as it was.
+            state = random.getstate()
             with torch.random.fork_rng(devices=[]):
                 output = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-            random.setstate(drawn)
+            random.setstate(state)
         else:
             output = EvalLoopOutput(None, None, {}, len(self.eval_dataset))
         crash_point("in_evaluation", self.state.global_step)
@@ -135,8 +141,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return output
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """After `Trainer._init_training_state`: a run that resumes amid an epoch begins there, instead of making the
-        order of the rows before and throwing it away."""
+        """Extends `Trainer._init_training_state`: a run that resumes within an epoch starts at its own step.
+
+        The original makes all batches before it, and discards them."""
         num_epochs, num_micro_batches = super()._init_training_state(*args, **kwargs)
         self._batches.skip(num_micro_batches // self.args.gradient_accumulation_steps)
         return num_epochs, num_micro_batches
@@ -144,8 +151,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Instead of `BaseTrainer.compute_loss`, which gives the wrapped model to the loss, to be called for each
-        column: all columns are embedded together, and the loss finds their embeddings. A loss with gradient caching
+        """Replaces `BaseTrainer.compute_loss`: all columns are embedded together, and the loss gets their embeddings.
+
+        The original passes the wrapped model to the loss, which calls it for each column. A loss with gradient caching
         still calls the model for each of its mini-batches."""
         if not self._forward.is_together:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -154,7 +162,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Around `Trainer.training_step`: writes down which rows the micro-batch was made of, and its loss."""
+        """Extends `Trainer.training_step`: records the rows of the micro-batch and its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._finite.add_loss(loss)
         if self._embedding is not None and self.accelerator.sync_gradients:
@@ -164,8 +172,10 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return loss
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Instead of `Trainer._clip_grad_norm` where gradients are whole: the norm of all is made of the norm of each
-        in any case; here each is kept. Around it for FSDP2. DeepSpeed has clipped by now, and keeps none."""
+        """Replaces `Trainer._clip_grad_norm` with DDP, extends it with FSDP2: keeps the norm of each gradient.
+
+        The norm of all gradients is computed from those norms anyway. DeepSpeed has clipped before this is called, and
+        keeps none of them."""
         if self._parallelism == "ddp":
             self.accelerator.unscale_gradients()
             norm = torch.linalg.vector_norm(self._finite.add_gradients(self.model))
@@ -176,7 +186,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Around `Trainer._get_grad_norm`, which is called once a step: likewise where nothing is clipped."""
+        """Extends `Trainer._get_grad_norm`, called once per step: keeps the norms also if nothing is clipped."""
         if grad_norm is None and not is_zero(self._parallelism):
             self._finite.add_gradients(self.model)
         norm = super()._get_grad_norm(model, grad_norm)
@@ -184,14 +194,15 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Around `Trainer._prepare_for_training`: checks what came out, and loads tercet's own state instead of each
-        library's. The weights were loaded with the model."""
+        """Extends `Trainer._prepare_for_training`: checks the wrapped model, and loads tercet's own optimizer state.
+
+        The weights were loaded with the model."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         check_wrapped(self.model_wrapped, self._parallelism, self.args.world_size)
         if self.args.gradient_checkpointing:
             check_recomputes(self.model)
         if self.is_fsdp_enabled and self.args.bf16:
-            # accelerate does this for DDP alone. FSDP2's units take and give fp32 around weights of 16 bits.
+            # accelerate does this with DDP only. FSDP2's units take and return fp32 around weights of 16 bits.
             self.model.forward = self.accelerator.autocast()(self.model.forward)
         if self._loss_runs_backward and is_zero(self._parallelism):
             self.accelerator.deepspeed_engine_wrapped = OneReduction(self.model_wrapped)
@@ -203,12 +214,15 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return prepared
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Instead of `BaseTrainer._load_from_checkpoint`, which does not know sharded models: nothing. The worker loads
-        the checkpoint's weights when it makes the model."""
+        """Replaces `BaseTrainer._load_from_checkpoint`, which cannot load sharded models: does nothing.
+
+        The checkpoint's weights were loaded when the model was made."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Instead of `Trainer.save_model` and `BaseTrainer._save`, which drops the gathered weights and writes what one
-        rank holds. Every rank takes part in the gathering; rank 0 writes, and checks that nothing is missing."""
+        """Replaces `Trainer.save_model` and `BaseTrainer._save`.
+
+        The original drops the gathered weights, and writes what one rank holds. Here all ranks take part in gathering;
+        rank 0 writes, and checks that nothing is missing."""
         self._ahead.drain()
         folder = Path(output_dir or self.args.output_dir)
         weights = full_weights(self.model) if self._save_whole is not None else None
@@ -222,7 +236,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self._save_whole(weights, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Instead of `Trainer._save_optimizer_and_scheduler`: one format for every parallelism, and the ledger."""
+        """Replaces `Trainer._save_optimizer_and_scheduler`: one format for every parallelism; saves the ledger too."""
         pieces = optimizer_state.pieces(self, self._parallelism)
         optimizer_state.save(pieces, Path(output_dir), self.args.process_index, self.args.world_size)
         self.ledger.save(Path(output_dir), self.args.process_index, self.args.world_size, self.state.global_step)
@@ -230,20 +244,21 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Instead of `Trainer._load_optimizer_and_scheduler`, likewise."""
+        """Replaces `Trainer._load_optimizer_and_scheduler`: loads what `_save_optimizer_and_scheduler` wrote."""
         if checkpoint is not None:
             optimizer_state.load(optimizer_state.pieces(self, self._parallelism, create=True), Path(checkpoint))
             self.ledger.load(Path(checkpoint), self.args.process_index)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-            # The schedule sets a rate after each step only: the first one would run at the rate of step 0.
+            # The schedule sets the rate only after a step: the first step would run at the rate of step 0.
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Around `Trainer._load_rng_state`, which leaves a rank as it is that was not there when the checkpoint was
-        written: on another number of ranks each draws from the seed, the step and its own number."""
+        """Extends `Trainer._load_rng_state`: on another number of ranks, each seeds itself from seed, step and rank.
+
+        The original leaves a rank unchanged if the checkpoint has no random state for it."""
         if checkpoint is not None and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
-            # Python's own numbers stay alike on all ranks: MatryoshkaLoss draws its dimensions from them.
+            # Python's random numbers must be equal on all ranks: MatryoshkaLoss draws its dimensions from them.
             set_seed((self.args.seed + self.state.global_step) % 2**32)
             torch.manual_seed((self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index) % 2**32)
             return

@@ -111,7 +111,7 @@ def test_a_parameter_that_never_had_a_gradient(tmp_path: Path) -> None:
 def test_a_trained_parameter_that_the_optimizer_lacks() -> None:
     model = Model()
     optimizer = torch.optim.AdamW([model.table])
-    with pytest.raises(TrainingError, match="scale is trained, but the optimizer does not know it"):
+    with pytest.raises(TrainingError, match="scale is trained, but is not in the optimizer"):
         list(torch_pieces(model, optimizer))
 
 
@@ -263,11 +263,11 @@ EXTRA = torch.zeros(5)
         ({"table|exp_avg|20": None}, "table exp_avg: element 20 is missing"),
         ({"table|exp_avg|20": None, "table|exp_avg|21": torch.zeros(16)}, "table exp_avg: element 20 is missing"),
         ({"table|exp_avg|20": torch.zeros(16)}, "table exp_avg: element 36 is missing"),
-        ({"table|exp_avg_sq|0": EXTRA}, "table exp_avg_sq: element 0 is there twice"),
-        ({"table|exp_avg_sq|3": EXTRA}, "table exp_avg_sq: element 3 is there twice"),
-        ({"table|exp_avg_sq|18": EXTRA}, "table exp_avg_sq: element 18 is there twice"),
-        ({"table|exp_avg_sq|32": EXTRA}, "table exp_avg_sq: element 32 is there twice"),
-        ({"vector|exp_avg|0": torch.zeros(8)}, "vector exp_avg: element 0 is there twice"),
+        ({"table|exp_avg_sq|0": EXTRA}, "table exp_avg_sq: element 0 is stored twice"),
+        ({"table|exp_avg_sq|3": EXTRA}, "table exp_avg_sq: element 3 is stored twice"),
+        ({"table|exp_avg_sq|18": EXTRA}, "table exp_avg_sq: element 18 is stored twice"),
+        ({"table|exp_avg_sq|32": EXTRA}, "table exp_avg_sq: element 32 is stored twice"),
+        ({"vector|exp_avg|0": torch.zeros(8)}, "vector exp_avg: element 0 is stored twice"),
         ({"table|step": torch.tensor(4.0)}, "table is at optimizer step 5 in one file and 4 in another"),
     ],
 )

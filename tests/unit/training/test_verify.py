@@ -95,8 +95,8 @@ def test_a_whole_run(storage: Storage, tmp_path: Path, plan: Callable[..., Train
     ]
     text = proof.text()
     assert f"attempt a: steps 1 to {made_plan.num_steps} on 2 workers" in text
-    assert f"poems, pass 1: {num_rows // 10 * 10} of {num_rows} rows once each, {num_rows % 10} left out" in text
-    assert text.endswith("every step consumed the rows that the order gives it")
+    assert f"poems, pass 1: {num_rows // 10 * 10} of {num_rows} rows once each, {num_rows % 10} left over" in text
+    assert text.endswith("every step consumed the rows that the order says")
 
 
 def test_a_mix_and_a_run_that_has_not_ended(storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan]) -> None:
