@@ -23,24 +23,24 @@ def add_models(verbs: Any, store: argparse.ArgumentParser) -> None:
     listing = models.add_parser("list", parents=[store], help="list every model with its champion")
     listing.set_defaults(call=_list)
     show = models.add_parser("show", parents=[store], help="show the champion, all earlier ones, and all versions")
-    show.add_argument("name")
+    show.add_argument("name", help="name of the model")
     show.add_argument("--json", action="store_true", help="print the documents as stored")
     show.set_defaults(call=_show)
     lineage = models.add_parser("lineage", parents=[store], help="trace a model to its run, data, shards and files")
-    lineage.add_argument("name")
+    lineage.add_argument("name", help="name of the model")
     lineage.add_argument("--version", type=int, metavar="N", help="number of a version (the champion's)")
     lineage.set_defaults(call=_lineage)
     promote = models.add_parser(
         "promote", parents=[store], help="make a version the champion by hand, without the gate"
     )
-    promote.add_argument("name")
+    promote.add_argument("name", help="name of the model")
     which = promote.add_mutually_exclusive_group(required=True)
     which.add_argument("--version", type=int, metavar="N", help="number of a published version")
     which.add_argument("--run", metavar="RUN_ID", help="publish the best model of this run first")
     promote.add_argument("--reason", required=True, type=_text, help="kept in the champion's history")
     promote.set_defaults(call=_promote)
     rollback = models.add_parser("rollback", parents=[store], help="make an earlier champion serve again")
-    rollback.add_argument("name")
+    rollback.add_argument("name", help="name of the model")
     rollback.add_argument(
         "--to", type=int, metavar="N", help="number of a version that served (the previous champion's)"
     )
@@ -48,14 +48,14 @@ def add_models(verbs: Any, store: argparse.ArgumentParser) -> None:
     rollback.set_defaults(call=_rollback)
 
 
-def who() -> str:
+def user_and_host() -> str:
     """Return `user@machine`, for the record of who promoted."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _text(value: str) -> str:
     if not value.strip():
-        raise argparse.ArgumentTypeError("a reason has at least one word")
+        raise argparse.ArgumentTypeError("give a reason of at least one word")
     return value.strip()
 
 
@@ -74,9 +74,10 @@ def _list(arguments: argparse.Namespace) -> None:
     for name in names:
         champion = read_champion(storage, name)
         num_versions = len(list_versions(storage, name))
-        print(f"{name}  {num_versions} versions  {'no champion' if champion is None else _line(champion)}")
+        versions = "1 version" if num_versions == 1 else f"{num_versions} versions"
+        print(f"{name}  {versions}  {'no champion' if champion is None else _line(champion)}")
     if not names:
-        print(f"no model in {storage.uri}")
+        print(f"no models in {storage.uri}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -88,7 +89,7 @@ def _show(arguments: argparse.Namespace) -> None:
     chain = history(storage, arguments.name)
     if arguments.json:
         champions = [champion.model_dump(mode="json") for champion in chain]
-        print(json.dumps({"champions": champions, "versions": [found.model_dump(mode="json") for found in versions]}))
+        print(json.dumps({"champions": champions, "versions": [v.model_dump(mode="json") for v in versions]}))
         return
     if chain or not versions:
         _, version = resolve(storage, arguments.name)
@@ -99,7 +100,7 @@ def _show(arguments: argparse.Namespace) -> None:
         print(f"  {_line(champion)}")
         print(f"    {champion.reason}")
     for version in versions:
-        data = ", ".join(f"{name} {found}" for name, found in version.lineage.dataset_versions.items())
+        data = ", ".join(f"{dataset} {number}" for dataset, number in version.lineage.dataset_versions.items())
         print(f"  version {version.number}  {_date(version.unix_seconds)}  run {version.lineage.run_id}  on {data}")
 
 
@@ -144,8 +145,8 @@ def _promote(arguments: argparse.Namespace) -> None:
         version = read_version(storage, name, arguments.version)
     else:
         lineage = read_plan(storage, arguments.run).lineage
-        version = register(storage, name, lineage, who())
-    _serve(storage, present, version, serve(storage, version, present, "by hand", arguments.reason, who()))
+        version = register(storage, name, lineage, user_and_host())
+    _serve(storage, present, version, serve(storage, version, present, "by hand", arguments.reason, user_and_host()))
 
 
 def _rollback(arguments: argparse.Namespace) -> None:
@@ -157,13 +158,15 @@ def _rollback(arguments: argparse.Namespace) -> None:
     chain = history(storage, name)
     before = [champion.version for champion in chain if champion.version != chain[0].version]
     if not before:
-        raise ConfigError(f"model {name} never had another champion", hint="tercet models promote takes any version")
+        raise ConfigError(
+            f"model {name} never had another champion", hint="`tercet models promote` accepts any version"
+        )
     number = before[0] if arguments.to is None else arguments.to
     if number not in before:
         served = ", ".join(map(str, sorted(set(before))))
-        raise ConfigError(f"version {number} of {name} is no earlier champion", hint=f"earlier champions: {served}")
+        raise ConfigError(f"version {number} of {name} is not an earlier champion", hint=f"earlier champions: {served}")
     version = read_version(storage, name, number)
-    _serve(storage, chain[0], version, serve(storage, version, chain[0], "rollback", arguments.reason, who()))
+    _serve(storage, chain[0], version, serve(storage, version, chain[0], "rollback", arguments.reason, user_and_host()))
 
 
 def _serve(storage: Storage, before: Champion | None, version: Version, champion: Champion) -> None:
@@ -172,7 +175,7 @@ def _serve(storage: Storage, before: Champion | None, version: Version, champion
 
 
 def _line(champion: Champion) -> str:
-    what = {"gated": "promoted by the gate", "by hand": "promoted by hand, ungated", "rollback": "rolled back to"}
+    what = {"gated": "promoted by the gate", "by hand": "promoted by hand, without the gate", "rollback": "rolled back"}
     return (
         f"generation {champion.generation}: version {champion.version}  {_date(champion.unix_seconds)}  "
         f"{what[champion.kind]}, {champion.who}"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tercet.pipeline.nightly import Night
 
-REFUSED_EXIT_CODE = 8  # beside those of errors.py: the night is over, and something is wrong with its model
+REFUSED_EXIT_CODE = 8  # besides those of errors.py: the night is over, but something is wrong with its model
 
 
 def add_nightly(verbs: Any, recipe: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
-    """Add the verbs; `recipe` has the flags of a run, `store` those that say where storage is."""
+    """Add both commands. recipe: parser with the flags of a run. store: parser with the flags of storage."""
     nightly = verbs.add_parser(
         "nightly", parents=[recipe], help="add new rows, train, and keep or replace the champion"
     )
@@ -25,12 +25,12 @@ def add_nightly(verbs: Any, recipe: argparse.ArgumentParser, store: argparse.Arg
 
 
 def _nightly(arguments: argparse.Namespace) -> int:
-    from tercet.cli.models import who
+    from tercet.cli.models import user_and_host
     from tercet.config.recipe import load_config
     from tercet.pipeline.nightly import nightly
 
     config = load_config(arguments.recipe, arguments.overrides)
-    night = nightly(config, who(), lambda text: print(text, file=sys.stderr, flush=True))
+    night = nightly(config, user_and_host(), lambda text: print(text, file=sys.stderr, flush=True))
     print(night.model_dump_json(indent=1) if arguments.json else night_text(night))
     return REFUSED_EXIT_CODE if night.outcome == "refused" else 0
 
@@ -48,7 +48,7 @@ def _nights(arguments: argparse.Namespace) -> None:
             if night.warning is not None:
                 print(f"    Warning: {night.warning}")
     if not run_ids:
-        print(f"no night of {arguments.name} in {storage.uri}")
+        print(f"no nights of model {arguments.name} in {storage.uri}")
 
 
 def night_text(night: Night) -> str:
@@ -58,28 +58,28 @@ def night_text(night: Night) -> str:
         lines.append(f"  Warning: {night.warning}")
     data = ", ".join(f"{name} {version}" for name, version in night.dataset_versions.items())
     lines += ["", f"  run       {night.run_id}, {night.seconds:.0f} s", f"  data      {data}"]
-    names = sorted({name for found in night.metrics.values() for name in found})
-    for who, found in night.metrics.items():
-        values = "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
-        lines.append(f"  test      {who:<12} {values}")
+    names = sorted({name for metrics in night.metrics.values() for name in metrics})
+    for role, metrics in night.metrics.items():
+        values = "  ".join(f"{name} {metrics[name]:.4f}" for name in names if name in metrics)
+        lines.append(f"  test      {role:<12} {values}")
     if night.index_impact is not None:
         index = night.index_impact
         lines.append(
-            f"  index     {index.overlap_at_10:.0%} of ten neighbours stay, scores move by "
+            f"  index     {index.overlap_at_10:.0%} of the ten nearest stay, scores move by "
             f"{index.mean_score_shift:+.3f}; embedding {index.num_rows:,} rows again takes "
             f"{_duration(index.embedding_seconds)}"
         )
     if night.champion is not None:
-        before = "" if night.champion_before in (None, night.champion) else f", before it {night.champion_before}"
+        before = (
+            ""
+            if night.champion_before in (None, night.champion)
+            else f", which replaced generation {night.champion_before}"
+        )
         lines.append(f"  champion  generation {night.champion}{before}")
     return "\n".join(lines)
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

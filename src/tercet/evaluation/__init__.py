@@ -2,10 +2,10 @@
 
 - `evaluators`: the evaluators of sentence-transformers, sharing one encoding, and the loss of a split
 - `evaluate`: metrics of a model on a frozen split
-- `row_results`: what a model does on each row of a split
-- `measurement`: the row results of one model, kept in storage
-- `paired`: two models on the same rows: the difference, and how sure it is
-- `gate`: promote the candidate or not
-- `comparison`: two measurements to a decision, and what a new model means for an index
-- `label_check`: whether the labels of new rows look wrong
+- `row_results`: results of a model on each row of a split; nDCG and MRR of a ranked list
+- `measurement`: the row results of one model, kept in storage and measured once
+- `paired`: two models on the same rows: the difference, and how certain it is
+- `gate`: the decision whether the candidate replaces the reference
+- `comparison`: from two measured models to a decision, and what a new model changes for an index
+- `label_check`: a warning if the labels of new rows look wrong
 """

@@ -1,8 +1,8 @@
-"""Hard negatives for the rows of a dataset version, by sentence-transformers' miner, into a dataset of their own.
+"""Hard negatives for the rows of a dataset version, found by sentence-transformers' miner, as a dataset of their own.
 
-Candidates for a row are the positives of its own split, so that no eval or test text gets into train: those of a pool
-of rows that lie together. Pools are mined apart from each other, each in a process with a worker's resources. A
-candidate that is nearly as near as the positive is probably another right answer, and is left out.
+Each split is cut into pools of consecutive rows, and each pool is mined alone, in a process with a worker's resources.
+The candidates for a row are the positives of its pool, so no eval or test text gets into train. A candidate that is
+nearly as similar as the positive is probably another right answer, so it is excluded.
 """
 
 from __future__ import annotations
@@ -51,36 +51,36 @@ class Pool:
 
 
 class Mined(Document):
-    """What was mined from a version. Kept, because the model that mined it may not be the champion any more."""
+    """Record of how a version was mined. The model that mined it may not be the champion any more."""
 
     source: str
-    """The version that was mined."""
+    """Version that was mined."""
     version: str
-    """What came of it."""
+    """Version of the mined dataset."""
     mining: MiningConfig
     model: str
-    """That mined: where it lies in storage, or the base model's name."""
+    """Model that mined: its folder in storage, or the name of the base model."""
 
 
 @dataclass(frozen=True)
 class MineResult:
-    """What was mined."""
+    """Outcome of `mine`."""
 
     build: BuildResult
     num_rows: int
     num_random: int
-    """Rows for which no candidate was far enough from the positive; they got a random one instead."""
+    """Rows with random negatives, because no candidate differed enough from the positive."""
 
 
 def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = ROWS_PER_POOL) -> MineResult:
-    """Mine the recipe's dataset with the model that its training would start from, and publish dataset `into`: the same
-    rows in the same splits, with the negatives that were found.
+    """Mine the recipe's dataset with the model that its training would start from, and publish it as dataset `into`.
 
-    Raises ConfigError where `into` is the dataset itself, and what `build_version` raises."""
+    The rows and their splits are the same; the negatives are those that were mined. Raises ConfigError if `into` is the
+    dataset itself, and whatever `build_version` raises."""
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
     manifest = read_manifest(storage, config.dataset.name, config.dataset.version)
     if into == manifest.dataset:
-        raise ConfigError(f"{into} is the dataset that is mined", hint="name another one")
+        raise ConfigError(f"dataset {into} cannot be mined into itself", hint="give the mined dataset another name")
     layout.dataset_prefix(into)  # refuse an impossible name before anything is mined
     commit = None
     if config.model.start_from == "champion" and read_champion(storage, config.name) is not None:
@@ -96,13 +96,13 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
         f"{pool.split} rows from {pool.first_row:,}": partial(mine_pool, config, manifest, commit, mining, pool)
         for pool in pools
     }
-    found = session.in_fresh_processes(config.workers, tasks)
+    pool_results = session.in_fresh_processes(config.workers, tasks)
     columns = _columns(manifest, mining)
     names = [column.removeprefix("slice_") for column in columns]
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         path = Path(folder) / f"{manifest.dataset}-{manifest.version}.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for rows, _ in found.values():
+            for rows, _ in pool_results.values():
                 file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
         built = build_version(
             [path],
@@ -118,14 +118,18 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
     model = config.model.name_or_path if commit is None else commit.folder
     mined = Mined(source=manifest.version, version=built.manifest.version, mining=mining, model=model)
     storage.put(_key(into, manifest.version, mining), seal(mined))
-    return MineResult(built, sum(len(rows) for rows, _ in found.values()), sum(num for _, num in found.values()))
+    return MineResult(
+        build=built,
+        num_rows=sum(len(rows) for rows, _ in pool_results.values()),
+        num_random=sum(num_random for _, num_random in pool_results.values()),
+    )
 
 
 def read_mined(storage: Storage, into: str, source: str, mining: MiningConfig) -> Mined | None:
-    """What was mined from a version in this way, by whatever model. Raises CorruptObject."""
+    """Return the record of how version `source` was mined with these settings, or None. Raises CorruptObject."""
     key = _key(into, source, mining)
     try:
-        return unseal(Mined, storage.read(key), storage.uri_of(key), hint="delete it: the next night mines again")
+        return unseal(Mined, storage.read(key), storage.uri_of(key), hint="delete it; the next night will mine again")
     except ObjectNotFound:
         return None
 
@@ -138,7 +142,7 @@ def _key(into: str, source: str, mining: MiningConfig) -> str:
 def mine_pool(
     config: Config, manifest: Manifest, commit: Commit | None, mining: MiningConfig, pool: Pool
 ) -> tuple[list[list[str]], int]:
-    """The rows of a pool in their order, with `_columns`; and how many of them have random negatives."""
+    """Return the rows of a pool, in order, as values of `_columns`; and how many of them have random negatives."""
     from tercet.model.libraries import import_quietly
 
     import_quietly()
@@ -153,7 +157,7 @@ def mine_pool(
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         start = reloaded(config.model, storage, commit, Path(folder)) if commit else config.model
         model = load_model(start)
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that it has no switch for
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be switched off
             mined = mine_hard_negatives(
                 rows.select_columns(["anchor", "positive"]),
                 model,
@@ -169,18 +173,19 @@ def mine_pool(
             )
     texts = [mined[name] for name in ("anchor", "positive", *_numbered(mining))]
     hard = {(anchor, positive): negatives for anchor, positive, *negatives in zip(*texts, strict=True)}
-    found, num_random = _with_negatives(rows, labels, hard, mining, config.training.seed)
+    mined_rows, num_random = _with_negatives(rows, labels, hard, mining, config.training.seed)
     logger.info(
-        f"mined {pool.split} rows from {pool.first_row:,}: {len(found):,}, {num_random:,} with random negatives"
+        f"mined {pool.split} rows from {pool.first_row:,}: {len(mined_rows):,}, {num_random:,} with random negatives"
     )
-    return found, num_random
+    return mined_rows, num_random
 
 
 def _with_negatives(
     rows: Any, labels: Sequence[str], hard: dict[tuple[str, str], list[str]], mining: MiningConfig, seed: int
 ) -> tuple[list[list[str]], int]:
-    positives, rng, found, num_random = list(rows["positive"]), random.Random(seed), [], 0
-    right: dict[str, set[str]] = {}
+    positives, rng, num_random = list(rows["positive"]), random.Random(seed), 0
+    mined_rows: list[list[str]] = []
+    right: dict[str, set[str]] = {}  # texts that are no negative of an anchor
     for anchor, positive in zip(rows["anchor"], positives, strict=True):
         right.setdefault(anchor, {anchor}).add(positive)
     others = [list(rows[label]) for label in labels]
@@ -190,12 +195,12 @@ def _with_negatives(
             negatives = _random_negatives(positives, right[pair[0]], mining.num_negatives, rng)
             num_random += 1
         if negatives:
-            found.append([*pair, *negatives, *(values[number] for values in others)])
-    return found, num_random
+            mined_rows.append([*pair, *negatives, *(values[number] for values in others)])
+    return mined_rows, num_random
 
 
 def _random_negatives(positives: list[str], right: set[str], num: int, rng: random.Random) -> list[str]:
-    """So many different texts that are no right answer; none where the pool has not so many."""
+    """Return exactly `num` different texts that are no right answer, or none if the pool has fewer."""
     chosen: dict[str, None] = {}
     for text in rng.sample(positives, len(positives)):
         if text not in right:
@@ -211,5 +216,5 @@ def _columns(manifest: Manifest, mining: MiningConfig) -> list[str]:
 
 
 def _numbered(mining: MiningConfig) -> list[str]:
-    """As the miner names them."""
+    """Return the miner's names of several negatives."""
     return [f"negative_{number}" for number in range(1, mining.num_negatives + 1)]

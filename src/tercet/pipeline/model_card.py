@@ -1,4 +1,4 @@
-"""README.md of a published model: what it is, what it was trained on, how well it does, in the hub's own format."""
+"""README.md of a published model, in the format of the Hugging Face Hub: training data, metrics, recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _METRIC_TYPES = {"ndcg@10": "ndcg_at_10", "mrr@10": "mrr_at_10", "triplet_accura
 
 
 def model_card(plan: TrainPlan, metrics: RunMetrics, log_history: list[dict[str, Any]], recipe_yaml: str) -> str:
-    """Markdown with YAML front matter, model-index included (huggingface_hub writes that part)."""
+    """Return Markdown with YAML front matter, which includes the model-index; huggingface_hub writes that part."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base = plan.config.model.name_or_path
@@ -47,7 +47,7 @@ def model_card(plan: TrainPlan, metrics: RunMetrics, log_history: list[dict[str,
 # {plan.config.name}
 
 `{base}`, fine-tuned by tercet on {_trained_on(plan)}.
-Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}: the best by {plan.metric} on the eval split.
+Run `{plan.run_id}`, step {metrics.best_step} of {plan.num_steps}, which has the best {plan.metric} on the eval split.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -58,7 +58,7 @@ embeddings = model.encode(["a text", "another text"])
 
 ## Results
 
-Test was measured once, on the model reloaded from storage.
+The test split was used only once, at the end, with the model reloaded from storage.
 
 | metric | split | baseline | this model |
 |:--|:--|--:|--:|
@@ -79,13 +79,15 @@ Test was measured once, on the model reloaded from storage.
 
 
 def _trained_on(plan: TrainPlan) -> str:
-    """Each dataset with its version; its weight too, where there are several or it is not 1."""
+    """List each dataset with its version, and its weight if there are several or it is not 1."""
     several = len(plan.datasets) > 1
     parts = []
     for part in plan.datasets:
         weight = f", weight {part.weight:g}" if several or part.weight != 1 else ""
         parts.append(f"{part.num_train_rows:,} rows of `{part.name}` (version `{part.version}`{weight})")
-    return ",\n".join(parts) + (f".\nEval and test are of `{plan.datasets[0].name}`" if several else "")
+    return ",\n".join(parts) + (
+        f".\nThe eval and test splits are those of `{plan.datasets[0].name}`" if several else ""
+    )
 
 
 def _result_rows(metrics: RunMetrics) -> str:

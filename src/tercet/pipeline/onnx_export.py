@@ -1,6 +1,6 @@
-"""A published version as one ONNX file, from tokens to embedding, which counts only once it was measured again.
+"""A published version as one ONNX file, from tokens to embedding. It is valid only after it was measured again.
 
-sentence-transformers exports through optimum, which needs transformers below 4.58; torch's own exporter does without.
+torch's exporter is used directly: sentence-transformers exports through optimum, which needs transformers < 4.58.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from tercet.storage.documents import Document, seal
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-MAX_CHANGE = 1e-3  # of any metric: a tenth of a point, where fp32 in another order gives 1e-6
+MAX_CHANGE = 1e-3  # of any metric: a tenth of a point; rounding of fp32 changes about 1e-6
 OUTPUT = "sentence_embedding"
 EXAMPLES = ("a text", "another text, which is longer")
 
 
 class Exported(Document):
-    """The document that makes an export count."""
+    """The document that makes an export valid. It is written last."""
 
     version: int
     inputs: tuple[str, ...]
-    """Each of shape (batch, tokens), int64."""
+    """Names of the inputs; each is int64 of shape (batch, tokens)."""
     files: dict[str, FileRecord]
     metrics: dict[str, float]
-    """Of the exported model on the test split."""
+    """Metrics of the exported model on the test split."""
     metrics_before: dict[str, float]
-    """Of the model that was exported."""
+    """Metrics of the original model on the test split."""
 
 
 def export(storage: Storage, version: Version, model_dir: Path, work_dir: Path) -> str:
-    """Export, measure both on the test split of the version's run, and upload; the folder's URI.
+    """Export a version, measure it, and upload it. Returns the URI of the folder.
 
-    Raises ConfigError where onnx, onnxscript or onnxruntime are not installed, CorruptObject where a metric differs."""
+    Both models are measured on the test split of the version's run. Raises ConfigError if onnx, onnxscript or
+    onnxruntime is not installed, and CorruptObject if a metric differs by more than MAX_CHANGE."""
     plan = read_plan(storage, version.lineage.run_id)
     model, path = _load(model_dir), work_dir / "model.onnx"
     work_dir.mkdir(parents=True)
@@ -58,7 +59,7 @@ def export(storage: Storage, version: Version, model_dir: Path, work_dir: Path) 
     if wrong := [name for name, value in before.items() if abs(after[name] - value) > MAX_CHANGE]:
         changes = ", ".join(f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in wrong)
         raise CorruptObject(
-            f"version {version.number} as ONNX is another model: {changes}", hint="it was not published"
+            f"version {version.number} has other metrics as ONNX: {changes}", hint="the export was not published"
         )
     model.tokenizer.backend_tokenizer.save(str(work_dir / "tokenizer.json"))
     folder = layout.onnx_prefix(version.name, version.number)
@@ -71,13 +72,13 @@ def export(storage: Storage, version: Version, model_dir: Path, work_dir: Path) 
 def _load(model_dir: Path) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    # With `eager` the exporter sees plain products of matrices.
+    # With `eager` attention, the exporter sees plain matrix products.
     options = {"attn_implementation": "eager", "dtype": "float32"}
     return SentenceTransformer(str(model_dir), device="cpu", model_kwargs=options).eval()
 
 
 def _write(model: SentenceTransformer, path: Path) -> tuple[str, ...]:
-    """The names of the inputs."""
+    """Export the model to `path`. Returns the names of the inputs."""
     import torch
 
     features = model.preprocess(list(EXAMPLES))
@@ -90,8 +91,8 @@ def _write(model: SentenceTransformer, path: Path) -> tuple[str, ...]:
             self.model = model
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.model({**rest, **dict(zip(inputs, tensors, strict=True))})[OUTPUT]
-            return found
+            embeddings: torch.Tensor = self.model({**rest, **dict(zip(inputs, tensors, strict=True))})[OUTPUT]
+            return embeddings
 
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = ({0: batch, 1: tokens},) * len(inputs)
@@ -114,7 +115,7 @@ def _write(model: SentenceTransformer, path: Path) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _running(model: SentenceTransformer, path: Path, inputs: tuple[str, ...]) -> Iterator[None]:
-    """Within, the model computes what the file says."""
+    """Let the model compute its embeddings with the ONNX file, inside the context."""
     import torch
 
     try:
@@ -124,8 +125,8 @@ def _running(model: SentenceTransformer, path: Path, inputs: tuple[str, ...]) ->
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        [found] = session.run([OUTPUT], {name: features[name].numpy() for name in inputs})
-        return {**features, OUTPUT: torch.from_numpy(found)}
+        [embeddings] = session.run([OUTPUT], {name: features[name].numpy() for name in inputs})
+        return {**features, OUTPUT: torch.from_numpy(embeddings)}
 
     model.forward = forward
     try:
@@ -135,12 +136,12 @@ def _running(model: SentenceTransformer, path: Path, inputs: tuple[str, ...]) ->
 
 
 def _not_installed() -> ConfigError:
-    return ConfigError("nightly.publish.onnx needs ONNX", hint="pip install 'tercet[onnx]'")
+    return ConfigError("nightly.publish.onnx needs ONNX, which is not installed", hint="pip install 'tercet[onnx]'")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its progress, and warns of what it does itself."""
+    """Silence the exporter, which prints its progress and warns about its own code."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

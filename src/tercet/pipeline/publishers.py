@@ -123,7 +123,9 @@ def mlflow(tracking_uri: str, announcement: Announcement) -> str:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError:
-        raise ConfigError("nightly.publish.mlflow needs MLflow", hint="pip install 'tercet[mlflow]'") from None
+        raise ConfigError(
+            "nightly.publish.mlflow needs MLflow, which is not installed", hint="pip install 'tercet[mlflow]'"
+        ) from None
     client, name = MlflowClient(tracking_uri, tracking_uri), announcement.champion.name
     try:
         client.create_registered_model(name)

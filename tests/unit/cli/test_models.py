@@ -1,4 +1,4 @@
-"""`tercet models`: what it prints, and what it writes down of a person's decision."""
+"""`tercet models`: what it prints, and what it stores about a user's decision."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gated(storage: LocalStorage, run_id: str, sentence: str) -> None:
 
 def test_nothing_yet(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     assert models(storage, "list") == 0
-    assert capsys.readouterr().out == f"no model in {storage.uri}\n"
+    assert capsys.readouterr().out == f"no models in {storage.uri}\n"
     assert models(storage, "show", "faq") == 5
     assert "model faq has no champion" in capsys.readouterr().err
     assert models(storage, "rollback", "faq", "--reason", "x") == 2
@@ -51,7 +51,7 @@ def test_list_and_show(storage: LocalStorage, capsys: pytest.CaptureFixture[str]
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("faq  2 versions  generation 2: version 2  20")
     assert first.endswith("promoted by the gate, night")
-    assert second == "mails  1 versions  no champion"
+    assert second == "mails  1 version  no champion"
     assert models(storage, "show", "faq") == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"faq: version 2 serves, {storage.uri}/runs/r2/best\n  generation 2: version 2")
@@ -65,7 +65,7 @@ def test_list_and_show(storage: LocalStorage, capsys: pytest.CaptureFixture[str]
     assert [version["lineage"]["run_id"] for version in found["versions"]] == ["r1", "r2"]
 
 
-def test_by_hand_past_the_gate(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_promotion_by_hand_does_not_ask_the_gate(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     gated(storage, "r1", "Promote: the first.")
     register(storage, "faq", finished_run(storage, "r2"), "me")
     assert models(storage, "promote", "faq", "--version", "2", "--reason", " the test split is outdated ") == 0
@@ -75,10 +75,10 @@ def test_by_hand_past_the_gate(storage: LocalStorage, capsys: pytest.CaptureFixt
     assert (champion.kind, champion.reason, champion.decision) == ("by hand", "the test split is outdated", None)
     assert "@" in champion.who
     assert models(storage, "list") == 0
-    assert "promoted by hand, ungated" in capsys.readouterr().out
+    assert "promoted by hand, without the gate" in capsys.readouterr().out
 
 
-def test_by_hand_from_a_run(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_promotion_by_hand_of_a_run(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = {"name": "made", "dataset": {"name": "poems"}, "loss": {"name": "TripletLoss"}}
     config = Config.model_validate({**recipe, "model": {"name_or_path": "m"}, "training": {"global_batch_size": 10}})
     manifest = builders.manifest()
@@ -107,9 +107,9 @@ def test_rollback(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> 
     register(storage, "faq", finished_run(storage, "r4"), "me")
     for number in ("1", "4", "9"):
         assert models(storage, "rollback", "faq", "--to", number, "--reason", "x") == 2
-        assert f"version {number} of faq is no earlier champion" in capsys.readouterr().err
+        assert f"version {number} of faq is not an earlier champion" in capsys.readouterr().err
     assert models(storage, "show", "faq") == 0
-    assert "rolled back to" in capsys.readouterr().out
+    assert "rolled back" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_rollback(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> 
     ],
     ids=str,
 )
-def test_a_person_gives_a_version_and_a_reason(storage: LocalStorage, arguments: list[str]) -> None:
+def test_a_version_and_a_reason_are_required(storage: LocalStorage, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         models(storage, *arguments)
     assert caught.value.code == 2
     assert storage.list("") == []
 
 
-def test_lineage_goes_down_to_the_files(
+def test_lineage_leads_to_the_source_files(
     storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))

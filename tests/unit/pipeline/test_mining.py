@@ -136,5 +136,5 @@ def test_what_was_mined_is_on_record(storage: Storage, model_dir: Path) -> None:
 
 
 def test_a_dataset_is_not_mined_into_itself(storage: Storage, model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="pairs is the dataset that is mined"):
+    with pytest.raises(ConfigError, match="dataset pairs cannot be mined into itself"):
         mine(config(storage, model_dir), "pairs", MiningConfig())

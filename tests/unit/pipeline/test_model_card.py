@@ -60,7 +60,7 @@ def test_what_it_was_trained_on(text: str) -> None:
     docs, faq = (builders.mixed_manifest(name).version for name in ("docs", "faq"))
     assert (
         f"on 105 rows of `poems` (version `{version}`, weight 1),\n50 rows of `docs` (version `{docs}`, weight 0.5),\n"
-        f"50 rows of `faq` (version `{faq}`, weight 2).\nEval and test are of `poems`.\nRun `"
+        f"50 rows of `faq` (version `{faq}`, weight 2).\nThe eval and test splits are those of `poems`.\nRun `"
     ) in mixed
     twice = model_card(builders.plan(dataset={"name": "poems", "weight": 2}), builders.metrics(), [], RECIPE)
     assert f"(version `{version}`, weight 2).\nRun `" in twice

@@ -92,9 +92,9 @@ def test_what_a_person_reads_in_the_morning() -> None:
     text = night_text(a_night()).splitlines()
     assert text[:2] == ["Night of 2026-03-14: promoted", "  Promote: it is better."]
     assert "  test      candidate    ndcg@10 0.7000" in text
-    index = "  index     83% of ten neighbours stay, scores move by -0.021; embedding 1,000,000 rows again takes 2.5 h"
+    index = "  index     83% of the ten nearest stay, scores move by -0.021; embedding 1,000,000 rows again takes 2.5 h"
     assert index in text
-    assert text[-1] == "  champion  generation 4, before it 3"
+    assert text[-1] == "  champion  generation 4, which replaced generation 3"
     odd = night_text(a_night(warning="40 test rows are new, and …")).splitlines()
     assert odd[2] == "  Warning: 40 test rows are new, and …"
     kept = night_text(a_night(outcome="kept", champion=3)).splitlines()

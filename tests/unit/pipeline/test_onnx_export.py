@@ -87,7 +87,7 @@ def test_a_file_that_is_another_model_does_not_count(config: Config, monkeypatch
 
     monkeypatch.setattr(onnx_export, "_running", wrong)
     problems = notify(store(config), config, lambda _: None)
-    assert problems["onnx"].startswith("CorruptObject: version 1 as ONNX is another model: ndcg@10 ")
+    assert problems["onnx"].startswith("CorruptObject: version 1 has other metrics as ONNX: ndcg@10 ")
     assert store(config).list("models/tiny/onnx") == []
     monkeypatch.setattr(onnx_export, "_running", running)
     assert notify(store(config), config, lambda _: None) == {}  # the next night
