@@ -1,4 +1,4 @@
-"""What whole runs share."""
+"""Fixtures that the fault tests share: a model, finished runs, and clusters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.workers import worker_of, write_plan
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With dropout: random numbers must come back too."""
+    """A model with dropout, so that the state of random numbers must be restored too."""
     folder = tmp_path_factory.mktemp("model") / "dropout"
     return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dropout=0.1, pooler=False)
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(
     model: Path, store: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, str]:
-    """Runs that nothing happened to, by number of workers."""
+    """Ids of undisturbed runs, by number of workers."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
     for num_workers in (1, 2):
         runs[num_workers] = f"whole-{num_workers}"
@@ -39,7 +39,9 @@ def whole(
 
 @pytest.fixture(scope="module")
 def new_cluster(environment: dict[str, str]) -> Iterator[Callable[..., RayCluster]]:
-    """Makes clusters, all gone in the end. Skips where there are no namespaces, unless TERCET_REQUIRE_NETNS=1."""
+    """A function that starts clusters; all end with the module.
+
+    Skips the test if there are no network namespaces, unless TERCET_REQUIRE_NETNS=1."""
     with ExitStack() as made:
 
         def make(dashboard: bool = False) -> RayCluster:
@@ -55,20 +57,20 @@ def new_cluster(environment: dict[str, str]) -> Iterator[Callable[..., RayCluste
 
 @pytest.fixture(scope="module")
 def shared(new_cluster: Callable[..., RayCluster]) -> RayCluster:
-    """A cluster that loses nodes, and gets new ones."""
+    """A cluster that loses nodes and gets new ones."""
     return new_cluster()
 
 
 @pytest.fixture
 def cluster(shared: RayCluster) -> Iterator[RayCluster]:
-    """The shared one; drivers are killed at the end of each test."""
+    """The shared cluster. Drivers are killed at the end of each test."""
     yield shared
     shared.end_drivers()
 
 
 @pytest.fixture
 def new_run(model: Path, store: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Writes the recipe of a run."""
+    """A function that writes the recipe of a run."""
 
     def make(run_id: str, num_workers: int = 2, lease_seconds: float = 600) -> Run:
         sections = settings(num_workers, lease_seconds)

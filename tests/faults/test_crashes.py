@@ -1,4 +1,4 @@
-"""A process that is killed at any place, and started again, ends with the bits that it would have ended with."""
+"""A run that is killed at any place and started again ends with the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from tercet.storage import open_storage
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL to one rank at a named place (see failpoints.py)."""
+    """A SIGKILL of one rank at a named place (see failpoints.py)."""
 
     at: str
     step: int
     rank: int = 0
     num_workers: int = 1
-    goes_on_from: int = 0
+    resumes_from: int = 0
 
     def __str__(self) -> str:
         return f"{self.at}-{self.step}-rank{self.rank}of{self.num_workers}"
 
 
-def kill(at: str, step: int, goes_on_from: int, rank: int = 0, num_workers: int = 1) -> Kill:
-    """Reads as a sentence."""
-    return Kill(at, step, rank, num_workers, goes_on_from)
+def kill(at: str, step: int, resumes_from: int, rank: int = 0, num_workers: int = 1) -> Kill:
+    """Return a Kill, in the order in which it reads best."""
+    return Kill(at, step, rank, num_workers, resumes_from)
 
 
 IN_UPLOADER = {"before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention"}
 KILLS = [
-    kill("after_backward", step=7, goes_on_from=4, rank=1, num_workers=2),
-    kill("before_commit", step=12, goes_on_from=11),
-    kill("mid_retention", step=4, goes_on_from=11),
+    kill("after_backward", step=7, resumes_from=4, rank=1, num_workers=2),
+    kill("before_commit", step=12, resumes_from=11),
+    kill("mid_retention", step=4, resumes_from=11),
 ]
 MORE_KILLS = [
-    kill("before_step", step=1, goes_on_from=0),  # there is no checkpoint yet
-    kill("before_upload", step=8, goes_on_from=4, rank=1, num_workers=2),
-    kill("after_commit", step=16, goes_on_from=16, num_workers=2),
-    kill("in_evaluation", step=11, goes_on_from=8),
-    kill("after_commit", step=22, goes_on_from=22),  # nothing is left to train, only to clean up
+    kill("before_step", step=1, resumes_from=0),  # there is no checkpoint yet
+    kill("before_upload", step=8, resumes_from=4, rank=1, num_workers=2),
+    kill("after_commit", step=16, resumes_from=16, num_workers=2),
+    kill("in_evaluation", step=11, resumes_from=8),
+    kill("after_commit", step=22, resumes_from=22),  # only cleaning up is left
 ]
 
 
 @pytest.mark.parametrize("crash", [*KILLS, *in_soak(MORE_KILLS)], ids=str)
-def test_a_kill_changes_nothing(
+def test_a_kill_does_not_change_the_result(
     crash: Kill, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     run_id = f"killed-{crash}"
@@ -67,21 +67,22 @@ def test_a_kill_changes_nothing(
 
     check(run_command(worker_of(plan), environment, tmp_path))
     resumed_from_step = training_log(store, run_id)["resumed_from_step"]
-    # Uploads run beside the training: how far they were when it was killed is chance, but not within their own thread.
+    # Uploads run in a thread of their own. Their progress at the kill is random, unless the kill is in that thread.
     if crash.at in IN_UPLOADER and crash.rank == 0:
-        assert resumed_from_step == crash.goes_on_from
-    assert resumed_from_step in [step for step in (0, *CHECKPOINTS) if step <= crash.goes_on_from]
+        assert resumed_from_step == crash.resumes_from
+    assert resumed_from_step in [step for step in (0, *CHECKPOINTS) if step <= crash.resumes_from]
     assert what_counts(store, run_id) == what_counts(store, whole[crash.num_workers])
     assert journal.counts(open_storage(str(store)), run_id) == {"lost": 1}
     attempts = proof(store, tmp_path / f"{run_id}.yaml", run_id).attempts
-    assert len(attempts) == (1 if resumed_from_step in (0, NUM_STEPS) else 2)  # of those that made the last checkpoint
+    # Only attempts that led to the last checkpoint are counted.
+    assert len(attempts) == (1 if resumed_from_step in (0, NUM_STEPS) else 2)
 
 
 @pytest.mark.parametrize("num_workers", [*in_soak([1]), 2])
-def test_a_hang_ends_with_its_stacks_and_changes_nothing(
+def test_a_hang_ends_with_stacks_and_does_not_change_the_result(
     num_workers: int, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Where one rank hangs in the middle of a step, the others hang in a collective."""
+    """If one rank hangs in the middle of a step, the others hang in a collective."""
     run_id = f"hung-{num_workers}"
     sections = settings(num_workers)
     limited = {**sections, "workers": {**sections["workers"], "step_timeout_seconds": 40}}
@@ -89,16 +90,16 @@ def test_a_hang_ends_with_its_stacks_and_changes_nothing(
     armed = f"at=before_step rank={num_workers - 1} step=15 do=hang once={tmp_path / 'fired'}"
     hung = run_command(worker_of(plan), {**environment, VARIABLE: armed}, tmp_path)
     assert hung.returncode != 0
-    told = hung.stdout.split("no step within 40 s on rank ")[1:]
-    assert any(text.startswith(str(num_workers - 1)) and "in crash_point" in text for text in told)  # where it hung
+    reports = hung.stdout.split("no step within 40 s on rank ")[1:]
+    assert any(text.startswith(str(num_workers - 1)) and "in crash_point" in text for text in reports)  # where it hung
     plan = write_plan(tmp_path, run_id, model, store, **sections)
     check(run_command(worker_of(plan), environment, tmp_path))
     assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
     assert journal.counts(open_storage(str(store)), run_id) == {"hung": 1}
 
 
-def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str], store: Path) -> None:
-    """With those of the evaluation before, it could be taken for the best."""
+def test_a_checkpoint_between_evaluations_has_no_metrics(whole: dict[int, str], store: Path) -> None:
+    """With the metrics of the last evaluation, it could be mistaken for the best checkpoint."""
     last, between = commits(store, whole[1])
     assert (between.step, between.metrics) == (20, {})
     assert last.metrics.keys() >= {"loss", "ndcg@10"}
@@ -106,7 +107,7 @@ def test_a_checkpoint_between_evaluations_is_of_no_metrics(whole: dict[int, str]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """256 KiB: less than a checkpoint of the tiny model needs."""
+    """A disk of 256 KiB, less than a checkpoint of the tiny model needs."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False)
@@ -117,7 +118,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.soak
-def test_a_disk_that_fills_up(
+def test_a_full_disk_ends_the_run_which_then_resumes(
     small_disk: Path, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     plan = write_plan(tmp_path, "full", model, store, **settings())
@@ -130,10 +131,10 @@ def test_a_disk_that_fills_up(
     assert journal.counts(open_storage(str(store)), "full") == {"disk_full": 1}
 
 
-def test_a_run_that_was_killed_twice_and_moved_to_more_workers(
+def test_a_run_killed_twice_and_resumed_on_other_numbers_of_workers(
     model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The ledger goes through three attempts, of one, two and one worker, all by the plan of an elastic run."""
+    """The ledger covers three attempts of one elastic run, on one, two and one worker."""
     for attempt, (num_workers, step) in enumerate([(1, 8), (2, 16), (1, None)]):
         sections = settings()
         sections["workers"] = {"num_workers": num_workers, "min": 1, "max": 2}

@@ -1,4 +1,4 @@
-"""A damaged object is refused, or an older whole one is taken and that is said; none is ever loaded in silence."""
+"""A damaged object is refused, or an intact older one is used and reported. None is ever loaded silently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(whole: dict[int, str], store: Path, model: Path, triplets_file: Path, tm
 def test_no_damage_goes_unnoticed(run: Run, tmp_path: Path) -> None:
     rng = random.Random(0)
     trials = [trial(run, rng, tmp_path / "scratch") for _ in range(NUM_TRIALS)]
-    assert [found for found in trials if found.outcome not in GOOD] == []
-    assert {found.outcome for found in trials} == set(GOOD) <= set(OUTCOMES)
-    assert {found.damage for found in trials} == set(DAMAGES)
-    assert min(Counter(found.kind for found in trials).values()) >= 1
+    assert [one for one in trials if one.outcome not in GOOD] == []
+    assert {one.outcome for one in trials} == set(GOOD) <= set(OUTCOMES)
+    assert {one.damage for one in trials} == set(DAMAGES)
+    assert min(Counter(one.kind for one in trials).values()) >= 1

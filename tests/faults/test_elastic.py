@@ -1,6 +1,6 @@
-"""Machines come and go under a run on Ray: it goes on with those that are there, over the same batches.
+"""Machines leave and join during a run on Ray. The run continues on those that remain, with the same batches.
 
-On a cluster of machines of its own (see machines.py), so these tests need root and `ip netns`."""
+Each cluster has simulated machines of its own (see machines.py), so these tests need root and `ip netns`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ pytestmark = pytest.mark.soak
 
 
 def rows(store: Path, run_id: str) -> list[int]:
-    """What each step consumed, by the last checkpoint."""
+    """Return the ledger of the last checkpoint: what each step consumed."""
     ledger: list[int] = read_ledger(store / commits(store, run_id)[0].folder).tolist()
     return ledger
 
 
-def test_a_node_is_drained(
+def test_a_drained_node_loses_no_step(
     cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """Its worker does not lose the step that it is in, and the run goes on elsewhere."""
+    """The worker finishes and saves its step, and the run continues on another node."""
     cluster.provide(3)
     run, fired, go = new_run("drained"), tmp_path / "fired", tmp_path / "go"
     driver = run.train(cluster, f"at=before_step step=14 do=hang once={fired} until={go}")
@@ -46,10 +46,10 @@ def test_a_node_is_drained(
     proof(store, run.recipe, run.run_id)
 
 
-def test_it_shrinks_and_grows(
+def test_a_run_shrinks_and_grows(
     cluster: RayCluster, model: Path, whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """Two workers, of which one is lost with its node; then one; then two again, on a new node."""
+    """Two workers; one is lost with its node; one worker; then two again, on a new node."""
     cluster.provide(2)
     sections = settings(lease_seconds=600)
     workers = {"min": 1, "max": 2, "max_failures": 2, "grow_check_seconds": 2}

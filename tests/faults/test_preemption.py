@@ -1,4 +1,4 @@
-"""A machine that is taken away with notice: the run is saved at once, and loses no step."""
+"""A machine is taken away with notice. The run saves a checkpoint at once and loses no step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tercet.artifacts import journal
 from tercet.storage import open_storage
 
 
-def test_a_lone_worker(
+def test_a_single_worker_gets_notice(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     plan = write_plan(tmp_path, "notice", model, store, **settings())
@@ -26,9 +26,9 @@ def test_a_lone_worker(
         worker.send_signal(signal.SIGTERM)
         go.touch()
         assert worker.wait(timeout=400) == 6
-    said = plan.with_suffix(".log").read_text()
-    assert "Traceback" not in said
-    assert "tercet: the machine is about to be taken away; step 14 is saved" in said
+    log = plan.with_suffix(".log").read_text()
+    assert "Traceback" not in log
+    assert "tercet: the machine is about to be taken away; step 14 is saved" in log
     assert commits(store, "notice")[0].step == 14
     assert not (store / "runs/notice/evaluations/00000014.json").exists()
 
@@ -40,11 +40,11 @@ def test_a_lone_worker(
     assert [text.split(": ")[1] for text in attempts] == ["steps 1 to 14 on 1 workers", "steps 15 to 22 on 1 workers"]
 
 
-@pytest.mark.parametrize(("step", "saved"), [(5, 5), *in_soak([(11, 11)])], ids=["amid an epoch", "at its end"])
-def test_of_two_ranks_one_gets_it(
+@pytest.mark.parametrize(("step", "saved"), [(5, 5), *in_soak([(11, 11)])], ids=["within an epoch", "at its end"])
+def test_one_of_two_ranks_gets_notice(
     step: int, saved: int, whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Rank 0 is slow to upload: until it has, no rank ends, as torchrun would then kill the others."""
+    """Rank 0 uploads slowly. Until it is done, no rank may end: torchrun would then kill the others."""
     run_id, held, go = f"notice-{step}", tmp_path / "held", tmp_path / "go"
     plan = write_plan(tmp_path, run_id, model, store, **settings(2))
     armed = (
@@ -58,7 +58,7 @@ def test_of_two_ranks_one_gets_it(
             time.sleep(2)
             assert "is saved" not in log.read_text()
         finally:
-            go.touch()  # also where this fails: torchrun's ranks outlive it
+            go.touch()  # even if an assertion fails: the ranks outlive torchrun
         assert ranks.wait(timeout=400) != 0
     assert f"step {saved} is saved" in log.read_text()
     assert commits(store, run_id)[0].step == saved

@@ -1,4 +1,4 @@
-"""Under Ray: a worker that dies is started again, and a driver that dies while it publishes is made up for."""
+"""Under Ray, dead workers are started again, and the next start completes what a dead driver left unfinished."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def report(store: Path, run_id: str) -> Any:
     return json.loads((store / "runs" / run_id / "report.json").read_text())
 
 
-def test_ray_starts_dead_workers_again_and_nothing_changes(
+def test_ray_restarts_dead_workers_without_changing_the_result(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The new workers do not wait for the lease of the dead ones: both are of one launch."""
+    """The new workers do not wait for the lease of the dead ones, because they belong to the same launch."""
     sections = settings(num_workers=2, lease_seconds=600)
     sections["workers"] = {**sections["workers"], "max_failures": 1}
     recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **sections)
@@ -44,10 +44,10 @@ def test_ray_starts_dead_workers_again_and_nothing_changes(
 
 
 @pytest.mark.soak
-def test_a_driver_that_is_interrupted_says_so(
+def test_an_interrupted_driver_reports_it(
     model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """By Ctrl-C, with a worker in the middle of a step. Ray Train's own handler would end it with exit code 1."""
+    """Ctrl-C comes in the middle of a step. Ray Train's own handler would end the driver with exit code 1."""
     recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings())
     log, fired = tmp_path / "log", tmp_path / "fired"
     armed = {VARIABLE: f"at=after_backward step=6 do=hang once={fired}"}
@@ -65,9 +65,7 @@ def test_a_driver_that_is_interrupted_says_so(
     assert report(store, "interrupted")["status"] == "failed"
 
 
-def test_a_driver_that_dies_while_it_publishes(
-    model: Path, store: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_driver_dies_while_publishing(model: Path, store: Path, environment: dict[str, str], tmp_path: Path) -> None:
     recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **settings())
     command = tercet("train", recipe, "--run-id", "publishing")
     armed = {VARIABLE: f"at=before_publish once={tmp_path / 'fired'}"}
@@ -75,7 +73,7 @@ def test_a_driver_that_dies_while_it_publishes(
     assert (tmp_path / "fired").exists(), died.stdout[-3000:]
     storage = open_storage(str(store))
     assert (store / "runs/publishing/best/model.safetensors").exists()
-    assert read_best(storage, "publishing") is None  # without its COMMIT it does not exist
+    assert read_best(storage, "publishing") is None  # it does not exist without its COMMIT
 
     done = check(run_command(command, environment, tmp_path))
     assert "is better than the baseline" in done.stdout
@@ -87,7 +85,7 @@ def test_a_driver_that_dies_while_it_publishes(
 
 @pytest.mark.soak
 def test_the_best_checkpoint_is_damaged(model: Path, store: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """Of a run whose training has ended: the next best is measured and published, and that is said."""
+    """Training had ended. The next best checkpoint is measured, published and reported."""
     sections = settings()
     sections["checkpoint"] = {"keep_last": 100}
     check(run_command(worker_of(write_plan(tmp_path, "damaged", model, store, **sections)), environment, tmp_path))

@@ -1,6 +1,6 @@
-"""Anything under Ray is lost: a node, the controller, the driver, the head, a network link. Nothing changes.
+"""Ray loses a node, the controller, the driver, the head, or a network link. The result of the run does not change.
 
-On a cluster of machines of its own (see machines.py), so these tests need root and `ip netns`."""
+Each cluster has simulated machines of its own (see machines.py), so these tests need root and `ip netns`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.soak
 def test_a_node_is_lost(
     cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """With rank 0 on it, amid an upload. The other node and a third one go on."""
+    """The node of rank 0 dies during an upload. The run continues on the other node and a third one."""
     cluster.provide(3)
     run, fired = new_run("node-lost"), tmp_path / "fired"
     driver = run.train(cluster, f"at=mid_upload step=12 do=hang once={fired}")
@@ -31,7 +31,7 @@ def test_a_node_is_lost(
     node = cluster.machine_of(run.rank_0())
     node.kill("raylet")
     assert "in 2 attempts" in run.ends_well(driver)
-    assert node.named("ray::") == []  # the worker has died with its node
+    assert node.named("ray::") == []  # the worker died with its node
     assert training_log(store, run.run_id)["resumed_from_step"] == 11
     assert what_counts(store, run.run_id) == what_counts(store, whole[2])
     proof(store, run.recipe, run.run_id)
@@ -40,7 +40,7 @@ def test_a_node_is_lost(
 def test_the_controller_dies(
     cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """In the middle of a step. Ray does not start another, so the command says what to do."""
+    """It dies in the middle of a step. Ray does not start another, so the command says what to do."""
     cluster.provide(2)
     run, fired = new_run("no-controller"), tmp_path / "fired"
     driver = run.train(cluster, f"at=after_backward step=9 rank=1 do=hang once={fired}")
@@ -60,7 +60,7 @@ def test_the_controller_dies(
 def test_the_driver_dies(
     cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """Ray ends its workers; the next does not wait for a lease that is held by none."""
+    """Ray ends its workers. The next driver does not wait for their lease, which nobody holds any more."""
     cluster.provide(2)
     run, fired = new_run("no-driver"), tmp_path / "fired"
     driver = run.train(cluster, f"at=before_commit step=16 do=hang once={fired}")
@@ -75,12 +75,12 @@ def test_the_driver_dies(
 def test_a_node_is_cut_off_and_comes_back(
     cluster: RayCluster, new_run: Callable[..., Run], whole: dict[int, str], store: Path, tmp_path: Path
 ) -> None:
-    """Its worker lives on, reaches storage, and commits after another has taken over: that does not count. The other
-    one waits before it commits the same step, so that it finds what came too late."""
+    """Its worker survives, still reaches storage, and commits after another worker has taken over. The late commit is
+    replaced: the other worker is held before it commits the same step, so that it finds the late one."""
     cluster.provide(2)
     run = new_run("node-cut-off", num_workers=1)
     held, go, held_2, go_2 = (tmp_path / name for name in ("held", "go", "held-2", "go-2"))
-    held_2.touch()  # the first attempt passes this place
+    held_2.touch()  # so the first attempt is not held here
     first = f"at=before_commit step=12 do=hang once={held} until={go}"
     driver = run.train(cluster, f"{first};at=before_upload step=12 do=hang once={held_2} until={go_2}")
     wait_until(held.exists, driver, PATIENCE_SECONDS)
@@ -97,7 +97,7 @@ def test_a_node_is_cut_off_and_comes_back(
     wait_until(commit.exists, driver, PATIENCE_SECONDS)
     assert attempts[0].name in commit.read_text()
     node.mend()
-    worker.wait(timeout=PATIENCE_SECONDS)  # Ray tells a node that it gave up to end
+    worker.wait(timeout=PATIENCE_SECONDS)  # Ray shuts down a node that it has given up
     go_2.touch()
     assert "step 12 was committed by another attempt, but that came too late; it is replaced" in run.ends_well(driver)
     assert what_counts(store, run.run_id) == what_counts(store, whole[1])
@@ -111,8 +111,8 @@ def test_the_head_is_lost_twice(
     store: Path,
     tmp_path: Path,
 ) -> None:
-    """First Ray's own process on it alone, under a driver; then the whole machine, under a job. On a fresh cluster the
-    same run goes on."""
+    """First only Ray's process on it dies, during `tercet train`; then the whole machine, during a job. On a new
+    cluster, the same run resumes."""
     run = new_run("no-head", num_workers=1, lease_seconds=30)
     first, fired = new_cluster(), tmp_path / "fired"
     first.provide(1)
@@ -145,12 +145,12 @@ def test_the_head_is_lost_twice(
 
 
 def of_the_command(output: str) -> str:
-    """Without what other processes print through it: threads of Ray's own end with a traceback when it is lost."""
+    """Return the command's own output. Ray's threads in other processes end with a traceback when the head is lost."""
     return "\n".join(line for line in output.splitlines() if " pid=" not in line)
 
 
 def submit(run: Run, cluster: RayCluster, armed: str = "") -> subprocess.Popen[bytes]:
-    """`tercet submit` from the laptop, which gives a silent head up sooner than it would."""
+    """Start `tercet submit` on the laptop, with less patience for a silent head."""
     impatient = (
         "import sys; from tercet.cli.main import main; from tercet.cluster import jobs; "
         "jobs.UNREACHABLE_SECONDS = 20; sys.exit(main())"

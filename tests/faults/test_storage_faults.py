@@ -1,4 +1,4 @@
-"""A run through a bad network to S3: what comes out is what a good one gives; what it cannot get past, it says."""
+"""A run over a bad network to S3 gives the same result; a fault that it cannot overcome is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def storage(s3: S3Server, proxy: FaultyProxy, triplets_file: Path) -> Storage:
-    """With the dataset; the test itself does not go through the proxy."""
+    """Storage with the dataset. The test itself does not use the proxy."""
     assert proxy.requests == []
     storage = open_storage(f"{s3.new_bucket()}/p")
     build_version([triplets_file], storage, "tiny", IngestOptions(group="group"))
@@ -51,19 +51,19 @@ def command_of(recipe: Path, run_id: str) -> list[str]:
 
 
 def environment_of(server: S3Server, environment: dict[str, str], cache: Path) -> dict[str, str]:
-    """With credentials, and a cache that has nothing yet: the shards come through the proxy too."""
+    """Return an environment with credentials and an empty cache, so that shards come through the proxy too."""
     keys = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
     return {**environment, **keys, "AWS_EC2_METADATA_DISABLED": "true", "TERCET_CACHE_DIR": str(cache)}
 
 
 def on_this_disk(storage: Storage, run_id: str, folder: Path) -> Path:
-    """A copy of a run, each object checked by its hash."""
+    """Download a run, each object verified by its hash."""
     for key in storage.list(f"runs/{run_id}"):
         storage.download(key, folder / key)
     return folder
 
 
-def test_a_killed_run_through_a_bad_network_changes_nothing(
+def test_a_kill_and_a_bad_network_do_not_change_the_result(
     whole: dict[int, str],
     s3: S3Server,
     storage: Storage,
@@ -73,8 +73,8 @@ def test_a_killed_run_through_a_bad_network_changes_nothing(
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """One request in ten is refused, or answered with a flipped bit, half an answer, or none."""
-    # A list carries no hash, so nobody could tell a flipped bit of it.
+    """One request in ten is refused, or gets a flipped bit, half a reply, or none."""
+    # A list has no hash, so a flipped bit in it cannot be detected.
     reads, lists, writes = cycle(["cut", "flip"]), cycle(["cut", "refuse"]), cycle(["refuse", "lose_reply"])
     faults = {"read": reads, "list": lists, "write": writes}
     num_requests, done, one_at_a_time = Counter[str](), list[str](), threading.Lock()
@@ -106,7 +106,7 @@ def test_a_killed_run_through_a_bad_network_changes_nothing(
     assert len(proof(copy, local, "bad-network").attempts) == 2
 
 
-def test_credentials_that_expire_amid_a_run(
+def test_credentials_expire_during_a_run(
     whole: dict[int, str],
     s3: S3Server,
     storage: Storage,
@@ -116,7 +116,7 @@ def test_credentials_that_expire_amid_a_run(
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """The run ends at once and says why, and goes on with new ones."""
+    """The run ends at once and reports why. It resumes with new credentials."""
     command = command_of(write_recipe(tmp_path, model, storage, proxy), "expired")
     there = environment_of(s3, environment, tmp_path / "cache")
     expired = []

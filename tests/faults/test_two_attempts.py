@@ -1,4 +1,4 @@
-"""Two attempts at one run: the second waits, takes over from a dead one, or says who runs."""
+"""Two attempts at one run: the second waits, then takes over from a dead one or reports which process runs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from support.workers import commits, held_worker, wait_until, worker_of, write_p
 
 
 def stop(process: Process, store: Path) -> None:
-    """Not while it holds the folder's lock: all others would wait for it, as they should."""
+    """Stop a process while it does not hold the lock of the store, because all others would rightly wait for it."""
     with FileLock(store / ".tercet" / "lock", timeout=60, poll_interval=0.001):
         process.send_signal(signal.SIGSTOP)
         threads = Path(f"/proc/{process.pid}/task")
         wait_until(lambda: all(") T" in path.read_text() for path in threads.glob("*/stat")), process)
 
 
-def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_back(
+def test_a_frozen_attempt_is_taken_over_and_changes_nothing_when_it_wakes(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     plan = write_plan(tmp_path, "cut-off", model, store, **settings(lease_seconds=3))
     go = tmp_path / "go"
     with held_worker(plan, environment, step=14, until=go) as cut_off:
         wait_until(lambda: any(commit.step == 12 for commit in commits(store, "cut-off")), cut_off)
-        stop(cut_off, store)  # no more renewals, and all that it holds stays in its memory
+        stop(cut_off, store)  # it renews nothing, and keeps everything in memory
         started = time.monotonic()
         second = check(run_command(worker_of(plan), environment, tmp_path))
         assert time.monotonic() - started > 3
@@ -45,7 +45,7 @@ def test_one_that_was_cut_off_is_taken_over_and_changes_nothing_when_it_comes_ba
     assert len(proof(store, tmp_path / "cut-off.yaml", "cut-off").attempts) == 2
 
 
-def test_the_second_of_two_is_told_who_runs(
+def test_the_second_of_two_attempts_names_the_first(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     plan = write_plan(tmp_path, "two", model, store, **settings(lease_seconds=30))

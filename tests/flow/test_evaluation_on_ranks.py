@@ -1,4 +1,4 @@
-"""Ranks that share one evaluation: it ends, each does as much as the others, and all get what one process gets."""
+"""Ranks share one evaluation: it ends, the work is divided evenly, and all get the metrics of a single process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Case = dict[str, dict[str, list[str]]]
 
 
 def _columns(rows: list[dict[str, str]]) -> dict[str, list[str]]:
-    """Texts of several lengths, so that their order is not the order of lengths; two negatives a row."""
-    found: dict[str, list[str]] = {name: [] for name in ("anchor", "positive", "negative_1", "negative_2")}
+    """Return columns with two negatives per row. Text lengths vary, so that rows are not sorted by length."""
+    columns: dict[str, list[str]] = {name: [] for name in ("anchor", "positive", "negative_1", "negative_2")}
     for number, row in enumerate(rows):
-        for name, texts in found.items():
+        for name, texts in columns.items():
             text = row[name.split("_")[0]]
             texts.append(" ".join([text] * (1 + (number + len(name)) % 3)) + (" bo" if name == "negative_2" else ""))
-    return found
+    return columns
 
 
 def _cases() -> dict[str, Case]:
@@ -46,7 +46,7 @@ def _cases() -> dict[str, Case]:
 
 @dataclass
 class Shared:
-    """What the ranks of one torchrun left."""
+    """Results of the ranks of one torchrun, by rank."""
 
     results: list[dict[str, Any]]
     embeddings: list[dict[str, torch.Tensor]]
@@ -54,7 +54,7 @@ class Shared:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model_dir: Path) -> dict[str, dict[str, float]]:
-    """Metrics of each case, in this process."""
+    """Metrics of each case, computed in this process."""
     model = SentenceTransformer(str(tiny_model_dir), device="cpu")
     return {
         name: make_evaluator({split: Dataset.from_dict(case[split]) for split in case}, "eval", BATCH_SIZE)(model)
@@ -74,7 +74,7 @@ def _run(mode: str, num_ranks: int, folder: Path, model: Path, environment: dict
 
 
 def _num_texts(case: Case) -> list[int]:
-    """Of each call of encode: the queries, the corpus, and of the negatives what is not in it."""
+    """Return the texts per call of encode: queries, corpus, and negatives that are not in the corpus."""
     corpus = {text for columns in case.values() for text in columns["positive"]}
     negatives = {*case["eval"]["negative_1"], *case["eval"]["negative_2"]} - corpus
     return [len(set(case["eval"]["anchor"])), len(corpus), len(negatives)]
@@ -94,7 +94,7 @@ def test_ranks_share_an_evaluation(
     for name, case in _cases().items():
         first, *others = [results[name] for results in shared.results]
         assert first["metrics"] == pytest.approx(alone[name], abs=1e-6), name
-        # Metrics in every bit, and the number of texts in each pass.
+        # Equal metrics in every bit, and equally many texts in each pass.
         assert all(other == first for other in others), name
         passes = first["texts_per_pass"]
         if mode == "sharded":
@@ -106,14 +106,14 @@ def test_ranks_share_an_evaluation(
         texts = [text for column in case["eval"].values() for text in column]
         wanted = model.encode(texts, convert_to_tensor=True)
         torch.testing.assert_close(shared.embeddings[0][name], wanted, rtol=0, atol=1e-6)
-        assert all(torch.equal(found[name], shared.embeddings[0][name]) for found in shared.embeddings), name
+        assert all(torch.equal(rank[name], shared.embeddings[0][name]) for rank in shared.embeddings), name
     if mode == "sharded":
         before, after = (shared.results[0][name]["metrics"] for name in ("indivisible", "trained"))
         assert shared.results[1]["trained"] == shared.results[0]["trained"]
         assert after.keys() == before.keys()
 
 
-def test_one_rank_evaluates_where_sentence_transformers_shares(
+def test_without_sharing_rank_0_evaluates_alone(
     alone: dict[str, dict[str, float]], tiny_model_dir: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     shared = _run("served", 2, tmp_path, tiny_model_dir, environment)

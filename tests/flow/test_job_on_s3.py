@@ -1,4 +1,4 @@
-"""A Ray cluster of its own, a real S3 server, and jobs on them: submitted, finished, failed, stopped."""
+"""Jobs on a separate Ray cluster with a real S3 server: submitted, finished, failed, stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.soak
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray head on loopback, and what a laptop needs to know of it."""
+    """A Ray head on loopback, and what a laptop needs to reach it."""
 
     address: str
     environment: dict[str, str]
@@ -39,7 +39,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def laptop(rgw_s3: S3Server, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The environment of a person's shell: credentials of S3, no token for Ray. For this process the first alone."""
+    """A user's shell: S3 credentials, no token for Ray. This process gets the credentials too."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use(rgw_s3, monkeypatch)
         settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
@@ -48,8 +48,8 @@ def laptop(rgw_s3: S3Server, environment: dict[str, str]) -> Iterator[dict[str, 
 
 @pytest.fixture(scope="module")
 def cluster(laptop: dict[str, str], environment: dict[str, str]) -> Iterator[Cluster]:
-    """`ray start --head --block`, without credentials of S3: they must come with the job. Ended by its pid."""
-    folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))  # short: Ray's socket names have 107 characters at most
+    """`ray start --head --block` without S3 credentials, which must come with the job. Ended by its pid."""
+    folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))  # short: a socket's path has at most 107 characters
     ports = {name: str(free_port()) for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     places = [part for name, port in ports.items() for part in (f"--{name}", port)]
     loopback = ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--include-dashboard", "true"]
@@ -79,7 +79,7 @@ def cluster(laptop: dict[str, str], environment: dict[str, str]) -> Iterator[Clu
 
 
 def _end(process: subprocess.Popen[bytes], patience_seconds: float = 8) -> None:
-    """Ask the head to end; it drains its node first, which takes longer than a test should. Then kill what is left."""
+    """Ask the head to end, then kill what is left: the head drains its node first, which takes too long for a test."""
     import psutil
 
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -103,7 +103,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A dataset in S3, sharded by the command line."""
+    """A dataset in S3, made by `tercet shard`."""
 
     uri: str
     storage: Storage
@@ -133,7 +133,7 @@ def _submit(cluster: Cluster, recipe: Path, run_id: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> Path:
-    """The recipe of a run that came back well: two workers."""
+    """The recipe of a successful run on two workers."""
     recipe = bucket.recipe("well", tiny_model_dir, workers={"num_workers": 2})
     done = check(run_command(_submit(cluster, recipe, "well"), cluster.environment, bucket.tmp))
     assert "On the test split the best model is better than the baseline" in done.stdout
@@ -158,7 +158,7 @@ def test_a_second_submission_returns_the_result_at_once(cluster: Cluster, bucket
     assert bucket.storage.read("runs/well/events.jsonl") == before
 
 
-def test_a_job_that_fails_is_told_by_the_exit_code(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> None:
+def test_a_failed_job_has_an_exit_code_of_its_own(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> None:
     recipe = bucket.recipe("frozen", tiny_model_dir, training={"learning_rate": 1e-60})
     done = check(run_command(_submit(cluster, recipe, "frozen"), cluster.environment, bucket.tmp), code=7)
     assert "no weight moved" in done.stdout
@@ -167,7 +167,7 @@ def test_a_job_that_fails_is_told_by_the_exit_code(cluster: Cluster, bucket: Buc
 
 
 def test_a_stopped_job_is_no_success(cluster: Cluster, bucket: Bucket, tiny_model_dir: Path) -> None:
-    """`ray job submit` exits 0 here."""
+    """`ray job submit` would exit with 0 here."""
     recipe = bucket.recipe("stopped", tiny_model_dir, training={"num_epochs": 400, "log_every_steps": 50})
     command = _submit(cluster, recipe, "stopped")
     process = subprocess.Popen(
@@ -193,7 +193,7 @@ def test_a_stopped_job_is_no_success(cluster: Cluster, bucket: Bucket, tiny_mode
 def test_plain_ray_job_submit_runs_the_same(
     cluster: Cluster, bucket: Bucket, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """As in the README: the repository as working directory. Credentials have to be passed by hand."""
+    """The repository is the working directory, and credentials are passed by hand, as documented."""
     shutil.copytree(REPOSITORY / "ray_jobs", tmp_path / "repo/ray_jobs")
     bucket.recipe("plain", tiny_model_dir, training={"num_epochs": 1}).rename(tmp_path / "repo/my.yaml")
     passed = {name: value for name, value in cluster.environment.items() if name.startswith("AWS_")}

@@ -1,4 +1,4 @@
-"""Triplets and pairs trained on together, measured on the triplets alone; any number of workers gives the same."""
+"""A mix of triplets and pairs, measured on the triplets alone; every number of workers gives the same model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 from tercet.storage.documents import unseal
 
-# `pairs` fills 5 global batches of 16, and gives 8 to an epoch.
+# `pairs` fills 5 global batches of 16, and contributes 8 to each epoch.
 MIX = [{"name": "pairs", "weight": 1.6}]
 # Rounding differs between one and two workers, and training amplifies it: after 44 steps at a rate of 0.005 weights are
 # 3e-5 apart without a mix, too. At a tenth of the rate 38 steps stay below 1e-6.
@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def publish_pairs(folder: Path, store: Path, name: str, rows: Iterable[dict[str, str]]) -> None:
-    """A version of pairs, all of them to train on."""
+    """Publish a version of pairs, all in the train split."""
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = {column: column for column in ("anchor", "positive")}
@@ -49,7 +49,7 @@ def publish_pairs(folder: Path, store: Path, name: str, rows: Iterable[dict[str,
 
 @pytest.fixture(scope="module")
 def mixed_store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path:
-    """Triplets `tiny`; 85 new pairs `pairs`; `leaky`, which has the rows of `tiny` once more."""
+    """Storage with the triplets `tiny`, 85 new pairs `pairs`, and `leaky`, which repeats the rows of `tiny`."""
     folder, store = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("mixed-store")
     build_version([triplets_file], open_storage(str(store)), "tiny", IngestOptions(group="group"))
     known = {row["anchor"] for row in tiny_model.triplets()}
@@ -63,7 +63,7 @@ def mixed_store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -
 def trained(
     tmp_path_factory: pytest.TempPathFactory, mixed_store: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> Path:
-    """The storage in which each of SECTIONS has run on one and on two workers."""
+    """The storage after each of SECTIONS was trained on one and on two workers."""
     folder = tmp_path_factory.mktemp("plans")
     for num_workers in (1, 2):
         plans = [
@@ -75,7 +75,7 @@ def trained(
 
 
 def write_mix(folder: Path, run_id: str, model: Path, store: Path, num_workers: int, **sections: Any) -> Path:
-    """A plan file with MIX, whatever `sections` say beside it."""
+    """Write the plan of a run with MIX, unless `sections` name another mix."""
     mix = sections.pop("mix", MIX)
     laid = {"training": TRAINING, "workers": {"num_workers": num_workers}, **sections}
     recipe = write_mixed_recipe(folder / f"{run_id}.yaml", model, store, mix, **laid)
@@ -85,7 +85,7 @@ def write_mix(folder: Path, run_id: str, model: Path, store: Path, num_workers: 
 
 
 def write_mixed_recipe(path: Path, model: Path, store: Path, mix: list[dict[str, Any]], **sections: Any) -> Path:
-    """A recipe of tiny_model with a mix."""
+    """Write a recipe of tiny_model with a mix."""
     document = {**tiny_model.recipe(model, store, **sections), "mix": mix}
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
@@ -119,13 +119,13 @@ def test_a_leak_is_refused_before_training(
     made = TrainPlan.model_validate_json(plan.read_text())
     num_held_out = made.num_rows["eval"] + made.num_rows["test"]
     assert done.returncode != 0
-    said = f"{num_held_out} train rows of leaky hold an anchor or a positive of tiny's eval or test split, such as "
-    assert done.stdout.count(f"tercet: {said}") == 2  # on each rank
+    refusal = f"{num_held_out} train rows of leaky hold an anchor or a positive of tiny's eval or test split, such as "
+    assert done.stdout.count(f"tercet: {refusal}") == 2  # on each rank
     assert "rows of pairs" not in done.stdout
     assert not (mixed_store / "runs/leaky").exists()
 
 
-def test_a_run_of_a_mix_from_recipe_to_card(
+def test_a_whole_run_of_a_mix_ends_with_a_model_card(
     tmp_path: Path, mixed_store: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:
     sections = {"training": {"num_epochs": 1}, "workers": {"num_workers": 2}}

@@ -1,4 +1,4 @@
-"""Nights in a row on this machine, as cron would start them: what is new, what is promoted, and what is not."""
+"""Consecutive nights on this machine, as cron would start them: new rows, a promotion, and a candidate that fails."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ class Nights:
     environment: dict[str, str]
 
     def bring(self, name: str, rows: list[dict[str, str]]) -> None:
-        """New rows arrive."""
+        """Put a file of new rows into the incoming folder."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (self.folder / "incoming" / f"{name}.jsonl").write_text(text)
 
     def start(self, code: int = 0) -> str:
-        """`tercet nightly`, to its end; what it printed."""
+        """Run `tercet nightly` to its end. Return what it printed."""
         command = tercet("nightly", self.recipe)
         return check(run_command(command, self.environment, self.folder), code).stdout
 
     def last(self) -> Night:
-        """What came of the newest night."""
+        """Return the result of the newest night."""
         storage = open_storage(str(self.store))
         found = [read_night(storage, "tiny", run_id) for run_id in list_nights(storage, "tiny")]
         return max((night for night in found if night is not None), key=lambda night: night.unix_seconds)
 
 
 def poisoned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """With the positive and the negative the wrong way round."""
+    """Return the rows with positive and negative swapped."""
     return [{**row, "positive": row["negative"], "negative": row["positive"]} for row in rows]
 
 
@@ -71,7 +71,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, envir
     folder = tmp_path_factory.mktemp("nights")
     (folder / "incoming").mkdir()
     store = folder / "store"
-    far = (datetime.datetime.now(datetime.UTC).hour + 12) % 24  # the hour that begins another night
+    far = (datetime.datetime.now(datetime.UTC).hour + 12) % 24  # far from the hour at which the next night begins
     nightly = {"sources": [str(folder / "incoming/*.jsonl")], "group": "group", "begins_at_utc_hour": far}
     sections = {**SECTIONS, "nightly": nightly}
     sections["dataset"] = {"name": "tiny", "replay": {"new_share": 0.5}}
@@ -82,7 +82,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, envir
 
 @pytest.fixture(scope="module")
 def first(nights: Nights) -> str:
-    """The first night dies between the decision and the move of the pointer, and is started again."""
+    """Output of the first night, which dies between the decision and the promotion, and is started again."""
     nights.bring("a", tiny_model.triplets(NUM_ROWS)[:FIRST])
     armed = f"at=before_champion once={nights.folder / 'fired'}"
     command = tercet("nightly", nights.recipe)
@@ -93,14 +93,14 @@ def first(nights: Nights) -> str:
 
 
 @pytest.fixture(scope="module")
-def second(nights: Nights, first: str) -> str:  # noqa: ARG001 - it comes before
-    """The rows of the second one are poisoned."""
+def second(nights: Nights, first: str) -> str:  # noqa: ARG001 - runs before
+    """Output of the second night, whose new rows are poisoned."""
     nights.bring("b", poisoned(tiny_model.triplets(NUM_ROWS)[FIRST:SECOND]))
     return nights.start()
 
 
-def test_the_first_night_publishes_what_is_better_than_the_base_model(nights: Nights, first: str) -> None:
-    assert "data: nothing new; 1 file was read before" in first  # its first start had added them
+def test_the_first_night_promotes_a_model_better_than_the_base_model(nights: Nights, first: str) -> None:
+    assert "data: nothing new; 1 file was read before" in first  # the first start had added its rows
     assert "Promote: ndcg@10" in first
     storage = open_storage(str(nights.store))
     champion, version = resolve(storage, "tiny")
@@ -117,8 +117,8 @@ def test_the_first_night_publishes_what_is_better_than_the_base_model(nights: Ni
     assert night.index_impact.overlap_at_10 < 0.9
 
 
-def test_what_was_measured_is_what_the_run_measured(nights: Nights, first: str) -> None:  # noqa: ARG001
-    """Row by row, by another process, from storage."""
+def test_the_comparison_measures_the_same_as_the_run(nights: Nights, first: str) -> None:  # noqa: ARG001
+    """Another process measures each row again, with the models from storage."""
     storage = open_storage(str(nights.store))
     run_id = resolve(storage, "tiny")[1].lineage.run_id
     folder = nights.store / "runs" / run_id
@@ -145,7 +145,7 @@ def test_a_poisoned_night_changes_nothing(nights: Nights, second: str) -> None:
 
 
 @pytest.mark.soak
-def test_it_trains_from_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: Nights, second: str) -> None:  # noqa: ARG001
+def test_a_night_trains_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: Nights, second: str) -> None:  # noqa: ARG001
     storage, night = open_storage(str(nights.store)), nights.last()
     plan = read_plan(storage, night.run_id)
     champion, version = resolve(storage, "tiny")
@@ -156,7 +156,7 @@ def test_it_trains_from_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: 
     assert (old.is_new, new.is_new, new.num_rows) == (False, True, manifest.new_rows["train"])
     assert old.num_kept_rows == new.num_rows == plan.num_train_rows / 2
     assert champion.version == version.number
-    # Where the training began: the champion's metrics on the eval split, not the base model's.
+    # The baseline is the champion, from which training started, not the base model.
     folder = nights.store / "runs"
     began, ended = (
         json.loads((folder / run_id / "metrics.json").read_text()) for run_id in (night.run_id, version.lineage.run_id)
@@ -169,7 +169,7 @@ def test_it_trains_from_the_champion_on_new_rows_and_a_draw_of_old_ones(nights: 
 
 
 @pytest.mark.soak
-def test_a_night_that_is_over_is_not_done_again(nights: Nights, second: str) -> None:
+def test_a_finished_night_is_not_repeated(nights: Nights, second: str) -> None:
     again = nights.start()
     assert again.splitlines()[-1:] == second.splitlines()[-1:]
     assert "step " not in again
@@ -185,7 +185,7 @@ def test_a_night_with_nothing_new_ends_at_once(nights: Nights, second: str) -> N
 
 
 @pytest.mark.soak
-def test_a_damaged_night_is_not_believed(nights: Nights, second: str) -> None:  # noqa: ARG001
+def test_a_damaged_record_of_a_night_is_refused(nights: Nights, second: str) -> None:  # noqa: ARG001
     night = nights.last()
     path = nights.store / f"models/tiny/nights/{night.run_id}.json"
     assert unseal(Night, path.read_bytes(), "") == night
@@ -200,7 +200,7 @@ def test_a_damaged_night_is_not_believed(nights: Nights, second: str) -> None:  
 
 
 @pytest.mark.soak
-def test_what_a_person_asks_in_the_morning(nights: Nights, second: str) -> None:
+def test_the_command_line_answers_the_questions_of_the_morning(nights: Nights, second: str) -> None:
     assert second.count("test      ") == 3
     listed = check(run_command(tercet("nights", "tiny", "--storage", nights.store), nights.environment, nights.folder))
     assert listed.stdout.count("promoted") == 1

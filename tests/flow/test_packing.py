@@ -1,4 +1,4 @@
-"""Whole runs on two workers, packed, in chunks and plain: the same weights in every parallelism."""
+"""Packed, chunked and plain runs on two workers end with the same weights in every parallelism."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = [
 
 
 IN_TEST = [("ddp", "packed", "ranking"), ("fsdp2", "packed", "cached"), ("zero3", "chunked", "ranking")]
-SAID = {
+REPORTS = {
     "packed": "forward pass: packed (one row of real tokens, no padding)",
     "chunked": "forward pass: chunked (as the recipe says; 4 chunks of similar lengths)",
     "plain": "forward pass: plain (as the recipe says)",
@@ -36,7 +36,7 @@ SAID = {
 def outputs(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> Callable[..., str]:
-    """Returns what the run of a mode, a way and a loss printed, and makes it when it is first asked for."""
+    """A function that returns what the run of a mode, a way and a loss printed; the first call runs it."""
     folder = tmp_path_factory.mktemp("packing")
 
     @functools.cache
@@ -59,16 +59,16 @@ def outputs(
 def test_every_way_ends_with_the_plain_weights(
     outputs: Callable[..., str], store: Path, mode: str, way: str, loss: str
 ) -> None:
-    assert outputs("ddp", "plain", "ranking").count(SAID["plain"]) == 1
-    assert outputs(mode, way, loss).count(SAID[way]) == 1
+    assert outputs("ddp", "plain", "ranking").count(REPORTS["plain"]) == 1
+    assert outputs(mode, way, loss).count(REPORTS[way]) == 1
     exact, found = (final_weights(store, run) for run in ("ddp-plain-ranking", f"{mode}-{way}-{loss}"))
     assert largest_difference(exact, found) < 1e-5
     expected, measured = (commits(store, run)[0].metrics for run in ("ddp-plain-ranking", f"{mode}-{way}-{loss}"))
     assert measured == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_model_that_moved(outputs: Callable[..., str], store: Path, tiny_model_dir: Path) -> None:
-    """Or the comparison would say nothing."""
+def test_training_moves_the_weights(outputs: Callable[..., str], store: Path, tiny_model_dir: Path) -> None:
+    """Otherwise comparing the weights would prove nothing."""
     outputs("ddp", "plain", "ranking")
     moved = largest_difference(weights(tiny_model_dir), final_weights(store, "ddp-plain-ranking"))
     assert moved > 1e-3

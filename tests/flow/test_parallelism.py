@@ -1,4 +1,4 @@
-"""Every parallelism on two CPU workers: it is what it says, weights are the same, models are complete, runs go on."""
+"""Each parallelism mode on two CPU workers ends with the same weights, saves complete models, and resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tercet.storage.documents import seal, unseal
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
 OTHERS = ("ddp", "fsdp2")
 MODES = (*OTHERS, *DEEPSPEED)
-# One of each machinery: what the others do beyond it does not depend on Ray, on an adapter or on recomputing.
+# One mode of each implementation. What the other modes add does not depend on Ray, adapters or recomputing.
 KINDS = ("ddp", "fsdp2", "zero3")
 LOSSES: dict[str, dict[str, Any]] = {
     "ranking": {"name": "MultipleNegativesRankingLoss"},
@@ -47,12 +47,12 @@ LOSSES: dict[str, dict[str, Any]] = {
         "matryoshka": {"dims": [48, 24, 8], "dims_per_step": 2},
     },
 }
-# What zero1 and zero3_offload do to a loss, zero2 and zero3 do too: those two run with the first alone.
+# zero1 and zero3_offload treat a loss as zero2 and zero3 do, so they run with the first loss only.
 CASES = [
     (mode, loss) for mode in MODES for loss in LOSSES if loss == "ranking" or mode not in ("zero1", "zero3_offload")
 ]
-# A run of one mode on so many workers that goes on as another. The weights are compared with those of `ddp`.
-GOES_ON_AS = [
+# Mode and number of workers of a run, and of the run that resumes it. The weights are compared with those of `ddp`.
+RESUMES_AS = [
     ("ddp", 2, "zero3", 2),
     ("fsdp2", 2, "zero2", 1),
     ("zero2", 2, "fsdp2", 2),
@@ -63,16 +63,17 @@ GOES_ON_AS = [
 ]
 
 
-# `make test` has one machinery of each, with a loss of either kind.
+# `make test` runs these; `make soak` runs all.
 IN_TEST = [("fsdp2", "ranking"), ("fsdp2", "cached"), ("zero3", "ranking"), ("zero3", "cached")]
 PACKED_BF16 = "zero3-packed-bf16"
-MORE_THAT_DIED = [f"{mode}-{what}" for mode, what in product(MODES, ["dropout", "bf16"])]
-MORE_THAT_DIED.remove("fsdp2-dropout")
+MORE_RESUMED = [f"{mode}-{what}" for mode, what in product(MODES, ["dropout", "bf16"])]
+MORE_RESUMED.remove("fsdp2-dropout")
 
 
 class Runs:
-    """Tiny runs on two workers, made when a test first needs them: as many as possible in one start of the processes.
-    DeepSpeed leaves traces in a process, so the other modes have one of their own."""
+    """Tiny runs on two workers, made when a test first needs them, as many as possible in one start of the processes.
+
+    DeepSpeed changes global state, so the other modes have processes of their own."""
 
     def __init__(self, folder: Path, store: Path, models: dict[str, Path], environment: dict[str, str]) -> None:
         self.folder, self.store, self.models, self.environment = folder, store, models, environment
@@ -80,8 +81,9 @@ class Runs:
         self._ended: set[str] = set()
 
     def need(self, *run_ids: str) -> Path:
-        """See that these have ended: `<mode>-<loss>`; `<mode>-dropout`; that in bf16, `<mode>-bf16`; and PACKED_BF16.
-        Returns their storage."""
+        """Train the runs that have not run yet, and return their storage.
+
+        Run ids: `<mode>-<loss>`, `<mode>-dropout`, `<mode>-bf16` (with dropout too), and PACKED_BF16."""
         for run_id in sorted({*run_ids} - self._ended):
             self._add_named(run_id, run_id)
         self.go()
@@ -89,7 +91,7 @@ class Runs:
         return self.store
 
     def start_again(self, *run_ids: str) -> str:
-        """Runs that ended, as `<run_id>-again` from the checkpoint after the first epoch; returns what is printed."""
+        """Resume runs, as `<run_id>-again`, from the checkpoint after the first epoch. Return what they printed."""
         self.need(*run_ids)
         for run_id in run_ids:
             self.rewind(run_id, f"{run_id}-again", step=11)
@@ -107,7 +109,7 @@ class Runs:
 
     def add(self, run_id: str, mode: str, model: Path, num_workers: int = 2, /, **sections: Any) -> Path:
         """Plan a run; `go` starts it."""
-        # The gradient of a key's bias is zero but for rounding, which Adam turns into steps of the learning rate.
+        # The gradient of a key's bias is zero except for rounding, which Adam turns into steps of the learning rate.
         training = {"num_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.002}
         training |= sections.pop("training", {})
         workers = {"num_workers": num_workers, "parallelism": mode, **sections.pop("workers", {})}
@@ -116,7 +118,7 @@ class Runs:
         return path
 
     def go(self) -> str:
-        """Run everything that was added; returns what it printed."""
+        """Run everything that was added. Return what it printed."""
         output = ""
         for plans in self._plans.values():
             command = worker_of(*plans)
@@ -125,7 +127,7 @@ class Runs:
         return output
 
     def rewind(self, run_id: str, to: str, step: int) -> None:
-        """A copy of a finished run, as it was when it died after the checkpoint of `step`."""
+        """Copy a finished run to the id `to`, as if it had died after the checkpoint of `step`."""
         target = self.store / "runs" / to
         shutil.copytree(self.store / "runs" / run_id, target)
         (target / "training.json").unlink()
@@ -154,7 +156,7 @@ def runs(
 
 @pytest.fixture(scope="module")
 def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With dropout, a pooler whose weights are drawn when the model is loaded, and a module that has no weights."""
+    """A model with dropout, a pooler whose weights are drawn at loading, and a module without weights."""
     folder = tmp_path_factory.mktemp("model") / "dropout"
     options = {"dense_features": 48, "dropout": 0.1, "pooler": False, "normalize": True}
     return tiny_model.tiny_bert(folder, tiny_model.all_texts(), **options)
@@ -168,8 +170,8 @@ def dropout_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_every_mode_ends_with_the_weights_of_ddp(runs: Runs, mode: str, loss: str) -> None:
-    """Evaluated in each epoch, with a Dense module, over two accumulation steps, negatives across ranks. The wrapped
-    model's type and its shards are checked by the worker itself, which fails otherwise."""
+    """With an evaluation per epoch, a Dense module, two accumulation steps, and negatives across ranks. The worker
+    itself checks the type of the wrapped model and its shards, and fails if they are wrong."""
     trained = runs.need(f"ddp-{loss}", f"{mode}-{loss}")
     assert training_log(trained, f"{mode}-{loss}")["parallelism"] == mode
     assert largest_difference(final_weights(trained, f"ddp-{loss}"), final_weights(trained, f"{mode}-{loss}")) < 1e-5
@@ -183,14 +185,14 @@ def _weights(store: Path, commit: Any) -> dict[str, torch.Tensor]:
     return weights(model_folder(store, commit))
 
 
-def test_gradient_caching_changes_nothing(runs: Runs) -> None:
+def test_gradient_caching_does_not_change_the_weights(runs: Runs) -> None:
     trained = runs.need("ddp-ranking", "ddp-cached")
     assert largest_difference(final_weights(trained, "ddp-ranking"), final_weights(trained, "ddp-cached")) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["zero3", *in_soak(mode for mode in MODES if mode != "zero3")])
-def test_best_is_not_last_and_complete(runs: Runs, mode: str) -> None:
-    """What is published is the best step's model: loadable by plain sentence-transformers, every tensor whole."""
+def test_the_published_model_is_the_best_one_and_complete(runs: Runs, mode: str) -> None:
+    """It is the model of the best step, loads in plain sentence-transformers, and every tensor is whole."""
     trained = runs.need("ddp-dropout", f"{mode}-dropout")
     found = commits(trained, f"{mode}-dropout")
     best = best_commit(found, "ndcg@10")
@@ -219,8 +221,8 @@ def _same_step(store: Path, step: int) -> Any:
 
 
 @pytest.mark.parametrize("mode", [*KINDS, *in_soak(mode for mode in MODES if mode not in KINDS)])
-def test_a_checkpoint_holds_every_ranks_share(runs: Runs, mode: str) -> None:
-    """Weights once, by rank 0; the optimizer's state cut among the ranks; a state of random numbers each."""
+def test_a_checkpoint_holds_the_share_of_every_rank(runs: Runs, mode: str) -> None:
+    """Rank 0 saves the weights. Each rank saves its part of the optimizer's state, and its random state."""
     trained = runs.need(f"{mode}-ranking")
     for commit in commits(trained, f"{mode}-ranking"):
         documents = (model_folder(trained, commit) / f"rank-{rank}.json" for rank in (0, 1))
@@ -235,20 +237,18 @@ def test_a_checkpoint_holds_every_ranks_share(runs: Runs, mode: str) -> None:
         assert max(sizes) < 1.5 * min(sizes)
 
 
-@pytest.mark.parametrize(
-    "names", [["fsdp2-dropout", PACKED_BF16], *in_soak([MORE_THAT_DIED])], ids=["two", "all others"]
-)
-def test_a_run_that_died_ends_with_the_same_bits(runs: Runs, names: list[str]) -> None:
-    """In every mode, with dropout, in fp32 and in bf16, from amid the schedule. Once packed, as ZeRO-3 would gather
-    biases in bf16 now in one type, now in another: the first step after a start met other ones than it should."""
+@pytest.mark.parametrize("names", [["fsdp2-dropout", PACKED_BF16], *in_soak([MORE_RESUMED])], ids=["two", "all others"])
+def test_a_resumed_run_ends_with_the_same_bits(runs: Runs, names: list[str]) -> None:
+    """In every mode, with dropout, in fp32 and in bf16, from the middle of the schedule. Once packed, because ZeRO-3
+    gathered biases of bf16 runs in varying types, so that the first step after a start had different ones."""
     assert runs.start_again(*names).count("resuming from the checkpoint of step 11") == 2 * len(names)
     for name in names:
         assert largest_difference(final_weights(runs.store, name), final_weights(runs.store, f"{name}-again")) == 0.0
         assert commits(runs.store, f"{name}-again")[0].metrics == commits(runs.store, name)[0].metrics
 
 
-@pytest.mark.parametrize("cases", [GOES_ON_AS[:2], *in_soak([GOES_ON_AS[2:]])], ids=["two", "all others"])
-def test_a_run_goes_on_in_another_mode_and_with_another_number_of_workers(
+@pytest.mark.parametrize("cases", [RESUMES_AS[:2], *in_soak([RESUMES_AS[2:]])], ids=["two", "all others"])
+def test_a_run_resumes_in_another_mode_on_another_number_of_workers(
     runs: Runs, tiny_model_dir: Path, cases: list[tuple[str, int, str, int]]
 ) -> None:
     loss = LOSSES["ranking"]
@@ -272,13 +272,13 @@ def test_a_run_goes_on_in_another_mode_and_with_another_number_of_workers(
 
 @pytest.mark.parametrize("mode", ["ddp", *in_soak(mode for mode in MODES if mode != "ddp")])
 def test_bf16_is_autocast_over_fp32_weights(runs: Runs, dropout_model_dir: Path, mode: str) -> None:
-    """In training and in what is saved: a weight that bf16 could hold was rounded on the way."""
+    """In training and in checkpoints. A weight that bf16 can represent exactly would have been rounded on the way."""
     trained = runs.need("ddp-dropout", f"{mode}-bf16")
     rough = final_weights(trained, f"{mode}-bf16")
     assert {value.dtype for value in rough.values()} == {torch.float32}
     # fp32 modes differ by 1e-6.
     assert 1e-4 < largest_difference(final_weights(trained, "ddp-dropout"), rough) < 0.1
-    moved = {name: value for name, value in rough.items() if "pooler" not in name}  # which is not trained
+    moved = {name: value for name, value in rough.items() if "pooler" not in name}  # the pooler is not trained
     before = weights(dropout_model_dir)
     assert [name for name, value in moved.items() if torch.equal(value, before[name])] == []
     assert [name for name, value in moved.items() if torch.equal(value, value.bfloat16().float())] == []
@@ -307,8 +307,8 @@ def test_lora_and_gradient_checkpointing(runs: Runs, tiny_model_dir: Path, dropo
 
 
 @pytest.mark.soak
-def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
-    """After the test before it, which trained what is started again."""
+def test_a_resumed_lora_run_ends_with_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
+    """Resumes runs that the test before has trained."""
     trained = runs.store
     sections: dict[str, Any] = {"model": {"lora": {"rank": 4, "target_modules": ["query", "value"]}}}
     for mode in ("ddp", "zero3"):
@@ -321,7 +321,7 @@ def test_a_lora_run_that_died_ends_with_the_same_bits(runs: Runs, tiny_model_dir
 
 
 @pytest.mark.soak
-def test_ray_runs_to_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
+def test_a_run_on_ray_ends_with_the_same_bits(runs: Runs, tiny_model_dir: Path) -> None:
     trained = runs.need(*(f"{mode}-ranking" for mode in KINDS))
     plans = [runs.add(f"{mode}-ray", mode, tiny_model_dir, loss=LOSSES["ranking"]) for mode in KINDS]
     script = [sys.executable, str(PROGRAMS / "train_on_ray.py"), *map(str, plans)]

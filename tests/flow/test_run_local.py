@@ -1,4 +1,4 @@
-"""One whole `tercet train` on this machine, two Ray workers, and everything that it leaves."""
+"""One whole `tercet train` on two local Ray workers, and everything that it stores and prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN_ID = "whole-run"
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended: its folder in storage, its recipe, and what the screen showed."""
+    """A finished run: its recipe, its folder in storage, and its screen output."""
 
     recipe: Path
     store: Path
@@ -31,7 +31,7 @@ class Finished:
     screen: str
 
     def document(self, name: str) -> Any:
-        """The fields of a document; its seal, which is none of them, is taken off."""
+        """Return the fields of a document, without its seal."""
         document = json.loads((self.folder / name).read_text(encoding="utf-8"))
         document.pop("sha256")
         return document
@@ -48,8 +48,8 @@ def finished(
 
 
 def without_rays_own(screen: str) -> str:
-    """On a busy machine Ray's controller shows a traceback when its autoscaler was late to answer. Lines of workers,
-    and of a controller without that, stay."""
+    """Remove the lines of Ray's controller if it printed a traceback of its own, as it does on a busy machine when its
+    autoscaler answers late. Lines of workers stay."""
     if "autoscaling_coordinator_client.py" not in screen:
         return screen
     return "\n".join(line for line in screen.splitlines() if "(TrainController pid=" not in line)
@@ -87,7 +87,7 @@ def test_best_is_the_best_evaluation(finished: Finished) -> None:
 def test_the_metrics_are_those_of_the_stored_model(
     finished: Finished, tiny_model_dir: Path, split: str, which: str
 ) -> None:
-    """Measured again with nothing of tercet's: rows from Parquet, evaluators of sentence-transformers."""
+    """Measured again without tercet: rows from Parquet, evaluators of sentence-transformers."""
     reported = finished.document("metrics.json")[f"{which}_{split}"]
     measured = _measure(finished.folder / "best" if which == "best" else tiny_model_dir, finished.store, split)
     assert {name: reported[name] for name in measured} == pytest.approx(measured, abs=1e-5)
@@ -141,7 +141,7 @@ def _commits(finished: Finished) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(finished.folder.glob("checkpoints/*/COMMIT"))]
 
 
-def test_best_holds_no_state_of_the_trainer(finished: Finished) -> None:
+def test_the_published_folder_holds_no_training_state(finished: Finished) -> None:
     names = {path.name for path in (finished.folder / "best").rglob("*")}
     assert {"model.safetensors", "modules.json", "tokenizer.json", "README.md"} <= names
     assert not {name for name in names if name.startswith(("optimizer", "scheduler", "rng_state", "training_args"))}
@@ -152,16 +152,18 @@ def test_the_model_card_parses_and_holds_the_test_metrics(finished: Finished) ->
 
     card = ModelCard.load(finished.folder / "best" / "README.md")
     metrics = finished.document("metrics.json")
-    found = {(result.dataset_split, result.metric_name): result.metric_value for result in card.data.eval_results or []}
+    values = {
+        (result.dataset_split, result.metric_name): result.metric_value for result in card.data.eval_results or []
+    }
     for name in ("ndcg@10", "mrr@10", "triplet_accuracy"):
-        assert found["test", name] == metrics["best_test"][name]
-        assert found["eval", name] == metrics["best_eval"][name]
+        assert values["test", name] == metrics["best_test"][name]
+        assert values["eval", name] == metrics["best_eval"][name]
     assert card.data.to_dict()["model-index"]
     assert card.data.library_name == "sentence-transformers"
     assert f"Run `{RUN_ID}`" in card.text.replace("\n", " ")
 
 
-def test_events_tell_each_stage_in_order(finished: Finished) -> None:
+def test_events_record_each_stage_in_order(finished: Finished) -> None:
     events = [json.loads(line) for line in (finished.folder / "events.jsonl").read_text().splitlines()]
     stages = ["start", "train", "test", "publish"]
     expected = [f"{stage} {what}" for stage in stages for what in ("started", "finished")]
@@ -193,7 +195,7 @@ def test_plan_report_and_page_are_valid(finished: Finished) -> None:
 
 
 class _Tags(HTMLParser):
-    """Every tag that is opened is closed, but for those that need not be."""
+    """Collects open tags, except those that need no closing tag."""
 
     void = (
         "meta",
@@ -228,7 +230,7 @@ class _Tags(HTMLParser):
 
 def test_the_same_command_again_returns_the_result_at_once(finished: Finished, environment: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
-    without_ray = environment | {"RAY_ADDRESS": "127.0.0.1:1"}  # nobody listens there
+    without_ray = environment | {"RAY_ADDRESS": "127.0.0.1:1"}  # nothing listens there
     done = check(run_command(tercet("train", finished.recipe, "--run-id", RUN_ID), without_ray, finished.recipe.parent))
     assert done.stdout.strip() == finished.screen[finished.screen.index(f"Run {RUN_ID}") :].strip()
     assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
@@ -255,7 +257,7 @@ def test_runs_list_and_show(finished: Finished, environment: dict[str, str]) -> 
 def failures(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Runs that cannot come out well, by learning rate: the first on Ray, the others with the worker in the driver."""
+    """Runs that their learning rate makes fail: the first on Ray, the others with the worker in the driver."""
     folder = tmp_path_factory.mktemp("failures")
     done = {}
     for run_id, learning_rate in (("frozen", 1e-60), ("unmoved", 1e-30), ("bursting", 1e20)):
@@ -276,7 +278,7 @@ def failures(
         ("bursting", "train", "the (loss|gradient|norm of all gradients|weight).* is (nan|inf)"),
     ],
 )
-def test_a_run_that_cannot_come_out_well_fails(
+def test_a_run_that_cannot_succeed_fails_with_a_report(
     failures: dict[str, subprocess.CompletedProcess[str]], store: Path, run_id: str, stage: str, message: str
 ) -> None:
     done = check(failures[run_id], code=6)

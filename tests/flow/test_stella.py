@@ -1,4 +1,4 @@
-"""The published stella recipe on a model of the same shape: its own modeling code, mean pooling, Dense to 1,024."""
+"""The published stella recipe on a tiny model with the same structure: custom code, mean pooling, Dense to 1,024."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SWITCHED_OFF = {"use_memory_efficient_attention": False, "unpad_inputs": False}
 
 @pytest.fixture(scope="module")
 def plan(tiny_stella_dir: Path, store: Path) -> TrainPlan:
-    """Nothing but places and devices is another than in the recipe."""
+    """The plan of the recipe, with only places and devices changed."""
     places = (
         f"storage.uri={store}",
         "dataset.name=tiny",
@@ -61,11 +61,11 @@ def test_every_epoch_is_measured_and_kept(trained: Path) -> None:
     assert max(rates) <= 2e-5
 
 
-def test_all_of_the_model_is_trained(trained: Path, tiny_stella_dir: Path) -> None:
+def test_the_whole_model_is_trained(trained: Path, tiny_stella_dir: Path) -> None:
     before, after = weights(tiny_stella_dir), weights(model_folder(trained, commits(trained, "stella")[0]))
     assert before.keys() == after.keys()
     assert after["2_Dense/linear.weight"].shape == (1024, 32)
-    # The loss sees differences of embeddings only, in which the last bias cancels; attention's key bias never counts.
+    # The loss depends on differences of embeddings, in which the last bias cancels out.
     still = {name for name in before if bool((before[name] == after[name]).all())}
     assert still <= {"2_Dense/linear.bias"}
 
@@ -73,7 +73,7 @@ def test_all_of_the_model_is_trained(trained: Path, tiny_stella_dir: Path) -> No
 def test_the_published_folder_loads_with_its_own_code(
     trained: Path, plan: TrainPlan, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """In a process that knows nothing of the recipe: the switches are in the saved configuration."""
+    """A process without the recipe loads it, because the switches are in the saved configuration."""
     best = best_commit(commits(trained, "stella"), plan.metric)
     assert best is not None
     publish_best(open_storage(str(trained)), "stella", best, "# a card")
@@ -88,7 +88,7 @@ print(type(model[0].auto_model).__name__, model[1].pooling_mode, model.encode(["
     assert done.stdout.splitlines()[-1] == "NewModel mean (1, 1024)"
 
 
-def test_its_code_is_not_run_without_trust(tiny_stella_dir: Path) -> None:
+def test_custom_code_needs_trust(tiny_stella_dir: Path) -> None:
     from tercet.model.encoder import load_model
 
     with pytest.raises(ConfigError, match="contains custom code") as caught:
@@ -96,7 +96,7 @@ def test_its_code_is_not_run_without_trust(tiny_stella_dir: Path) -> None:
     assert "model.trust_remote_code: true" in caught.value.hint
 
 
-def test_a_fast_path_that_cannot_work_here_is_named(
+def test_an_impossible_fast_path_is_named(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tercet.model.encoder import load_model
@@ -110,7 +110,7 @@ def test_a_fast_path_that_cannot_work_here_is_named(
 @pytest.mark.parametrize(
     ("claim", "message"), [({"pooling": "cls"}, "has mean"), ({"dense_features": 768}, "has 1024")]
 )
-def test_another_architecture_than_the_recipes_is_refused(
+def test_an_architecture_that_differs_from_the_recipe_is_refused(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, object], message: str
 ) -> None:
     from tercet.model.encoder import load_model

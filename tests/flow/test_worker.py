@@ -1,4 +1,4 @@
-"""The worker without Ray: one seed gives equal bits, the number of workers changes nothing, a killed run goes on."""
+"""The worker without Ray: one seed gives equal bits, any number of workers the same model, a killed run resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "ranking": {"name": "MultipleNegativesRankingLoss"},
     "triplet": {"name": "TripletLoss", "distance_metric": "cosine", "triplet_margin": 0.5},
 }
-# Runs of the same name, but for the number before it, are one experiment on one and on two workers.
+# Runs whose names differ only in the number are one experiment on one and on two workers.
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1-ranking": (1, "ranking", {}),
     "1-triplet": (1, "triplet", {}),
@@ -58,7 +58,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, store:
 
 @pytest.fixture(scope="module")
 def trained(plans: dict[str, Path], store: Path, environment: dict[str, str]) -> Path:
-    """The storage in which all RUNS have ended."""
+    """The storage after all RUNS have finished."""
     for num_workers in (1, 2):
         several = [plans[run_id] for run_id in RUNS if RUNS[run_id][0] == num_workers]
         check(run_command(worker_of(*several), environment, store))
@@ -74,7 +74,7 @@ def test_another_seed_gives_other_weights(trained: Path) -> None:
     assert largest_difference(final_weights(trained, "1-ranking"), final_weights(trained, "1-seed")) > 1e-3
 
 
-def test_a_precision_that_was_measured_is_trained_in(trained: Path) -> None:
+def test_training_uses_the_measured_precision(trained: Path) -> None:
     found = json.loads((trained / "runs/1-auto/precision.json").read_text())
     assert found["precision"] == ("bf16" if found["speed_up"] >= 1.2 else "fp32")
     assert training_log(trained, "1-auto")["precision"] == found["precision"]
@@ -82,7 +82,7 @@ def test_a_precision_that_was_measured_is_trained_in(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ranking", "triplet", "accumulated"])
-def test_the_number_of_workers_changes_nothing(trained: Path, name: str) -> None:
+def test_the_number_of_workers_does_not_change_the_weights(trained: Path, name: str) -> None:
     """Gradients are averaged, in-batch negatives cross ranks, and the global batches are the same."""
     assert largest_difference(final_weights(trained, f"1-{name}"), final_weights(trained, f"2-{name}")) < 2e-5
     logs = [training_log(trained, f"{num_workers}-{name}")["log_history"] for num_workers in (1, 2)]
@@ -92,8 +92,8 @@ def test_the_number_of_workers_changes_nothing(trained: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nor_does_it_change_the_metrics(trained: Path, name: str) -> None:
-    """Nor the loss: the rows that are each other's negatives are those of all ranks."""
+def test_the_number_of_workers_does_not_change_the_metrics(trained: Path, name: str) -> None:
+    """Nor the loss on eval, because a row's negatives come from all ranks."""
     one, two = commits(trained, f"1-{name}"), commits(trained, f"2-{name}")
     for left, right in zip(one, two, strict=True):
         assert left.step == right.step
@@ -103,20 +103,20 @@ def test_nor_does_it_change_the_metrics(trained: Path, name: str) -> None:
 def test_the_plain_trainer_ends_with_the_same_weights(
     trained: Path, tmp_path: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:
-    """SentenceTransformerTrainer by itself, told the same settings in its own words."""
+    """SentenceTransformerTrainer without tercet, with the same settings under its own names."""
     program = (PROGRAMS / "plain_trainer.py", tiny_model_dir, trained, tmp_path)
     check(run_command(Forked(tuple(map(str, program))), environment, tmp_path))
     assert largest_difference(weights(tmp_path / "ranking"), final_weights(trained, "1-plain")) < 1e-6
-    # Packed, sums are taken in another order. The gradient of a key's bias is zero but for that, and Adam makes a step
-    # of it.
+    # Packing changes the order of sums. The gradient of a key's bias is zero except for rounding, which Adam turns into
+    # whole steps.
     for loss in LOSSES:
         assert largest_difference(weights(tmp_path / loss), final_weights(trained, f"1-{loss}")) < 2e-5, loss
 
 
-def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
+def test_a_killed_worker_resumes_and_ends_with_the_same_bits(
     tmp_path: Path, store: Path, environment: dict[str, str]
 ) -> None:
-    """With dropout, and amid the warm-up: the state of optimizer, schedule and random numbers comes back too."""
+    """With dropout, and during warm-up: the states of optimizer, schedule and random numbers are restored too."""
     model = tiny_model.tiny_bert(tmp_path / "dropout", tiny_model.all_texts(), dropout=0.1, pooler=False)
     settings: dict[str, Any] = {"training": {"num_epochs": 3, "warmup_ratio": 0.5, "log_every_steps": 1}}
     whole = write_plan(tmp_path, "whole", model, store, **settings)
@@ -136,7 +136,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bits(
     assert commits(store, "killed")[0].metrics == commits(store, "whole")[0].metrics
 
 
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(
     plans: dict[str, Path], trained: Path, environment: dict[str, str]
 ) -> None:
     path = model_folder(trained, commits(trained, "1-damaged")[0]) / "model.safetensors"
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     assert training_log(trained, "1-damaged")["resumed_from_step"] == 11
 
 
-def test_a_checkpoint_holds_what_its_commit_lists(trained: Path) -> None:
+def test_a_checkpoint_holds_the_files_that_its_commit_lists(trained: Path) -> None:
     for commit in commits(trained, "2-ranking"):
         folder = model_folder(trained, commit)
         on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -159,10 +159,10 @@ def test_a_checkpoint_holds_what_its_commit_lists(trained: Path) -> None:
         assert not any(name.startswith(("optimizer", "rng_state", "trainer_state")) for name in commit.model_files())
 
 
-def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_one_with_its_metrics(
+def test_a_checkpoint_due_at_the_end_of_an_epoch_is_saved_once_with_metrics(
     tmp_path: Path, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> None:
-    """Not one before the evaluation and another after it, into the same folder."""
+    """It is not saved before the evaluation and again after it, to the same folder."""
     sections: dict[str, Any] = {"training": {"num_epochs": 2}, "checkpoint": {"every_steps": 11}}
     plan = write_plan(tmp_path, "due", tiny_model_dir, store, **sections)
     done = check(run_command(worker_of(plan), environment, tmp_path))
@@ -180,7 +180,7 @@ def test_a_plan_for_more_workers_than_started_is_refused(
     assert not (store / "runs/refused").exists()
 
 
-def test_ranks_that_train_models_of_their_own_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_whose_models_diverge_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
     command = Forked((str(PROGRAMS / "ranks_differ.py"),), num_ranks=2)
     done = check(run_command(command, environment, tmp_path))
     for rank in (0, 1):
