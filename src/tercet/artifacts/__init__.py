@@ -1,13 +1,13 @@
 """What runs leave in storage.
 
 - `lease`: one attempt at a time may commit
-- `checkpoint`: what a checkpoint is, and when it counts
-- `best`: the best checkpoint of a run, and how long the others are kept
-- `uploader`: uploads checkpoints off the training path
+- `checkpoint`: files of every rank, and the commit that makes them count
+- `best`: the best model of a run, and which checkpoints are kept
+- `uploader`: uploads checkpoints in the background
 - `journal`: the events and incidents of a run
 - `training_log`: metrics of each evaluation, and the log of a finished training
 - `report`: the result of a run, as a document and as a page
-- `decision`: what a gate decided, with every number it rests on
+- `decision`: a decision of the gate, with every number that it rests on
 - `champion`: the pointer to the version that serves, and its history
 - `registry`: published versions of a model, and promotion
 """

@@ -1,6 +1,6 @@
 """The best checkpoint of a run, and its model where others load it.
 
-A copy, so that the checkpoint may be deleted and the model not.
+It is a copy, so the checkpoint can be deleted and the model kept.
 """
 
 from __future__ import annotations
@@ -25,29 +25,31 @@ from tercet.storage.layout import (
     step_prefix,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tercet")
 
 
 def best_commit(commits: Iterable[Commit], metric: str) -> Commit | None:
-    """The commit with the highest metric; the earlier one of equals."""
+    """Return the commit with the highest metric, the earliest of equals; None if none has the metric."""
     return max((c for c in commits if metric in c.metrics), key=lambda c: (c.metrics[metric], -c.step), default=None)
 
 
 def best_whole(storage: Storage, commits: Iterable[Commit], metric: str) -> Commit | None:
-    """The best commit whose model is whole; a damaged one is skipped, loudly, for the next best. Reads the model."""
+    """Return the best commit whose model is whole, or None. A damaged one is skipped with an error in the log.
+
+    Reads the model's files."""
     left = list(commits)
     while (best := best_commit(left, metric)) is not None:
         if (damage := damage_of(storage, best, best.model_files())) is None:
             return best
-        logger.error("the best checkpoint, of step %d, is damaged; the next best is taken: %s", best.step, damage)
+        logger.error("the best checkpoint, of step %d, is damaged; the next best is used: %s", best.step, damage)
         left.remove(best)
     return None
 
 
 def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Commit:
-    """Copy the model of a committed checkpoint to `best/`, verified on the way, with `card` as its README.md.
+    """Copy the model of a committed checkpoint to `best/`, verifying every file, with `card` as its README.md.
 
-    Returns the commit of `best/`. Already there: nothing is done."""
+    Returns the commit of `best/`. Does nothing if `best/` is of this checkpoint already."""
     folder = best_prefix(run_id)
     if (done := read_best(storage, run_id)) is not None and (done.step, done.attempt) == (commit.step, commit.attempt):
         return done
@@ -62,7 +64,7 @@ def publish_best(storage: Storage, run_id: str, commit: Commit, card: str) -> Co
 
 
 def read_best(storage: Storage, run_id: str) -> Commit | None:
-    """The commit of `best/`, or None while there is none. A damaged one is none: publishing again replaces it."""
+    """Return the commit of `best/`, or None if it is missing or damaged: publishing again replaces it."""
     try:
         return read_commit(storage, best_commit_key(run_id))
     except (ObjectNotFound, CorruptObject):
@@ -70,8 +72,8 @@ def read_best(storage: Storage, run_id: str) -> Commit | None:
 
 
 def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
-    """Delete what no one needs any more: every committed checkpoint but the newest `keep_last` and the best, and what
-    dead attempts left up to the newest step. COMMIT goes first, so that no checkpoint is ever there in part."""
+    """Delete every committed checkpoint but the newest `keep_last` and the best, and what dead attempts left up to the
+    newest step. COMMIT is deleted first, so that no partial checkpoint ever counts."""
     commits = read_commits(storage, run_id)
     if not commits:
         return
@@ -82,7 +84,7 @@ def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
             crash_point("mid_retention", commit.step)
     keys = storage.list(checkpoints_prefix(run_id))
     kept_steps = {folder.rpartition("/")[0] for folder in kept}
-    # A COMMIT that could not be read is left to a person, with its files; one that does not count is to be replaced.
+    # An unreadable COMMIT is left, with its files, for a user to look at; one that does not count will be replaced.
     left = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
         step_prefix(run_id, commit.step) for commit in commits
     }

@@ -37,7 +37,7 @@ from tercet.storage.documents import Document, seal, unseal
 
 logger = logging.getLogger("tercet")
 
-# The first that fits.
+# The first class that matches gives the kind.
 _KINDS: tuple[tuple[type[TercetError], str], ...] = (
     (OutOfMemory, "out_of_memory"),
     (DiskFull, "disk_full"),
@@ -52,12 +52,12 @@ _KINDS: tuple[tuple[type[TercetError], str], ...] = (
 )
 
 
-# What safetensors 0.8 and torch 2.13 say when they cannot write on.
+# Messages of safetensors 0.8 and torch 2.13 when the disk is full.
 _WRITE_FAILED = ("No space left on device", "iostream error", "unexpected pos")
 
 
 class Incident(Document):
-    """One document."""
+    """One thing that went wrong, and when."""
 
     once_unsealed: ClassVar[bool] = True
 
@@ -67,13 +67,13 @@ class Incident(Document):
 
 
 def kind_of(error: BaseException) -> str | None:
-    """The kind of an error that says what it is; None for any other."""
+    """Return the incident kind of an error, or None if its type has none."""
     return next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
 
 
 def as_tercet_error(error: BaseException) -> BaseException:
-    """An error of the memory or of the disk as tercet's own, any other as it is. torch and safetensors have errors of
-    their own for both, which only their texts tell apart."""
+    """Return an error about memory or disk as a tercet error, any other unchanged. torch and safetensors have errors of
+    their own for both, recognisable only by their messages."""
     if isinstance(error, TercetError):
         return error
     text = str(error)
@@ -81,32 +81,32 @@ def as_tercet_error(error: BaseException) -> BaseException:
     if is_memory or "can't allocate memory" in text:
         return OutOfMemory(
             f"out of memory: {first_line(error)}",
-            hint="raise training.gradient_accumulation_steps (smaller micro-batches), set "
-            "training.gradient_checkpointing=true, or let workers.parallelism shard the model",
+            hint="Raise training.gradient_accumulation_steps (smaller micro-batches), set "
+            "training.gradient_checkpointing=true, or let workers.parallelism shard the model.",
         )
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if is_disk or any(words in text for words in _WRITE_FAILED):
         return DiskFull(
             f"a disk of this machine is full, or fails: {first_line(error)}",
-            hint="a checkpoint lies in TMPDIR until it is uploaded: give it room for two, or choose a larger disk",
+            hint="A checkpoint stays in TMPDIR until it is uploaded: make room for two, or choose a larger disk.",
         )
     return error
 
 
 def end_name(generation: int) -> str:
-    """The name of how an attempt ended."""
+    """Return the name of the incident that ended an attempt."""
     return f"{generation:04d}-end"
 
 
 def report_incident(storage: Storage, run_id: str, name: str, kind: str, message: str) -> None:
-    """Write an incident down, unless one of that name is known. Where storage fails too, a warning must do."""
+    """Record an incident, unless one of that name exists. If storage fails too, log a warning instead."""
     incident = Incident(kind=kind, message=message, unix_seconds=round(time.time(), 3))
     try:
         storage.put_if_absent(layout.incident_key(run_id, name), seal(incident))
     except AlreadyExists:
         pass
     except StorageError as error:
-        logger.warning("could not write down an incident, %s (%s): %s", kind, message, error)
+        logger.warning("could not record an incident, %s (%s): %s", kind, message, error)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def record_end(storage: Storage, run_id: str, generation: int) -> Iterator[None]
 
 
 def counts(storage: Storage, run_id: str) -> dict[str, int]:
-    """The incidents of a run by kind, in the order of the alphabet."""
+    """Return the number of incidents of a run by kind, sorted by kind."""
     kinds = Counter(
         _read_kind(storage, key) for key in storage.list(layout.incidents_prefix(run_id)) if key.endswith(".json")
     )
@@ -144,8 +144,8 @@ _LAST_EVENTS = ("run finished", "run failed")
 
 
 class Events:
-    """The run's events.jsonl: what happened, when, and how long each stage took. Written whole at every event, because
-    object storage has no append."""
+    """The run's events.jsonl: what happened, when, and how long each stage took. Every event rewrites the whole file,
+    because object storage has no append."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self._storage, self._key = storage, layout.events_key(run_id)
@@ -157,20 +157,20 @@ class Events:
         except ObjectNotFound:
             self._lines, last = [], None
         except (CorruptObject, ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is damaged and begun anew: %s", storage.uri_of(self._key), error)
+            logger.warning("%s is damaged; a new one is begun: %s", storage.uri_of(self._key), error)
             self._lines, last = [], None
         if last is not None and last not in _LAST_EVENTS:
-            message = "an earlier start of this run ended without a word"
+            message = "an earlier driver of this run died without reporting"
             report_incident(storage, run_id, f"driver-{len(self._lines)}", "driver_lost", message)
 
     def add(self, event: str, **details: Any) -> None:
-        """Record that something happened now."""
+        """Record an event with the present time."""
         self._lines.append(json.dumps({"unix_seconds": round(time.time(), 3), "event": event, **details}))
         self._storage.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Record the start and the end of a stage."""
+        """Record the start and the end of a stage, and its seconds."""
         self.stage = stage
         self.add(f"{stage} started")
         started = time.monotonic()

@@ -1,12 +1,12 @@
-"""One attempt at a time may commit for a run; what a dead or cut-off one still writes does not count.
+"""One attempt at a time may commit for a run; what a dead or disconnected attempt still writes does not count.
 
 The lease, `LEASE.json` in the run's folder, names the holder of the run, the number of renewals, and every attempt with
 its first step. It is changed by compare-and-swap alone. Each attempt has a generation, one higher than the attempt
 before, and records the step that it resumes from before it trains. From then on, a checkpoint of an older generation
 counts only up to that step (`is_fenced`), however late its upload arrives and whether or not its sender knows.
 
-The lease itself only keeps two living attempts from taking a run from each other. It expires when it was not renewed
-for its length, as measured by who waits: clocks of two machines are never compared.
+The lease itself only keeps two live attempts from taking a run from each other. It expires when it was not renewed for
+its length, as measured by the process that waits: clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POLLS_PER_LEASE = 20
 
 
 class Attempt(Frozen):
-    """One start of the worker group, and the step that it went on from."""
+    """One start of the worker group, and the step from which it resumed."""
 
     name: str
     generation: int
@@ -42,7 +42,7 @@ class Attempt(Frozen):
 
 
 class Holder(Document):
-    """The document. `owner` is who starts attempts (a driver's launch), `place` and `pid` say where rank 0 runs."""
+    """The stored lease. `owner` identifies the driver that starts attempts; `place` and `pid` say where rank 0 runs."""
 
     run_id: str
     generation: int
@@ -56,44 +56,43 @@ class Holder(Document):
     attempts: tuple[Attempt, ...] = ()
 
     def text(self) -> str:
-        """Who it is, for a person."""
+        """Return a human-readable description of the holder."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.since_unix_seconds))
         return f"process {self.pid} on {self.place.split()[0]} since {since} UTC"
 
     def unfinished_attempt(self) -> Attempt | None:
-        """What it trains, or trained until something ended it."""
+        """Return the attempt that is training, or that ended without finishing; else None."""
         began = self.attempts[-1:] if not self.finished else ()
         return next((attempt for attempt in began if attempt.generation == self.generation), None)
 
     def is_gone(self) -> bool:
-        """Whether it surely does not run any more: it said so, or it was a process of this machine that has ended."""
+        """Whether it certainly no longer runs: it said so, or it was a process of this machine that has ended."""
         return self.released or (self.place == _place() and not Path(f"/proc/{self.pid}").exists())
 
 
 def read_attempts(storage: Storage, run_id: str) -> tuple[Attempt, ...]:
-    """Every attempt of a run that began to train, in order of generation. Raises CorruptObject."""
+    """Return every attempt of a run that began to train, in order of generation. Raises CorruptObject."""
     holder, _ = _read(storage, run_id)
     return holder.attempts if holder is not None else ()
 
 
 def is_fenced(attempt: Attempt, step: int, attempts: Iterable[Attempt]) -> bool:
-    """Whether a checkpoint does not count: a later attempt went on from a step before it, without it."""
+    """Whether a checkpoint does not count, because a later attempt resumed from a step before it."""
     return any(later.generation > attempt.generation and later.first_step < step for later in attempts)
 
 
 class Lease:
-    """Held by rank 0 of an attempt, and renewed by a thread of its own until `release`."""
+    """A lease on a run. Rank 0 of an attempt holds it, and a thread renews it until `release`."""
 
     def __init__(self, storage: Storage, run_id: str, owner: str, seconds: float) -> None:
-        """Take the run. An attempt of the same owner is taken over at once, and one that is surely gone; any other when
-        it gave no sign of life for the length of the lease. The workers of a driver that was just killed live on for a
-        while, so they get that length to end.
+        """Take the lease. A holder that has the same owner, or is certainly gone, is replaced at once; any other, once
+        its lease has expired. Workers of a driver that was just killed run on for a while: they get that time to end.
 
-        Raises RunIsTaken when it still lives after twice the length."""
+        Raises RunIsTaken if the holder is still alive after `2 * seconds`."""
         self._storage, self._run_id, self._seconds = storage, run_id, seconds
         self._holder, self._token, before = _take(storage, run_id, owner, seconds)
         self.unfinished_before = before.unfinished_attempt() if before is not None else None
-        """The attempt that this one took the run from, where that did not finish."""
+        """The attempt that this one replaced, if that did not finish."""
         self._lost: LeaseLost | None = None
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -102,11 +101,11 @@ class Lease:
 
     @property
     def generation(self) -> int:
-        """Of this attempt."""
+        """Generation of this attempt."""
         return self._holder.generation
 
     def begin(self, name: str, first_step: int, world_size: int) -> Attempt:
-        """Write down what this attempt goes on from. Until then, what an older one commits still counts."""
+        """Record the step from which this attempt resumes. Until then, commits of an older attempt still count."""
         generation = self._holder.generation
         attempt = Attempt(name=name, generation=generation, first_step=first_step, world_size=world_size)
         self._swap({"attempts": (*self._holder.attempts, attempt)})
@@ -114,28 +113,28 @@ class Lease:
         return attempt
 
     def check(self) -> None:
-        """Raises LeaseLost when another attempt is known to have taken the run over. Asks nobody."""
+        """Raise LeaseLost if another attempt is known to have taken over the run. Sends no request."""
         if self._lost is not None:
             raise self._lost
 
     def confirm(self) -> None:
-        """As `check`, but storage is asked: a process that stood still for a while may not know yet. StorageError."""
+        """Do the same after asking storage: a process that was suspended may not know yet. Raises StorageError too."""
         self._swap({})
         self.check()
 
     def release(self, finished: bool = True) -> None:
-        """Say that this attempt has ended, and whether well."""
+        """Record that this attempt has ended, and whether it finished."""
         self._end.set()
         self._thread.join()
         if self._lost is None:
-            with contextlib.suppress(StorageError):  # then it expires
+            with contextlib.suppress(StorageError):  # then the lease expires
                 self._swap({"released": True, "finished": finished})
 
     def _renew(self) -> None:
         while not self._end.wait(self._seconds / RENEWALS_PER_LEASE):
             try:
                 self._swap({})
-            except StorageError as error:  # an answer that does not come is no loss: the next renewal may
+            except StorageError as error:  # one lost renewal does no harm: the next may succeed
                 logger.warning("the lease of run %s could not be renewed: %s", self._run_id, error)
             if self._lost is not None:
                 return
@@ -153,14 +152,14 @@ class Lease:
                 self._explain_conflict(changed)
 
     def _explain_conflict(self, wanted: Holder) -> None:
-        found, token = _read(self._storage, self._run_id)
-        if found == wanted and token is not None:  # it was this swap, and the answer got lost
+        holder, token = _read(self._storage, self._run_id)
+        if holder == wanted and token is not None:  # this swap succeeded, and its reply was lost
             self._holder, self._token = wanted, token
             return
-        who = "" if found is None else f" by {found.text()}"
+        who = "" if holder is None else f" by {holder.text()}"
         self._lost = LeaseLost(
             f"run {self._run_id} was taken over{who}; what this attempt writes from now on does not count",
-            hint="nothing is lost: the run goes on there",
+            hint="Nothing is lost: the run continues there.",
         )
 
 
@@ -185,7 +184,9 @@ def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Ho
     began = heard = time.monotonic()
     held, last_token = _read(storage, run_id)
     if held is not None and held.owner != owner and not held.is_gone():
-        logger.info("run %s is held: %s; if that is dead, it is taken over in %.0f s", run_id, held.text(), seconds)
+        logger.info(
+            "run %s is held: %s; if that process is dead, this one takes over in %.0f s", run_id, held.text(), seconds
+        )
     while True:
         held, token = _read(storage, run_id)
         now = time.monotonic()
@@ -196,11 +197,11 @@ def _take(storage: Storage, run_id: str, owner: str, seconds: float) -> tuple[Ho
             try:
                 return holder, storage.compare_and_swap(lease_key(run_id), seal(holder), token), held
             except Conflict:
-                continue  # someone else was quicker, or it lives: look again
+                continue  # another attempt was quicker, or the holder is alive: read again
         if now - began > 2 * seconds:
             raise RunIsTaken(
                 f"run {run_id} is being trained: {held.text()}",
-                hint="wait for it, or choose another --run-id; if it dies, the same command takes over",
+                hint="Wait for it, or choose another --run-id. If it dies, the same command takes over.",
             )
         time.sleep(seconds / POLLS_PER_LEASE)
 
@@ -219,7 +220,7 @@ def _next_holder(run_id: str, held: Holder | None, owner: str) -> Holder:
 
 def _read(storage: Storage, run_id: str) -> tuple[Holder | None, str | None]:
     uri = storage.uri_of(lease_key(run_id))
-    hint = "so it is not known who trains this run; if nobody does, delete it and start again"
+    hint = "It says which process trains this run. If none does, delete it and start again."
     try:
         data, token = storage.read_versioned(lease_key(run_id))
     except ObjectNotFound:
@@ -231,9 +232,9 @@ def _read(storage: Storage, run_id: str) -> tuple[Holder | None, str | None]:
 
 
 def _place() -> str:
-    """This machine, and where on it process ids have a meaning."""
+    """Return the name of this machine and its namespace of process ids."""
     try:
-        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a link to nowhere
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is no path
     except OSError:
         namespace = "-"
     return f"{socket.gethostname()} {namespace}"

@@ -1,4 +1,4 @@
-"""The result of a run, as a document and as one screen."""
+"""The result of a run, as a document and as an HTML page."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from tercet.storage.documents import Document
 
 Metrics = dict[str, float]
 
-# Names with which a lower value is better.
+# Metrics of which a lower value is better.
 LOWER_IS_BETTER = {"loss"}
 
 
 class RunMetrics(Document):
-    """metrics.json: every measurement of a run, on the eval split and on the test split."""
+    """metrics.json: every measurement of a run on the eval and test splits."""
 
     once_unsealed: ClassVar[bool] = True
 
     baseline_eval: Metrics
     baseline_test: Metrics
     evaluations: tuple[dict[str, float], ...]
-    """Each with its step and epoch; the first, of step 0, is the baseline."""
+    """Metrics on the eval split with their step and epoch; the first, of step 0, is the baseline."""
     best_step: int
     best_eval: Metrics
     best_test: Metrics
-    """Of the model reloaded from storage in a fresh process."""
+    """Metrics of the model reloaded from storage in a fresh process."""
 
 
 class RunReport(Document):
-    """report.json: written at the end of every run, also of a failed one."""
+    """report.json: written at the end of every run, even a failed one."""
 
     once_unsealed: ClassVar[bool] = True
 
@@ -43,31 +43,31 @@ class RunReport(Document):
     dataset: str
     dataset_version: str
     mix: tuple[str, ...] = ()
-    """Each dataset that was trained on, in words, with version, rows, weight and steps; see TrainPlan.shares."""
+    """One human-readable line per dataset with version, rows, weight and steps; see TrainPlan.shares."""
     num_rows: dict[str, int]
     num_workers: int
-    """Of the last attempt."""
+    """Number in the last attempt."""
     num_attempts: int = 1
-    """Starts of the workers. Each but the first went on from a checkpoint, or from nothing where there was none."""
+    """Starts of the workers. Each but the first resumed from a checkpoint, or from the beginning if there was none."""
     incidents: dict[str, int] = Field(default_factory=dict)
-    """What went wrong on the way, by kind: see docs/failures.md."""
+    """Number of incidents by kind: see docs/failures.md."""
     metric: str
     num_steps: int
     metrics: RunMetrics | None = None
     seconds: dict[str, float]
-    """Wall clock by stage, of the attempt that ended the run."""
+    """Wall-clock seconds by stage, of the driver that ended the run."""
     run_uri: str
     best_uri: str | None = None
 
     @property
     def gain(self) -> float:
-        """How much better than the baseline the best model is on the test split, by the metric of the recipe."""
+        """Best model less baseline on the test split, by the metric of the recipe."""
         assert self.metrics is not None
         return self.metrics.best_test[self.metric] - self.metrics.baseline_test[self.metric]
 
 
 def verdict(report: RunReport) -> str:
-    """One sentence: better than the baseline on the test split, or not."""
+    """Return one sentence: whether the best model is better than the baseline on the test split."""
     assert report.metrics is not None
     before, after = report.metrics.baseline_test[report.metric], report.metrics.best_test[report.metric]
     word = "better than" if report.gain > 0 else "NOT better than"
@@ -76,7 +76,7 @@ def verdict(report: RunReport) -> str:
 
 
 def losses(log_history: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, training loss) of every log line that has one."""
+    """Return (step, training loss) of every log entry that has a loss."""
     return [(int(entry["step"]), float(entry["loss"])) for entry in log_history if "loss" in entry]
 
 
@@ -95,7 +95,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 230, 52, 14, 14, 34
 
 
 def html(report: RunReport, log_history: list[dict[str, Any]], recipe_yaml: str) -> str:
-    """The page. `log_history` is the trainer's."""
+    """Return the report as a self-contained HTML page. `log_history` is that of the trainer."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(report.run_id)}</title><style>{_STYLE}</style>",
@@ -148,7 +148,7 @@ def _table(report: RunReport) -> str:
 
 
 def _chart(lines: dict[str, list[tuple[int, float]]], title: str, best_step: int | None = None) -> str:
-    """Line chart as inline SVG. Each line is a list of (step, value)."""
+    """Return a line chart as inline SVG. Each line is a list of (step, value)."""
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""

@@ -1,4 +1,4 @@
-"""Checkpoints go to storage off the training path."""
+"""Upload of checkpoints in the background."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tercet.storage.layout import attempt_folder
 
 
 class Uploader:
-    """Uploads and commits off the training path: one background thread on each rank, one checkpoint at a time.
+    """Uploads and commits checkpoints on a background thread of each rank, one checkpoint at a time.
 
-    A failed upload is raised at the next `submit` or at `close`, so a run cannot end well without its checkpoints."""
+    An error of an upload is raised by the next `submit` or by `close`, so no run finishes without its checkpoints."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Uploader:
         rank: int,
         confirm: Callable[[], None] = lambda: None,
     ) -> None:
-        """confirm: raises when another attempt has taken the run over; called before each upload."""
+        """confirm: called before each upload; raises if another attempt has taken over the run."""
         self._storage, self._run_id, self._lineage, self._rank = storage, run_id, lineage, rank
         self._confirm = confirm
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
@@ -39,7 +39,9 @@ class Uploader:
     def submit(
         self, local_dir: Path, step: int, epoch: float, metrics: dict[str, float], on_commit: Callable[[Commit], None]
     ) -> None:
-        """Queue a folder; it is deleted once uploaded. Blocks only while an earlier upload is still waiting."""
+        """Queue a folder, which is deleted once uploaded. Blocks only while an earlier folder has not begun to upload.
+
+        `on_commit` is called on rank 0, on the background thread. Raises the error of an earlier upload."""
         self._raise_error()
 
         def job() -> None:
@@ -57,7 +59,7 @@ class Uploader:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Wait until everything is committed. Raises what went wrong in the background."""
+        """Wait until everything is committed. Raises the error of an upload that failed."""
         self._jobs.put(None)
         self._thread.join()
         self._raise_error()
@@ -67,7 +69,7 @@ class Uploader:
             if self._error is None:
                 try:
                     job()
-                except BaseException as error:  # noqa: BLE001 - carried to the training thread
+                except BaseException as error:  # noqa: BLE001 - raised again on the training thread
                     self._error = error
 
     def _raise_error(self) -> None:

@@ -140,7 +140,7 @@ def test_the_newest_whole_one_is_found_and_the_damage_is_told(
     before = committed(storage, tmp_path, 10, weights=b"before")
     newest = committed(storage, tmp_path, 20, weights=b"newest")
     flip_a_byte(storage, f"{newest.folder}/trainer_state.json")
-    with caplog.at_level(logging.ERROR, "tercet.artifacts.checkpoint"):
+    with caplog.at_level(logging.ERROR, "tercet"):
         assert fetch_newest(storage, RUN, tmp_path / "here") == before
     assert (tmp_path / "here" / "model.safetensors").read_bytes() == b"before"
     assert "checkpoint of step 20 is damaged and skipped" in caplog.text

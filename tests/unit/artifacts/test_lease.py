@@ -189,7 +189,7 @@ def test_a_document_that_cannot_be_read(storage: LocalStorage) -> None:
     storage.put(lease_key("r"), b"{")
     with pytest.raises(CorruptObject, match=r"LEASE\.json is damaged") as caught:
         Lease(storage, "r", "one", SECONDS)
-    assert "it is not known who trains this run" in caught.value.hint
+    assert "says which process trains this run" in caught.value.hint
 
 
 def test_the_lease_of_another_run(storage: LocalStorage) -> None:
