@@ -1,4 +1,4 @@
-"""Models measured row by row from storage, kept, and handed to the gate. Planted: leaks, copies, damage."""
+"""Models from storage are measured row by row and gated, with planted leaks, copies and damage."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan(storage: Storage, model_dir: Path, **gate: Any) -> TrainPlan:
 
 @pytest.fixture
 def changed(model_dir: Path, tmp_path: Path) -> Callable[[str, float], Path]:
-    """The tiny model with noise of some size on its weights."""
+    """Make the tiny model with noise of a given size on its weights."""
 
     def make(name: str, noise: float) -> Path:
         folder = tmp_path / name
@@ -85,7 +85,7 @@ def done(storage: Storage, made: TrainPlan, role: Role, commit: Commit | None, *
     return found
 
 
-def test_another_model_is_compared_on_the_same_rows(
+def test_two_models_are_compared_on_the_same_rows(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [{**row, "lang": "ab"[number % 2]} for number, row in enumerate(tiny_model.triplets(NUM_ROWS))]
@@ -109,7 +109,7 @@ def test_another_model_is_compared_on_the_same_rows(
     found = impact(made, base, candidate)
     assert found.num_queries == num_rows
     assert 0 < found.overlap_at_10 < 1
-    assert found.num_rows == NUM_ROWS  # each positive once
+    assert found.num_rows == NUM_ROWS  # each positive is one text
     assert found.embedding_seconds > 0
     table = base.table("test", "queries")
     assert table is not None
@@ -118,7 +118,7 @@ def test_another_model_is_compared_on_the_same_rows(
     assert (same.overlap_at_10, same.mean_score_shift, same.num_queries_with_other_first) == (1.0, 0.0, 0)
 
 
-def test_the_champion_itself_is_no_candidate(
+def test_a_copy_of_the_champion_is_refused(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
@@ -129,15 +129,16 @@ def test_the_champion_itself_is_no_candidate(
     assert (decision.verdict, decision.reasons) == ("refused", ("no_op",))
 
 
-def test_answers_of_the_test_split_among_the_rows_trained_on_are_found(
+def test_training_rows_with_answers_to_the_test_split_are_found(
     storage: Storage,
     model_dir: Path,
     changed: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same pair in another group, so in another split; other spaces and another negative do not hide it. tercet
-    builds no such version, so it is kept from seeing the leak."""
+    """The same pair in another group, and so in another split. Other spaces and another negative do not hide it.
+
+    tercet would not build such a version, so its own check is switched off."""
     monkeypatch.setattr(RepeatCounter, "leaked_pairs", lambda _: {})
     rows = tiny_model.triplets(NUM_ROWS)
     twins = [
@@ -160,7 +161,7 @@ def _pairs(storage: Storage, made: TrainPlan, split: str) -> list[tuple[str, str
     return [(anchor.strip(), positive) for anchor, positive in zip(rows["anchor"], rows["positive"], strict=True)]
 
 
-def test_what_a_model_must_not_forget(
+def test_a_dataset_out_of_domain_is_guarded(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
@@ -177,7 +178,7 @@ def test_what_a_model_must_not_forget(
     assert guard.estimate.metric == "ndcg@10"
 
 
-def test_a_model_that_makes_nan_is_named(
+def test_a_model_with_nan_embeddings_is_an_error(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
@@ -186,10 +187,10 @@ def test_a_model_that_makes_nan_is_named(
         done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("broken", float("nan"))))
 
 
-def test_nan_where_no_row_comes_by_is_found(
+def test_weights_that_are_not_finite_are_found_where_no_row_uses_them(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In the embedding of a position that no text of the test split has: its metrics are as good as any."""
+    """In the embedding of a position that no text of the test split reaches, so that the metrics are not affected."""
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
     made, folder = plan(storage, model_dir), changed("hidden", 0.1)
     weights = load_file(folder / "model.safetensors")
@@ -202,7 +203,7 @@ def test_nan_where_no_row_comes_by_is_found(
     assert "3 of its weights are NaN or infinite" in decision.sentence
 
 
-def test_what_was_measured_is_kept_and_checked(
+def test_results_are_stored_and_verified(
     storage: Storage, model_dir: Path, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
@@ -227,7 +228,7 @@ def test_what_was_measured_is_kept_and_checked(
         base.table("test", "queries")
 
 
-def test_results_of_other_rows_are_not_compared() -> None:
+def test_results_on_different_rows_are_not_compared() -> None:
     before = pa.table({"anchor": ["a", "b"], "positive": ["c", "d"], "ndcg@10": [0.5, 0.5]})
     for after in (before.slice(0, 1), pa.table({**before.to_pydict(), "anchor": ["a", "x"]})):
         with pytest.raises(CorruptObject, match="were measured on different rows"):

@@ -1,4 +1,4 @@
-"""The evaluators in one process: what they encode, and their metrics beside those of sentence-transformers' own."""
+"""The evaluators in one process: what they encode, and whether their metrics are those of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 
 
 def splits(**negatives: list[str]) -> dict[str, Dataset]:
-    """30 rows of train, 30 of eval. Without `negatives`, those of tiny_model."""
+    """Return 30 train and 30 eval rows, with the negatives of tiny_model unless others are given."""
     rows = tiny_model.triplets(60)
     columns = {name: [row[name] for row in rows] for name in ("anchor", "positive")}
     columns |= negatives or {"negative": [row["negative"] for row in rows]}
@@ -71,7 +71,7 @@ def test_the_metrics_are_those_of_sentence_transformers(model: SentenceTransform
 def test_embeddings_that_are_not_finite_are_an_error(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    """sentence-transformers' own evaluators count them as far away."""
+    """The evaluators of sentence-transformers treat them as far away."""
     rows = splits()
     text, encode = rows["eval"]["positive"][3], model.encode_document
 
@@ -108,7 +108,7 @@ def test_no_text_is_encoded_twice(model: SentenceTransformer, monkeypatch: pytes
 def test_every_negative_of_a_row_counts(model: SentenceTransformer) -> None:
     rows = tiny_model.triplets(60)
     random = [row["negative"] for row in rows]
-    # An anchor is nearer to nothing than to itself.
+    # No text is nearer to an anchor than the anchor itself.
     itself = [row["anchor"] for row in rows]
     alone = evaluate(model, splits(negative=random), "eval", BATCH_SIZE)["triplet_accuracy"]
     lost = evaluate(model, splits(negative=itself), "eval", BATCH_SIZE)["triplet_accuracy"]
@@ -126,7 +126,7 @@ def test_pairs_have_no_triplet_accuracy(model: SentenceTransformer) -> None:
     assert set(evaluate(model, pairs, "eval", BATCH_SIZE)) == {"ndcg@10", "mrr@10"}
 
 
-def test_embeddings_are_fp32_in_the_order_asked_for(tmp_path: Path, model: SentenceTransformer) -> None:
+def test_embeddings_are_fp32_in_the_order_of_the_texts(tmp_path: Path, model: SentenceTransformer) -> None:
     texts = ["bo da", "bo", "bo da", "da da da da"]
     half = SentenceTransformer(
         str(tiny_model.tiny_bert(tmp_path / "half", tiny_model.all_texts())),
@@ -141,10 +141,10 @@ def test_embeddings_are_fp32_in_the_order_asked_for(tmp_path: Path, model: Sente
         assert torch.equal(found[0], found[2])
 
 
-def test_a_rank_that_is_served_does_not_wait_for_the_others(
+def test_one_rank_does_not_wait_for_others_inside_distributed_evaluation(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In sentence-transformers' own `distributed_evaluation`, the others do not run the evaluator."""
+    """Inside `distributed_evaluation` of sentence-transformers, only one rank runs the evaluator."""
     assert num_sharing_ranks(model) == 1
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)

@@ -1,4 +1,4 @@
-"""Every verdict and every reason, at its border; and what must never be promoted."""
+"""Every verdict and every reason, close to its limit; and candidates that must never be promoted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALVES = np.arange(NUM_ROWS) % 2 == 0
 
 
 def ndcg(gain: float, spread: float = 0.1, num_rows: int = NUM_ROWS, **more: Any) -> Paired:
-    """Differences of exactly this mean; equal numbers of rows lie `spread` above and below it."""
+    """Make differences of exactly this mean: one half of the rows is `spread` above it, the other half below."""
     reference = np.full(num_rows, 0.5)
     return Paired.of(NDCG, reference, reference + gain + np.resize([spread, -spread], num_rows), **more)
 
@@ -46,7 +46,7 @@ def test_a_better_candidate_is_promoted() -> None:
     assert (decision.verdict, decision.reasons) == ("promote", ("better",))
     assert decision.estimate is not None
     assert decision.estimate.effect == pytest.approx(0.03)
-    assert decision.p_better == 0.001  # of 999 subsets none
+    assert decision.p_better == 0.001  # none of 999 subsets
     assert decision.mcnemar_p is None
     assert decision.sentence == (
         f"Promote: ndcg@10 0.5000 → 0.5300 (+3.00 points, at least +{100 * decision.estimate.lower:.2f} points "  # type: ignore[operator]
@@ -55,8 +55,8 @@ def test_a_better_candidate_is_promoted() -> None:
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.03])
-def test_one_that_is_no_better_is_not(gain: float) -> None:
-    """Shown to be worse is no better either: the test has one side."""
+def test_a_candidate_that_is_not_better_is_not_promoted(gain: float) -> None:
+    """Nor is one that is shown to be worse: the test is one-sided."""
     decision = gate(ndcg(gain), triplets(20, 10))
     assert (decision.verdict, decision.reasons) == ("keep", ("not_better",))
     assert decision.sentence.startswith("Keep the champion: ndcg@10 0.5000 → ")
@@ -70,12 +70,12 @@ def test_the_recipes_metric_decides() -> None:
     assert decision.verdict == "promote"
     assert decision.mcnemar_p == pytest.approx(stats.binomtest(30, 35, alternative="greater").pvalue)
     assert [guard.name for guard in decision.others] == [NDCG]
-    assert gate(ndcg(0.03)).verdict == "promote"  # pairs have no triplets
+    assert gate(ndcg(0.03)).verdict == "promote"  # a dataset of pairs has no triplets
     with pytest.raises(KeyError):
         gate(ndcg(0.03), metric=TRIPLET_ACCURACY)
 
 
-def test_alpha_is_the_border() -> None:
+def test_alpha_is_the_limit_of_the_p_value() -> None:
     found = gate(triplets(14, 4), metric=TRIPLET_ACCURACY, config=GateConfig())
     p = found.p_better
     assert 0.01 < p < 0.02
@@ -96,8 +96,8 @@ def test_a_gain_of_exactly_the_minimum_is_enough() -> None:
     assert gate(ndcg(0.0049, spread=0.01), config=GateConfig(minimum_effect=0.0)).verdict == "promote"
 
 
-def test_the_minimum_is_met_by_what_equals_it() -> None:
-    """12 of 400 are 0.03 exactly; a mean of sums may be off by rounding."""
+def test_rounding_does_not_miss_the_minimum() -> None:
+    """12 of 400 are exactly 0.03, but a mean of sums may be off by rounding."""
     assert 12 / 400 == 0.03
     for minimum, verdict in ((0.03, "promote"), (0.0301, "keep")):
         config = GateConfig(minimum_effect=minimum)
@@ -105,8 +105,8 @@ def test_the_minimum_is_met_by_what_equals_it() -> None:
     assert gate(ndcg(0.07), config=GateConfig(minimum_effect=0.07 + 1e-15)).verdict == "promote"
 
 
-def test_groups_count_and_not_rows() -> None:
-    """What is sure of 400 rows is not of 57 groups in which all rows move together."""
+def test_groups_are_counted_and_not_rows() -> None:
+    """A gain that is significant with 400 rows is not with 57 groups in which all rows move together."""
     block = np.arange(NUM_ROWS) // 7
     reference = np.full(NUM_ROWS, 0.5)
     candidate = reference + np.where(block % 5 < 3, 0.1, -0.1)
@@ -119,7 +119,7 @@ def test_groups_count_and_not_rows() -> None:
     ("better", "worse", "verdict", "reason"),
     [(0, 4, "promote", "better"), (0, 10, "undecided", "loss_not_ruled_out"), (0, 30, "keep", "worse_on_metric")],
 )
-def test_the_other_metric_must_be_shown_to_hold(better: int, worse: int, verdict: str, reason: str) -> None:
+def test_the_other_metric_must_be_shown_not_to_lose(better: int, worse: int, verdict: str, reason: str) -> None:
     decision = gate(ndcg(0.03), triplets(better, worse))
     assert (decision.verdict, decision.reasons) == (verdict, (reason,))
     assert decision.others[0].state == {"promote": "not_worse", "undecided": "undecided", "keep": "worse"}[verdict]
@@ -129,7 +129,7 @@ def test_the_other_metric_must_be_shown_to_hold(better: int, worse: int, verdict
         )
 
 
-def test_a_worse_metric_and_no_gain_are_both_told() -> None:
+def test_a_worse_metric_and_a_missing_gain_are_both_reported() -> None:
     decision = gate(ndcg(0.0), triplets(0, 30))
     assert decision.reasons == ("not_better", "worse_on_metric")
     assert "; the candidate loses on triplet_accuracy, more than 2 points (-7.50 points, between" in decision.sentence
@@ -149,7 +149,7 @@ def test_forgetting() -> None:
 
 
 def with_slices(**losses: float) -> Paired:
-    """100 rows more for each slice, which lose that much; over all there is a gain."""
+    """Add 100 rows for each slice, which lose that much. Overall there is a gain."""
     many = ndcg(0.2, num_rows=2_000)
     parts = [ndcg(-loss, num_rows=100) for loss in losses.values()]
     slices = {}
@@ -170,7 +170,7 @@ def test_a_slice_that_is_shown_to_be_worse_is_a_veto() -> None:
     assert "the candidate loses in ndcg@10/de, more than 5 points (-10.00 points, " in decision.sentence
 
 
-def test_a_slice_of_which_nothing_is_shown_is_said_to_be_undecided_and_holds_nothing_back() -> None:
+def test_an_undecided_slice_is_no_veto() -> None:
     decision = gate(with_slices(de=0.05))
     assert decision.verdict == "promote"
     assert decision.slices[0].state == "undecided"
@@ -187,8 +187,8 @@ def test_a_slice_with_too_few_groups_is_undecided() -> None:
     assert gate(one_group).slices[0].state == "undecided"
 
 
-def test_many_slices_are_corrected_for() -> None:
-    """What is a veto alone is none among ten. Where the nine are far off, the correction eases (Holm)."""
+def test_slices_are_corrected_for_their_number() -> None:
+    """A loss that is a veto for one slice is none among ten, unless the other nine are far worse (Holm)."""
     alone = gate(with_slices(de=0.0715))
     assert 0.006 < alone.slices[0].p_worse <= 0.05
     assert alone.reasons == ("worse_in_slice",)
@@ -213,7 +213,7 @@ def test_too_few_groups_decide_nothing() -> None:
 
 
 def test_too_few_differences_decide_nothing() -> None:
-    """With six rows that differ, no p value can be below 1/64."""
+    """If six rows differ, no p value can be below 1/64."""
     decision = gate(triplets(6, 0), metric=TRIPLET_ACCURACY)
     assert (decision.verdict, decision.reasons) == ("undecided", ("too_few_differences",))
     assert gate(triplets(7, 0), metric=TRIPLET_ACCURACY, config=GateConfig()).verdict == "promote"
@@ -231,7 +231,7 @@ def test_too_few_differences_decide_nothing() -> None:
         (Origin(weights_sha256="ab", reference_weights_sha256="ab"), "no_op"),
     ],
 )
-def test_what_is_refused_whatever_its_results(origin: Origin, reason: str) -> None:
+def test_candidates_that_are_refused_whatever_their_results(origin: Origin, reason: str) -> None:
     decision = gate(ndcg(0.3), origin=origin)
     assert (decision.verdict, decision.reasons) == ("refused", (reason,))
     assert decision.sentence.startswith("Refused: ")
@@ -241,7 +241,7 @@ def test_what_is_refused_whatever_its_results(origin: Origin, reason: str) -> No
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["reference", "candidate"])
 @pytest.mark.parametrize("where", ["metric", "other", "far"])
-def test_a_result_that_is_no_number_is_refused(value: float, side: str, where: str) -> None:
+def test_a_result_that_is_not_finite_is_refused(value: float, side: str, where: str) -> None:
     results = {"metric": ndcg(0.3), "other": triplets(50, 0), "far": ndcg(0.3)}
     getattr(results[where], side)[0] = value
     decision = gate(results["metric"], results["other"], out_of_domain={"mails": results["far"]})
@@ -251,7 +251,7 @@ def test_a_result_that_is_no_number_is_refused(value: float, side: str, where: s
 
 
 def test_the_first_night() -> None:
-    """Without a champion, the model that the training began with is to be beaten, by the same test."""
+    """Without a champion, the candidate must beat the base model, by the same test."""
     assert gate(ndcg(0.03), reference="base model").verdict == "promote"
     decision = gate(ndcg(0.0), reference="base model")
     assert decision.verdict == "keep"
@@ -259,7 +259,7 @@ def test_the_first_night() -> None:
     assert "not shown to be better than the base model" in decision.sentence
 
 
-def test_the_decision_names_what_it_rests_on() -> None:
+def test_a_decision_holds_what_it_rests_on() -> None:
     decision = gate(ndcg(0.03), triplets(5, 5))
     assert decision.config == CONFIG
     assert decision.results_sha256[NDCG] == ndcg(0.03).sha256() != gate(ndcg(0.04)).results_sha256[NDCG]
@@ -267,8 +267,8 @@ def test_the_decision_names_what_it_rests_on() -> None:
     assert decision.minimum_detectable_effect is not None
 
 
-def test_no_better_candidates_are_seldom_promoted_and_better_ones_often() -> None:
-    """300 nights with groups that move together. 8 promotions at 1 % or more have a probability below 0.02."""
+def test_equal_candidates_are_rarely_promoted_and_better_ones_usually() -> None:
+    """300 nights with groups that move together. At 1 %, 8 or more promotions have a probability below 0.02."""
     rng = np.random.default_rng(11)
     groups = np.repeat(np.arange(100), 3)
 

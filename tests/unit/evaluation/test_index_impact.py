@@ -1,4 +1,4 @@
-"""What a new model changes for an index, by hand."""
+"""What a new model changes for an index, with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_nothing_changes() -> None:
     assert IndexImpact.model_validate_json(same.model_dump_json()) == same
 
 
-def test_order_changes_the_first_and_not_the_overlap() -> None:
+def test_another_order_changes_the_first_neighbour_but_not_the_overlap() -> None:
     turned = impact(IDS[:, ::-1])
     assert (turned.overlap_at_10, turned.num_queries_with_other_first) == (1.0, 2)
 
@@ -47,7 +47,7 @@ def test_fewer_than_ten_neighbours() -> None:
     assert found.mean_score_shift == pytest.approx((0.9 + 0.8) / 2 - (0.9 + 0.8 + 0.7 + 0.6) / 4)
 
 
-def test_what_does_not_fit() -> None:
+def test_wrong_shapes_and_repeated_neighbours_are_errors() -> None:
     with pytest.raises(ValueError, match="shape"):
         impact(IDS[:, :5])
     with pytest.raises(ValueError, match="shape"):

@@ -1,4 +1,4 @@
-"""New test rows whose labels look wrong: seen where a model falls on them alone, and quiet otherwise."""
+"""New test rows whose labels look wrong: a warning if a model does far worse on them only, and none otherwise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS_PER_GROUP = 4
 
 
 def rows(num_groups: int, mean: float, draw: np.random.Generator) -> np.ndarray:
-    """nDCG of rows: groups differ, rows of one are alike; 0 and 1 at the ends."""
+    """nDCG of rows between 0 and 1: groups differ, and the rows of a group are alike."""
     of_groups = mean + 0.2 * draw.standard_normal(num_groups)
     return np.clip(np.repeat(of_groups, ROWS_PER_GROUP) + 0.1 * draw.standard_normal(4 * num_groups), 0, 1)
 
@@ -41,7 +41,7 @@ def night(num_new: int, new_mean: float, seed: int, num_old: int = 100) -> str |
 
 
 @pytest.mark.parametrize("num_new", [8, 30])
-def test_shuffled_labels_are_seen(num_new: int) -> None:
+def test_shuffled_labels_are_noticed(num_new: int) -> None:
     found = [night(num_new, 0.02, seed) for seed in range(20)]
     assert all(found)
     assert f"{4 * num_new} test rows are new" in str(found[0])
@@ -49,12 +49,12 @@ def test_shuffled_labels_are_seen(num_new: int) -> None:
 
 
 @pytest.mark.parametrize("new_mean", [0.6, 0.7])
-def test_rows_like_the_others_are_not(new_mean: float) -> None:
+def test_rows_like_the_others_cause_no_warning(new_mean: float) -> None:
     assert sum(night(30, new_mean, seed) is not None for seed in range(500)) <= 2
 
 
 def test_rows_of_one_group_count_once() -> None:
-    """Forty rows of one bad document are one bad document."""
+    """Forty rows of one bad document are a single bad document."""
     draw = np.random.default_rng(0)
     values = np.concatenate([rows(100, 0.6, draw), np.zeros(40), rows(MIN_GROUPS, 0.6, draw)])
     groups = [str(row // ROWS_PER_GROUP) for row in range(400)] + ["one"] * 40
@@ -63,7 +63,7 @@ def test_rows_of_one_group_count_once() -> None:
 
 
 @pytest.mark.parametrize("num_new", [0, 1, MIN_GROUPS - 1])
-def test_too_few_say_nothing(num_new: int) -> None:
+def test_too_few_groups_cause_no_warning(num_new: int) -> None:
     assert night(num_new, 0.0, 0) is None
     assert night(30, 0.0, 0, num_old=num_new) is None
 
@@ -75,10 +75,8 @@ def test_rows_without_any_spread() -> None:
     assert warning("ndcg@10", np.ones(20), groups, np.arange(20) >= 10) is None
 
 
-def test_new_rows_are_those_that_the_version_before_does_not_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From storage: two versions of a dataset, and a model's results on the second."""
+def test_new_rows_are_those_that_the_earlier_version_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from storage: two versions of a dataset, and a model's results on the second."""
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
     storage = open_storage(str(tmp_path / "store"))
     files = [tiny_model.write_triplets(tmp_path / f"{number}.jsonl", 200 * (number + 1)) for number in range(2)]

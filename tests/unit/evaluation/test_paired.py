@@ -1,4 +1,4 @@
-"""The statistics of two models on the same rows, beside scipy, beside all subsets counted out, and by simulation."""
+"""Statistics of two models on the same rows, compared with scipy, with all subsets enumerated, and by simulation."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def test_mcnemar_is_scipys_binomial_test(better: int, worse: int) -> None:
 
 def test_mcnemar_by_hand() -> None:
     assert triplets(7, 0).mcnemar_p() == pytest.approx(1 / 2**7)
-    assert triplets(2, 1).mcnemar_p() == pytest.approx(4 / 8)  # 2 or 3 of 3
+    assert triplets(2, 1).mcnemar_p() == pytest.approx(4 / 8)  # 2 or 3 of 3 are better
     assert compare([1.0, -1.0]).mcnemar_p() is None
 
 
 @pytest.mark.parametrize(("better", "worse"), [(7, 0), (12, 3), (10, 10), (3, 9), (30, 18)])
-def test_where_each_row_is_a_group_the_subsets_are_mcnemar(better: int, worse: int) -> None:
+def test_subsets_of_single_row_groups_give_mcnemar(better: int, worse: int) -> None:
     found = triplets(better, worse)
     assert found.p_above(0.0) == pytest.approx(found.mcnemar_p(), abs=0.006)
 
 
-def test_chance_in_the_subsets_does_not_go_below_mcnemar() -> None:
+def test_the_p_value_is_never_below_mcnemar() -> None:
     paired = Paired.of(TRIPLET_ACCURACY, [0] * 14 + [1] * 4, [1] * 14 + [0] * 4)
     made = [Comparison(paired, 999, seed) for seed in range(20)]
     exact = stats.binomtest(14, 18, alternative="greater").pvalue
@@ -53,7 +53,7 @@ def test_chance_in_the_subsets_does_not_go_below_mcnemar() -> None:
 
 
 def all_subsets(sums: list[float], sizes: list[int], bound: float) -> float:
-    """The p value of "bound or less", with every subset of the groups counted out; the empty one counts."""
+    """Return the p value of "bound or less" by enumerating every subset of the groups, the empty one included."""
     subsets = itertools.product((0, 1), repeat=len(sums))
     return float(np.mean([np.dot(subset, sums) <= bound * np.dot(subset, sizes) + 1e-12 for subset in subsets]))
 
@@ -92,7 +92,11 @@ def test_a_p_value_and_its_bound_say_the_same() -> None:
 
 def test_counts_and_means() -> None:
     found = Comparison(Paired.of(NDCG, [0.5, 1.0, 0.0, 0.3], [1.0, 0.5, 1.0, 0.3], list("aabc")), 999, 0)
-    assert (found.num_rows, found.num_groups, found.num_different_groups) == (4, 3, 1)  # a evens out
+    assert (found.num_rows, found.num_groups, found.num_different_groups) == (
+        4,
+        3,
+        1,
+    )  # the differences of group a cancel out
     assert (found.num_better, found.num_worse) == (2, 1)
     assert (found.reference, found.candidate, found.effect) == pytest.approx((0.45, 0.7, 0.25))
 
@@ -106,7 +110,7 @@ def test_the_standard_error_is_of_groups() -> None:
 
 
 def test_copies_of_rows_prove_nothing() -> None:
-    """Ten copies of a row are one group: what decides stays the same. Taken for rows, they would be a proof."""
+    """Ten copies of a row are one group and change nothing. As independent rows, they would look like proof."""
     rng = np.random.default_rng(6)
     rows = rng.normal(0.05, 0.3, 60)
     once, copied = compare(rows), compare(np.repeat(rows, 10), np.repeat(np.arange(60), 10))
@@ -115,8 +119,8 @@ def test_copies_of_rows_prove_nothing() -> None:
     assert compare(np.repeat(rows, 10)).p_above(0.0) < once.p_above(0.0) / 10
 
 
-def test_triplets_of_one_group_are_not_taken_for_independent() -> None:
-    """40 of 50 changed triplets are better: McNemar is sure. They are in 5 groups, of which 4 are better."""
+def test_triplets_of_one_group_are_not_treated_as_independent() -> None:
+    """40 of 50 changed triplets are better, which McNemar calls significant. But they are 5 groups, of which 4 gain."""
     reference = np.repeat([0, 0, 0, 0, 1], 10)
     found = Comparison(Paired.of(TRIPLET_ACCURACY, reference, 1 - reference, np.repeat(np.arange(5), 10)), 9_999, 0)
     assert found.mcnemar_p() < 0.001
@@ -143,7 +147,7 @@ def test_no_difference_at_all() -> None:
     assert found.num_different_groups == 0
 
 
-def test_differences_that_even_out_but_for_rounding_are_none() -> None:
+def test_differences_that_cancel_out_up_to_rounding_are_none() -> None:
     """0.1 + 0.2 - 0.3 is not zero in floating point."""
     found = compare(np.tile([0.1, 0.2, -0.3], 100), np.repeat(np.arange(100), 3))
     assert found.num_different_groups == 0
@@ -152,12 +156,12 @@ def test_differences_that_even_out_but_for_rounding_are_none() -> None:
 
 def test_one_group_proves_nothing() -> None:
     found = compare(np.ones(50), np.zeros(50))
-    assert found.p_above(0.0) > 0.4  # of two subsets one is empty
+    assert found.p_above(0.0) > 0.4  # one of the two subsets is empty
     assert np.isnan(found.standard_error)
     assert found.bounds(0.01) == (-np.inf, np.inf)
 
 
-def test_what_does_not_fit_together() -> None:
+def test_wrong_lengths_are_errors() -> None:
     with pytest.raises(ValueError, match="one value for each row"):
         Paired.of(NDCG, [1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="one value for each row"):
@@ -171,10 +175,10 @@ def test_slices() -> None:
     paired = Paired.of(NDCG, [0.0, 0.0, 0.0], [0.1, 0.2, 0.3], ["x", "y", "z"], slices)
     assert list(slices) == ["de", "en"]
     assert paired.only(slices["de"]).candidate.tolist() == [0.1, 0.3]
-    assert paired.only(slices["de"]).groups.tolist() == [0, 1]  # counted anew
+    assert paired.only(slices["de"]).groups.tolist() == [0, 1]  # numbered from 0 again
 
 
-def test_the_hash_is_of_all_that_was_compared() -> None:
+def test_the_hash_covers_all_that_is_compared() -> None:
     def paired(**changed: object) -> Paired:
         values = {"metric": NDCG, "reference": [0.0, 1.0], "candidate": [1.0, 1.0], "groups": [0, 1], **changed}
         return Paired.of(**values)  # type: ignore[arg-type]
@@ -194,7 +198,7 @@ NIGHTS = 400
 
 
 def nights(effect: float, seed: int, num_groups: int = 80) -> list[Comparison]:
-    """Groups of 1 to 8 rows with half of the noise in common."""
+    """Make nights with groups of 1 to 8 rows that share half of the noise."""
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(num_groups), 1 + np.arange(num_groups) % 8)
     made = []
@@ -207,8 +211,8 @@ def nights(effect: float, seed: int, num_groups: int = 80) -> list[Comparison]:
 
 
 @pytest.mark.parametrize(("alpha", "most"), [(0.05, 31), (0.01, 10)])
-def test_how_often_chance_is_taken_for_better(alpha: float, most: int) -> None:
-    """`most`: exceeded with a probability of 1 % at that rate. Rows taken for independent: more than twice as often."""
+def test_how_often_chance_looks_like_a_gain(alpha: float, most: int) -> None:
+    """`most` is exceeded with a probability of 1 %. A test that treats rows as independent exceeds it."""
     made = nights(0.0, seed=1)
     assert stats.binom.sf(most, NIGHTS, alpha) < 0.01
     assert sum(found.p_above(0.0) <= alpha for found in made) <= most
@@ -216,7 +220,7 @@ def test_how_often_chance_is_taken_for_better(alpha: float, most: int) -> None:
     assert sum(found.bounds(alpha)[1] < 0 for found in made) <= most
 
 
-def test_the_effect_that_can_be_detected_is_detected_in_four_of_five_nights() -> None:
+def test_the_minimum_detectable_effect_is_detected_in_four_of_five_nights() -> None:
     for minimum in (0.0, 0.04):
         effect = float(np.mean([f.minimum_detectable_effect(0.01, minimum) for f in nights(0.0, seed=2)]))
         found = nights(effect, seed=3)

@@ -1,4 +1,4 @@
-"""Results row by row: metrics of one ranked list beside those of sentence-transformers' evaluator."""
+"""Results row by row: metrics of one ranked list, compared with those of sentence-transformers' evaluator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KS = (1, 3, 10, 50)
 
 
 def librarys_own(hits: list[dict[str, object]], relevant_ids: set[str], k: int) -> tuple[float, float]:
-    """nDCG and MRR of an evaluator with a single query."""
+    """Return nDCG and MRR of sentence-transformers' evaluator with a single query."""
     evaluator = InformationRetrievalEvaluator(
         {"q": "a query"}, {"text-0": "a text"}, {"q": relevant_ids}, ndcg_at_k=[k], mrr_at_k=[k], write_csv=False
     )
@@ -31,7 +31,7 @@ def librarys_own(hits: list[dict[str, object]], relevant_ids: set[str], k: int) 
 
 @pytest.mark.parametrize("num_texts", [1, 4, 12, 40])
 def test_metrics_of_a_ranked_list_are_sentence_transformers_own(num_texts: int) -> None:
-    """In every bit, with several relevant texts, more of them than k, ties, and k larger than the corpus."""
+    """Equal in every bit, with several relevant texts, more of them than k, ties, and k larger than the corpus."""
     rng = random.Random(num_texts)
     for _ in range(200):
         ids = [f"text-{number}" for number in range(num_texts)]
@@ -54,7 +54,7 @@ def test_metrics_by_hand() -> None:
 
 
 class Embedded:
-    """A model whose embedding of a text is looked up."""
+    """A model that looks up the embedding of a text."""
 
     _distributed_inference = None
     similarity_fn_name = "cosine"

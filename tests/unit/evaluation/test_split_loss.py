@@ -1,4 +1,4 @@
-"""The loss on a split: that of sentence-transformers batch by batch, and no text encoded for it alone."""
+"""The loss on a split is that of sentence-transformers batch by batch, and no text is encoded for it alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def splits(name: str) -> dict[str, Dataset]:
 
 
 def librarys_own(section: Any, model: SentenceTransformer, rows: Dataset) -> float:
-    """Batches tokenized and embedded for the loss; the mean over rows."""
+    """Return the mean loss over rows, with each batch tokenized and embedded by the loss itself."""
     if section.matryoshka is not None:
         section = section.model_copy(
             update={"matryoshka": section.matryoshka.model_copy(update={"dims_per_step": None})}
@@ -64,7 +64,7 @@ def librarys_own(section: Any, model: SentenceTransformer, rows: Dataset) -> flo
 
 @pytest.mark.parametrize("matryoshka", [None, MATRYOSHKA], ids=["plain", "matryoshka"])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_the_librarys_own(folder: Path, name: str, matryoshka: Any) -> None:
+def test_the_loss_is_sentence_transformers_own(folder: Path, name: str, matryoshka: Any) -> None:
     model = SentenceTransformer(str(folder), device="cpu").eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,8 +84,8 @@ def test_it_is_the_librarys_own(folder: Path, name: str, matryoshka: Any) -> Non
     assert counts[0] == counts[1] > 0
 
 
-def test_rows_that_do_not_meet_make_another_loss(folder: Path) -> None:
-    """Otherwise the comparison could not tell."""
+def test_smaller_batches_change_the_loss(folder: Path) -> None:
+    """Otherwise the comparison above would prove nothing."""
     model = SentenceTransformer(str(folder), device="cpu").eval()
     section, rows = config("MultipleNegativesRankingLoss"), splits("MultipleNegativesRankingLoss")
     values = []
@@ -95,7 +95,7 @@ def test_rows_that_do_not_meet_make_another_loss(folder: Path) -> None:
     assert abs(values[0] - values[1]) > 0.1
 
 
-def test_a_loss_with_a_guide_reads_texts(folder: Path) -> None:
+def test_a_loss_with_a_guide_has_no_split_loss(folder: Path) -> None:
     model = SentenceTransformer(str(folder), device="cpu")
     section = config("GISTEmbedLoss", guide="another/model")
     assert split_loss(section, model, splits("GISTEmbedLoss")["eval"], ROWS_AT_ONCE, BATCH_SIZE) is None

@@ -1,4 +1,4 @@
-"""Hard negatives: near, of the same split, and no right answers. In one process; under Ray it is the same function."""
+"""Hard negatives are near, of the same split, and no right answers. Mined in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUM_ROWS = 300
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows the task: a word and its partner have one embedding."""
+    """Make a model that knows the task: a word and its partner have the same embedding."""
     folder = tiny_model.tiny_bert(tmp_path_factory.mktemp("model") / "bert", tiny_model.all_texts())
     weights = load_file(folder / "model.safetensors")
     words = weights["embeddings.word_embeddings.weight"]
@@ -43,7 +43,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """With pairs: every third anchor has a second right answer, and rows have a language."""
+    """Make a dataset of pairs with a language. Every third anchor has a second right answer."""
 
     def here(_: Any, tasks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         return {name: task() for name, task in tasks.items()}
@@ -112,7 +112,7 @@ def test_negatives_are_near_but_not_too_near(storage: Storage, model_dir: Path) 
         )
         right, wrong = (model.similarity_pairwise(anchors, others) for others in (positives, negatives))
         too_near = int((wrong > right * (1 - margin) + 1e-4).sum())
-        assert too_near <= result.num_random  # a random one may be
+        assert too_near <= result.num_random  # random negatives may be
         means[margin] = float(wrong.mean())
         assert result.num_random < result.num_rows
     assert means[0.0] > means[0.3]
@@ -125,7 +125,7 @@ def test_several_negatives(storage: Storage, model_dir: Path) -> None:
         assert len({row["positive"], *(row[f"negative_{number}"] for number in (1, 2, 3))}) == 4
 
 
-def test_what_was_mined_is_on_record(storage: Storage, model_dir: Path) -> None:
+def test_mining_is_recorded(storage: Storage, model_dir: Path) -> None:
     source, mining = read_manifest(storage, "pairs").version, MiningConfig()
     assert read_mined(storage, "mined", source, mining) is None
     version = mined(storage, model_dir, mining).build.manifest.version

@@ -1,4 +1,4 @@
-"""The card of a published model is one that the hub's own library reads."""
+"""The model card can be read by huggingface_hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_front_matter(text: str) -> None:
     assert "loss:MultipleNegativesRankingLoss" in data.tags
 
 
-def test_the_model_index_holds_what_was_measured(text: str) -> None:
+def test_the_model_index_holds_the_metrics(text: str) -> None:
     assert "\nmodel-index:\n" in text.split("---")[1]
     results = {(r.dataset_split, r.metric_name): r for r in ModelCard(text).data.eval_results or []}
     assert {key: result.metric_value for key, result in results.items()} == {
@@ -52,7 +52,7 @@ def test_the_body(text: str) -> None:
     assert "trust_remote_code" not in body
 
 
-def test_what_it_was_trained_on(text: str) -> None:
+def test_datasets_are_listed(text: str) -> None:
     version = builders.manifest().version
     assert f"on 105 rows of `poems` (version `{version}`).\nRun `" in text
     mix = [{"name": "docs", "weight": 0.5}, {"name": "faq", "weight": 2}]
@@ -66,6 +66,6 @@ def test_what_it_was_trained_on(text: str) -> None:
     assert f"(version `{version}`, weight 2).\nRun `" in twice
 
 
-def test_remote_code_is_named_where_the_model_needs_it() -> None:
+def test_the_example_trusts_remote_code_if_the_model_needs_it() -> None:
     text = model_card(builders.plan(model={"trust_remote_code": True}), builders.metrics(), [], RECIPE)
     assert 'SentenceTransformer("path/to/this/folder", trust_remote_code=True)' in text

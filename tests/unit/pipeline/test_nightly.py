@@ -1,4 +1,4 @@
-"""Which night a moment belongs to, and what a person or a scheduler gets to see of one. Whole nights: tests/flow."""
+"""Which night a moment belongs to, what a user and a scheduler see, and the comparison. tests/flow has whole nights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def at(text: str, zone: datetime.tzinfo = datetime.UTC) -> datetime.datetime:
     ("now", "night"),
     [
         (at("2026-03-14 23:59"), "2026-03-14"),
-        (at("2026-03-15 00:01"), "2026-03-14"),  # the retry of the one above
+        (at("2026-03-15 00:01"), "2026-03-14"),  # a retry of the start above
         (at("2026-03-15 11:59"), "2026-03-14"),
         (at("2026-03-15 12:00"), "2026-03-15"),
         (at("2026-03-29 01:30", BERLIN), "2026-03-28"),
@@ -52,7 +52,7 @@ def test_the_night_of_a_moment(now: datetime.datetime, night: str) -> None:
     assert night_of(now, 12) == datetime.date.fromisoformat(night)
 
 
-def test_another_hour_for_another_part_of_the_world() -> None:
+def test_the_hour_at_which_a_night_begins_can_be_set() -> None:
     """In Tokyo, midnight is 15:00 UTC."""
     tokyo = ZoneInfo("Asia/Tokyo")
     before, after = at("2026-03-14 23:50", tokyo), at("2026-03-15 00:10", tokyo)
@@ -88,7 +88,7 @@ def a_night(**changes: Any) -> Night:
     return Night(**{**values, **changes})
 
 
-def test_what_a_person_reads_in_the_morning() -> None:
+def test_the_text_for_the_morning() -> None:
     text = night_text(a_night()).splitlines()
     assert text[:2] == ["Night of 2026-03-14: promoted", "  Promote: it is better."]
     assert "  test      candidate    ndcg@10 0.7000" in text
@@ -107,7 +107,7 @@ def test_what_a_person_reads_in_the_morning() -> None:
     ("outcome", "code"),
     [("promoted", 0), ("kept", 0), ("undecided", 0), ("nothing_to_do", 0), ("refused", REFUSED_EXIT_CODE)],
 )
-def test_the_exit_code_is_for_a_scheduler(
+def test_the_exit_code_says_whether_the_candidate_was_refused(
     outcome: str, code: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -120,7 +120,7 @@ def test_the_exit_code_is_for_a_scheduler(
 def test_a_candidate_is_compared_with_the_base_model_and_then_with_the_champion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Ray, and with a copy of the base model in place of what a run trains."""
+    """Without Ray, and with a copy of the base model in place of a trained one."""
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(session, "start_ray", lambda _: None)
     monkeypatch.setattr(session, "with_devices", lambda config: config)
@@ -156,7 +156,7 @@ def test_a_candidate_is_compared_with_the_base_model_and_then_with_the_champion(
         version = register(storage, "tiny", plan.lineage, "me")
         serve(storage, version, read_champion(storage, "tiny"), "by hand", "for the test", "me")
     first, second = nights
-    # Equal in every row; and the same weights as the champion's, where there is one.
+    # First no row differs from the base model; then the weights are those of the champion.
     assert [night.outcome for night in nights] == ["undecided", "refused"]
     assert (list(first.metrics), first.champion_before, first.champion) == (["base", "candidate"], None, None)
     assert (list(second.metrics), second.champion_before) == (["base", "candidate", "champion-1"], 1)
@@ -168,4 +168,8 @@ def test_a_candidate_is_compared_with_the_base_model_and_then_with_the_champion(
         "comparison: base, candidate, champion-1",
     ]
     again = module._train_and_gate(storage, config, plan, date, 0.0, "me", said.append)
-    assert (again.outcome, again.champion, again.metrics) == ("promoted", 2, {})  # it serves, without a comparison
+    assert (again.outcome, again.champion, again.metrics) == (
+        "promoted",
+        2,
+        {},
+    )  # it is the champion already, so nothing is compared

@@ -1,4 +1,4 @@
-"""A version becomes one ONNX file, which is measured again before it counts."""
+"""A version is exported as one ONNX file, which is valid only after it was measured again."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tercet.storage.layout import plan_key
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a Dense layer, so that the file must hold more than the transformer."""
+    """Make a model with a Dense layer, so that the file must hold more than the transformer."""
     folder = tmp_path_factory.mktemp("model") / "bert"
     return tiny_model.tiny_bert(folder, tiny_model.all_texts(), dense_features=48, normalize=True)
 
 
 @pytest.fixture
 def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of a storage where the tiny model is the champion of a run."""
+    """Return a recipe whose storage has the tiny model of a run as the champion."""
     monkeypatch.setenv("TERCET_CACHE_DIR", str(tmp_path / "cache"))
     storage = open_storage(str(tmp_path / "store"))
     build_version([tiny_model.write_triplets(tmp_path / "t.jsonl")], storage, "tiny", IngestOptions(group="group"))
@@ -70,7 +70,7 @@ def test_the_file_gives_the_models_embeddings(config: Config, model_dir: Path) -
         assert np.allclose(found, model.encode(texts), atol=1e-5)
 
 
-def test_a_file_that_is_another_model_does_not_count(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_other_metrics_is_not_published(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     running = onnx_export._running
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A run id belongs to one recipe and to one version of each of its datasets."""
+"""A run has one recipe and one version of each dataset, learns something, and survives damaged events."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_a_run_is_not_resumed_with_another_version_of_a_mixed_dataset(tmp_path: 
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_evaluations_that_are_equal_in_every_digit_are_no_result(changed: bool) -> None:
-    """The weights moved, and the model is as it was: a run like the first one of the published recipe."""
+def test_a_run_whose_evaluations_are_all_equal_has_learned_nothing(changed: bool) -> None:
+    """Even if the weights have changed."""
     evaluations = [{"step": float(step), "epoch": step / 10, "loss": 5.0, "ndcg@10": 0.4} for step in (0, 10, 20)]
     evaluations[2]["loss"] -= 1e-12 * changed
     test = {"baseline": {"ndcg@10": 0.5}, "best": {"ndcg@10": 0.5}}
@@ -46,7 +46,7 @@ def test_evaluations_that_are_equal_in_every_digit_are_no_result(changed: bool) 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
-def test_damaged_events_are_begun_anew(tmp_path: Path, content: bytes) -> None:
+def test_damaged_events_are_started_again(tmp_path: Path, content: bytes) -> None:
     storage = open_storage(str(tmp_path))
     storage.put("runs/mine/events.jsonl", content)
     Events(storage, "mine").add("start started")
