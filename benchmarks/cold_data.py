@@ -56,7 +56,7 @@ def anonymous_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell")
+    raise SystemExit("this system does not report its memory")
 
 
 def download(storage: Storage, uri: str, folder: Path) -> dict[str, float]:
