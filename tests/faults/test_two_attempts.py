@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 
 from support.commands import check, run_command
@@ -45,6 +46,7 @@ def test_a_frozen_attempt_is_taken_over_and_changes_nothing_when_it_wakes(
     assert len(proof(store, tmp_path / "cut-off.yaml", "cut-off").attempts) == 2
 
 
+@pytest.mark.soak  # waits for twice the lease; test_lease.py has it without a run
 def test_the_second_of_two_attempts_names_the_first(
     whole: dict[int, str], model: Path, store: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

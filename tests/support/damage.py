@@ -30,7 +30,7 @@ from tercet.data.ingest import IngestOptions
 from tercet.data.text_stats import text_ids
 from tercet.data.versions import publish, read_manifest
 from tercet.errors import TercetError, TrainingError
-from tercet.pipeline.run import _best
+from tercet.pipeline.run import _best, _evaluations
 from tercet.planning.survey import read_plan, survey
 from tercet.storage import Storage, open_storage
 from tercet.storage.base import sha256_of
@@ -133,14 +133,16 @@ def resume(run: Run, store: Path, scratch: Path) -> Any:
 def choose(run: Run, store: Path, scratch: Path) -> Any:
     """The best checkpoint, as the test stage takes it."""
     storage = open_storage(str(store))
-    best = _best(storage, make_plan(run.recipe, run.run_id), Events(storage, run.run_id))
+    plan = make_plan(run.recipe, run.run_id)
+    best = _best(storage, plan, _evaluations(storage, plan), Events(storage, run.run_id))
     return _state(best, fetch(storage, best, scratch / "best"))
 
 
 def serve(run: Run, store: Path, scratch: Path) -> Any:
     """`best/`, as publishing leaves it; published again first, as a run that is started again does."""
     storage = open_storage(str(store))
-    best = _best(storage, make_plan(run.recipe, run.run_id), Events(storage, run.run_id))
+    plan = make_plan(run.recipe, run.run_id)
+    best = _best(storage, plan, _evaluations(storage, plan), Events(storage, run.run_id))
     publish_best(storage, run.run_id, best, "# A card")
     published = read_best(storage, run.run_id)
     assert published is not None
@@ -205,10 +207,10 @@ class Trial:
     said: str
 
 
-def trial(run: Run, rng: random.Random, scratch: Path) -> Trial:
-    """Draw an object and a damage, do it to a copy, and load."""
+def trial(run: Run, rng: random.Random, scratch: Path, chosen: tuple[str, str] | None = None) -> Trial:
+    """Draw an object and a damage, or take the chosen kind of each, do it to a copy, and load."""
     kinds = run.objects(run.folder / "store", run.folder / "cache")
-    kind, damage = rng.choice(sorted(kinds)), rng.choice(DAMAGES)
+    kind, damage = chosen or (rng.choice(sorted(kinds)), rng.choice(DAMAGES))
     path = rng.choice(kinds[kind])
     others = [
         *(other for several in kinds.values() for other in several),

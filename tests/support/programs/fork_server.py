@@ -9,6 +9,7 @@ See `support.forks` for the other side.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -55,14 +56,16 @@ def import_libraries() -> None:
 
 def serve(listener: socket.socket) -> list[str]:
     """Return in each worker, with its command line. The server itself never returns."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     while True:
-        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+        asked = select.select([listener, sys.stdin], [], [])[0]
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if sys.stdin in asked:
             os._exit(0)
         connection, _ = listener.accept()
         data, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 2)
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
             return _start(connection, json.loads(data), descriptors)
         connection.close()
@@ -95,7 +98,7 @@ def _start(connection: socket.socket, request: dict[str, Any], descriptors: list
         store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=rendezvous.detach())
     code = _watch(connection, pids)
     del store
-    connection.send(str(min(code, 1) if num_ranks and code > 0 else 1 if num_ranks and code else code).encode())
+    connection.send(str(int(code != 0) if num_ranks else code).encode())
     os._exit(0)
 
 
