@@ -1,4 +1,4 @@
-"""The registry over a local folder, moto and a real S3 server: races, lost answers, readers among writers."""
+"""The registry over a local folder, moto and a real S3 server: races, lost replies, readers beside writers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def runs(storage: Storage, number: int) -> list[Lineage]:
     return [finished_run(storage, f"r{index}") for index in range(number)]
 
 
-def test_a_life(storage: Storage, tmp_path: Path) -> None:
+def test_promotions_rollback_and_download(storage: Storage, tmp_path: Path) -> None:
     first, second = (
         promote(storage, "m", lineage, lambda _: decision(), "night").champion for lineage in runs(storage, 2)
     )
@@ -35,7 +35,7 @@ def test_a_life(storage: Storage, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == b"r0" * 500
 
 
-def test_of_several_that_publish_at_once_each_gets_a_number(storage: Storage) -> None:
+def test_concurrent_publishers_get_a_number_each(storage: Storage) -> None:
     barrier = threading.Barrier(6, timeout=120)
 
     def publish(lineage: Lineage) -> int:
@@ -46,8 +46,8 @@ def test_of_several_that_publish_at_once_each_gets_a_number(storage: Storage) ->
         assert sorted(pool.map(publish, runs(storage, 6))) == [1, 2, 3, 4, 5, 6]
 
 
-def test_of_several_that_promote_at_once_each_is_gated_against_what_it_replaces(storage: Storage) -> None:
-    """All are better than whatever they are compared with, so all become the champion, one after the other."""
+def test_concurrent_promotions_are_gated_against_the_champion_they_replace(storage: Storage) -> None:
+    """Every candidate is better than any champion, so all become the champion, one after the other."""
     barrier, against = threading.Barrier(4, timeout=120), dict[str, list[int]]()
 
     def night(lineage: Lineage) -> Champion | None:
@@ -70,7 +70,7 @@ def test_of_several_that_promote_at_once_each_is_gated_against_what_it_replaces(
     assert sum(map(len, against.values())) > 4, "nobody was gated again"
 
 
-def test_a_reader_among_writers_sees_whole_models(storage: Storage, tmp_path: Path) -> None:
+def test_a_reader_beside_writers_sees_whole_models(storage: Storage, tmp_path: Path) -> None:
     versions = [register(storage, "m", lineage, "me") for lineage in runs(storage, 3)]
     serve(storage, versions[0], None, "by hand", "first", "me")
     ended = threading.Event()
@@ -105,23 +105,24 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 
 
 @pytest.mark.parametrize("fault", ["lose_reply", "refuse"])
-def test_each_write_of_a_promotion_survives_a_lost_answer(s3: S3Server, proxy: FaultyProxy, fault: str) -> None:
-    """Decision, version, champion and its file are four PUTs."""
+def test_each_write_of_a_promotion_survives_a_lost_reply(s3: S3Server, proxy: FaultyProxy, fault: str) -> None:
+    """Nine PUTs: the decision; the version and its index, three; the champion before and the new one, filed and marked,
+    four; and the swap. The first promotion makes the index."""
     uri = f"{s3.new_bucket()}/p"
     direct, behind = open_storage(uri), open_storage(uri, proxy.endpoint_url)
-    for number, lineage in enumerate(runs(direct, 4)):
+    for number, lineage in enumerate(runs(direct, 9)):
         for _ in range(number):
             proxy.fail("PUT", "pass")
         proxy.fail("PUT", fault)
         promotion = promote(behind, "m", lineage, lambda _, n=number: decision(sentence=f"{n}"), "night")
         assert proxy.faults == []
         assert promotion.champion == read_champion(direct, "m")
-    assert [champion.version for champion in history(direct, "m")] == [4, 3, 2, 1]
-    assert list_versions(direct, "m") == [1, 2, 3, 4]
+    assert [champion.version for champion in history(direct, "m")] == [*range(9, 0, -1)]
+    assert list_versions(direct, "m") == [*range(1, 10)]
 
 
-def test_the_answer_to_a_swap_is_lost_and_another_one_swaps_before_the_retry(s3: S3Server, proxy: FaultyProxy) -> None:
-    """The limit that storage has here (see `compare_and_swap`) is none for champions: the other one filed this one."""
+def test_a_lost_reply_to_a_swap_and_another_swap_before_the_retry(s3: S3Server, proxy: FaultyProxy) -> None:
+    """The limit of `compare_and_swap` does not affect champions: the other publisher filed this one."""
     uri = f"{s3.new_bucket()}/p"
     direct, behind = open_storage(uri), open_storage(uri, proxy.endpoint_url)
     versions = [register(direct, "m", lineage, "me") for lineage in runs(direct, 3)]

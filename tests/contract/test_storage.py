@@ -1,4 +1,4 @@
-"""What every kind of storage promises: one body over a local folder, moto and a real S3 server."""
+"""Guarantees of every kind of storage: the same tests on a local folder, moto and a real S3 server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tercet.storage.local import LocalStorage
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
-    """Call all in threads that start together; results, or the exceptions raised, in order."""
+    """Call all in threads that start together. Return their results or exceptions, in order."""
     barrier = threading.Barrier(len(calls))
 
     def one(call: Callable[[], object]) -> object:
@@ -174,7 +174,7 @@ class TestConditions:
             storage.put_if_absent("a", b"2")
         assert storage.read("a") == b"1"
 
-    def test_of_eight_that_put_if_absent_one_wins(self, storage: Storage) -> None:
+    def test_of_eight_writers_that_put_if_absent_one_wins(self, storage: Storage) -> None:
         for turn in range(5):
             key = f"race/{turn}"
             outcome = at_once([partial(storage.put_if_absent, key, b"%d" % number) for number in range(8)])
@@ -203,7 +203,7 @@ class TestConditions:
         assert not storage.exists("head")
 
     @pytest.mark.on_rgw
-    def test_swaps_lose_no_update(self, storage: Storage) -> None:
+    def test_concurrent_swaps_lose_no_update(self, storage: Storage) -> None:
         storage.put("counter", b"0")
 
         def count() -> None:
@@ -285,7 +285,7 @@ for _ in range(25):
         self.writers(tmp_path, body, 4)
         assert LocalStorage(tmp_path).read("counter") == b"100"
 
-    def test_kill_9_in_the_middle_of_a_put_leaves_the_old_value(self, tmp_path: Path) -> None:
+    def test_sigkill_during_a_put_leaves_the_old_value(self, tmp_path: Path) -> None:
         old, new = b"o" * 4_000_000, b"n" * 4_000_000
         storage = LocalStorage(tmp_path / "storage")
         script = f"""
@@ -307,7 +307,7 @@ while True:
             assert storage.list("") == ["a"]
         storage.put("a", b"the lock is free")
 
-    def test_what_is_being_written_is_not_listed_and_old_leavings_go(self, tmp_path: Path) -> None:
+    def test_staged_files_are_not_listed_and_old_ones_are_deleted(self, tmp_path: Path) -> None:
         storage = LocalStorage(tmp_path)
         storage.put("a", b"")
         (tmp_path / ".tercet/staged-fresh").write_bytes(b"someone else's")
@@ -319,7 +319,7 @@ while True:
         with pytest.raises(StorageError, match="reserved"):
             storage.put(".tercet/lock", b"")
 
-    def test_a_held_lock_is_not_waited_for_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_wait_for_a_held_lock_ends(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tercet.storage.local.LOCK_TIMEOUT_SECONDS", 0.2)
         storage = LocalStorage(tmp_path)
         storage.put("a", b"1")
@@ -394,7 +394,7 @@ class TestFaults:
         assert not behind.exists("never")
 
     @pytest.mark.parametrize("fault", ["refuse", "lose_reply", "flip", "cut", "stall"])
-    def test_one_fault_in_a_read_is_mended(
+    def test_one_fault_in_a_read_is_repaired(
         self, behind: Storage, proxy: FaultyProxy, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if fault == "stall":
@@ -421,7 +421,7 @@ class TestFaults:
             behind.compare_and_swap("a", b"too late", caught.value.token)
 
     @pytest.mark.parametrize("fault", ["refuse", "stall", "lose_reply"])
-    def test_no_answer_for_long_is_given_up(
+    def test_a_long_silence_raises(
         self, behind: Storage, proxy: FaultyProxy, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         behind.put("a", b"1")
@@ -440,10 +440,10 @@ class TestFaults:
 
 
 class TestMistakes:
-    """What a person gets wrong, and whether the error says so."""
+    """Mistakes of a user, and the errors that name them."""
 
     @pytest.mark.usefixtures("s3")
-    def test_nobody_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_server_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tercet.storage.s3, "FIRST_CONTACT_SECONDS", 2.0)
         start = time.monotonic()
         with silent_address() as address:

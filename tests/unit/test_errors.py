@@ -1,4 +1,4 @@
-"""The tree of errors is the one drawn, and every error reaches another process whole."""
+"""The tree of errors in the docstring is the real one, and every error survives pickling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = [item for _, item in inspect.getmembers(errors, inspect.isclass) if is
 
 
 def drawn() -> dict[str, tuple[str, int]]:
-    """Class → (its parent, its exit code), from the drawing in the module's docstring."""
+    """Class → (parent, exit code), from the tree in the module's docstring."""
     tree: dict[str, tuple[str, int]] = {}
     parents: dict[int, str] = {}
     for line in (errors.__doc__ or "").splitlines():
@@ -26,11 +26,11 @@ def drawn() -> dict[str, tuple[str, int]]:
     return tree
 
 
-def test_the_drawing_is_true() -> None:
+def test_the_documented_tree_is_the_real_one() -> None:
     assert drawn() == {item.__name__: (item.__bases__[0].__name__, item.exit_code) for item in CLASSES}
 
 
-def test_exit_codes_tell_the_classes_apart() -> None:
+def test_exit_codes_distinguish_the_classes() -> None:
     codes = {item.exit_code for item in CLASSES if item.__bases__[0] is TercetError}
     assert codes == {2, 3, 4, 5, 6, 7}
     assert TercetError.exit_code == 1

@@ -1,4 +1,4 @@
-"""Inert unless armed; fires once, at its place, step and rank."""
+"""A failpoint is inert unless armed, and fires once, at its place, step and rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_it_fires_where_it_is_armed(tmp_path: Path, armed: str | None, rank: str
         assert once.exists() == dies
 
 
-def test_a_hang_ends_when_it_may(tmp_path: Path) -> None:
+def test_a_hang_ends_when_its_file_appears(tmp_path: Path) -> None:
     fired, go = tmp_path / "fired", tmp_path / "go"
     environment = {**os.environ, VARIABLE: f"at=here do=hang until={go} once={fired}"}
     with subprocess.Popen(
@@ -57,6 +57,6 @@ def test_a_hang_ends_when_it_may(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_it_costs_nothing_where_it_is_not_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unarmed_failpoint_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     crash_point("anything", 1)

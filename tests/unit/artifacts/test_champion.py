@@ -1,4 +1,4 @@
-"""The pointer: one wins, nothing is lost, the chain can be proved, whoever dies when."""
+"""The pointer: one writer wins, nothing is lost and the chain holds, whenever a process dies."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_newest_whole_one_is_found_and_the_damage_is_told(
 
 
 def test_a_commit_that_is_gone_is_told(storage: Recording, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It may as well be a checkpoint that was never finished; in any case it is not a silence."""
+    """It may be a checkpoint that was never finished; either way there is a warning."""
     before, newest = committed(storage, tmp_path, 10), committed(storage, tmp_path, 20)
     assert fetch_newest(storage, RUN, tmp_path / "newest") == newest
     assert caplog.text == ""
@@ -162,10 +162,10 @@ def test_a_missing_file_is_damage_too(storage: Recording, tmp_path: Path) -> Non
     assert fetch_newest(storage, RUN, tmp_path / "here") == before
 
 
-def test_one_that_was_pruned_meanwhile_is_no_damage(
+def test_a_checkpoint_deleted_meanwhile_is_not_damage(
     storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By an attempt that does not know yet that it lost the run: the newer ones that it committed before count."""
+    """An attempt that does not know yet that it lost the run deleted it; the newer ones that it committed count."""
     for step in (10, 20):
         committed(storage, tmp_path, step)
     fetches, skipped = checkpoint.fetch, list[int]()
@@ -184,7 +184,7 @@ def test_one_that_was_pruned_meanwhile_is_no_damage(
     assert (tmp_path / "here" / "model.safetensors").exists()
 
 
-def test_all_damaged_is_a_start_from_the_beginning(storage: Recording, tmp_path: Path) -> None:
+def test_if_all_are_damaged_training_starts_from_the_beginning(storage: Recording, tmp_path: Path) -> None:
     flip_a_byte(storage, f"{committed(storage, tmp_path, 10).folder}/model.safetensors")
     assert fetch_newest(storage, RUN, tmp_path / "here") is None
     assert not (tmp_path / "here").exists()
@@ -230,7 +230,7 @@ def test_no_damage_to_a_commit_document_makes_another_commit(storage: Recording,
     assert read_commits(storage, RUN) == [before]
 
 
-def test_the_next_best_is_taken_where_the_best_is_damaged(
+def test_the_next_best_is_used_if_the_best_is_damaged(
     storage: Recording, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step, metric in ((10, 0.7), (20, 0.9), (30, 0.8)):
@@ -264,7 +264,7 @@ def test_best_is_the_highest_and_the_earlier_of_equals() -> None:
 
 
 def test_what_an_attempt_commits_after_another_took_over_does_not_count(storage: Recording, tmp_path: Path) -> None:
-    """It was cut off from step 10 on, and comes back."""
+    """It was disconnected from step 10 on, and comes back."""
     cut_off = Lease(storage, RUN, "one", 60)
     first = (cut_off.begin("a", 0, 1),)
     for step in (10, 20):
@@ -286,8 +286,8 @@ def test_what_an_attempt_commits_after_another_took_over_does_not_count(storage:
 
 
 @pytest.mark.parametrize("lost", ["gone", "old"])
-def test_nor_does_it_count_where_the_lease_got_lost(storage: Recording, tmp_path: Path, lost: str) -> None:
-    """The commits of the later attempt say that there was one."""
+def test_it_does_not_count_even_if_the_lease_is_lost(storage: Recording, tmp_path: Path, lost: str) -> None:
+    """The commits of the later attempt name it."""
     lease = Lease(storage, RUN, "one", 60)
     first = (lease.begin("a", 0, 1),)
     lease.release()
@@ -345,7 +345,7 @@ def test_checkpoints_without_an_evaluation_are_not_best(storage: Recording, tmp_
     assert [commit.step for commit in read_commits(storage, RUN)] == [40, 30, 10]
 
 
-def test_a_deletion_that_is_cut_off_leaves_no_half_a_checkpoint_and_is_made_up_for(
+def test_an_interrupted_deletion_leaves_no_partial_checkpoint_and_is_completed(
     storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (10, 20, 30):
@@ -368,7 +368,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_a_checkpoint_and_is_made_up_f
     assert storage.list(f"runs/{RUN}/checkpoints/00000010") == []
 
 
-def test_what_dead_attempts_left_goes_and_what_runs_stays(storage: Recording, tmp_path: Path) -> None:
+def test_files_of_dead_attempts_are_deleted_and_those_in_progress_kept(storage: Recording, tmp_path: Path) -> None:
     for step, attempt in ((10, "dead"), (20, "dead"), (30, "alive")):
         upload_part(storage, trained(tmp_path), attempt_folder(RUN, step, attempt), rank=0)
     committed(storage, tmp_path, 10)
@@ -378,7 +378,7 @@ def test_what_dead_attempts_left_goes_and_what_runs_stays(storage: Recording, tm
     assert folders == {"00000010/a", "00000010/COMMIT", "00000020/a", "00000020/COMMIT", "00000030/alive"}
 
 
-def test_a_commit_that_cannot_be_read_is_left_to_a_person(storage: Recording, tmp_path: Path) -> None:
+def test_an_unreadable_commit_is_left_to_the_user(storage: Recording, tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         committed(storage, tmp_path, step, metric=step / 100)
     storage.put(f"runs/{RUN}/checkpoints/00000010/{COMMIT}", b"{")
@@ -435,10 +435,10 @@ def test_the_wait_for_parts_is_long_enough_and_ends() -> None:
     assert 60 <= checkpoint.PART_WAIT_SECONDS <= 3600
 
 
-def test_a_reader_of_a_run_that_goes_on_sees_its_newest_checkpoint(
+def test_a_reader_of_a_running_run_sees_its_newest_checkpoint(
     storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between a listing and the reading of what it named, a worker commits the next and prunes the last."""
+    """Between a listing and the read of a listed commit, a worker commits the next and deletes the last."""
     committed(storage, tmp_path, 10, metric=0.1)
     read, seen = storage.read, []
 
@@ -453,7 +453,7 @@ def test_a_reader_of_a_run_that_goes_on_sees_its_newest_checkpoint(
     assert [commit.step for commit in read_commits(storage, RUN)] == [20]
 
 
-def test_a_commit_that_is_listed_and_never_there_is_told(
+def test_a_commit_that_is_listed_but_never_there_raises(
     storage: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     committed(storage, tmp_path, 10)

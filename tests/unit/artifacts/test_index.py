@@ -30,7 +30,7 @@ from tercet.storage.local import LocalStorage
 
 
 class CountingStorage(LocalStorage):
-    """Counts requests by kind. A listing is one, as on S3 below 1,000 keys, so its keys are counted as well."""
+    """A local folder that counts requests by kind, and listed keys: S3 lists 1,000 keys per request."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -60,7 +60,7 @@ class CountingStorage(LocalStorage):
 
 @pytest.fixture(autouse=True)
 def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of files need no protection from a loss of power here."""
+    """Skip fsync: thousands of files here need no protection from a power loss."""
     monkeypatch.setattr("tercet.storage.local._sync", lambda path: None)  # noqa: ARG005
 
 
@@ -70,7 +70,7 @@ def storage(tmp_path: Path) -> CountingStorage:
 
 
 def write_nights(storage: CountingStorage, num_nights: int) -> None:
-    """What an older tercet, without an index, left after as many nights, each with a promotion."""
+    """Write what an older tercet, which had no index, left after that many nights, each with a promotion."""
     commit_of, parent, data = finished_run(storage, "r0"), None, b""
     version = register(storage, "m", commit_of, "me")
     for folder in ("by_run", "served", "versions"):
@@ -106,7 +106,7 @@ def write_nights(storage: CountingStorage, num_nights: int) -> None:
 
 
 def night(storage: CountingStorage, run_id: str) -> Counter[str]:
-    """Promote a new run; the requests that this took."""
+    """Promote a new run and return the requests that this took."""
     lineage = finished_run(storage, run_id)
     storage.requests.clear()
     champion = promote(storage, "m", lineage, lambda _: decision(), "night").champion
@@ -130,7 +130,7 @@ def test_a_promotion_after_1000_nights_costs_what_it_costs_after_10(tmp_path: Pa
     assert counts[10][0].total() <= 25
 
 
-def test_what_was_published_before_there_was_an_index_is_found(storage: CountingStorage) -> None:
+def test_versions_older_than_the_index_are_found(storage: CountingStorage) -> None:
     write_nights(storage, 5)
     gated: list[str] = []
 
@@ -157,9 +157,7 @@ def test_a_damaged_index_is_made_again(storage: CountingStorage) -> None:
     assert unseal(Index, storage.read(layout.index_key("m")), "INDEX.json").newest_version == 5
 
 
-def test_without_a_whole_chain_every_version_is_read(
-    storage: CountingStorage, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_with_a_broken_chain_every_version_is_read(storage: CountingStorage, caplog: pytest.LogCaptureFixture) -> None:
     write_nights(storage, 4)
     storage.delete(layout.generation_key("m", 2))
     with caplog.at_level(logging.WARNING, "tercet"):
@@ -175,7 +173,7 @@ def published(storage: CountingStorage, run_id: str) -> Version:
     return register(storage, "m", finished_run(storage, run_id), "me")
 
 
-def test_a_publisher_that_dies_before_the_version_leaves_a_mark_that_counts_for_nothing(
+def test_the_mark_of_a_publisher_that_died_before_its_version_is_ignored(
     storage: CountingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(storage, "r1")
@@ -194,7 +192,7 @@ def test_a_publisher_that_dies_before_the_version_leaves_a_mark_that_counts_for_
     assert [version.number for version in versions_of(storage, "m", "r2")] == [3]
 
 
-def test_an_index_that_names_an_older_version_costs_a_few_tries(storage: CountingStorage) -> None:
+def test_an_index_that_lags_behind_costs_a_few_tries(storage: CountingStorage) -> None:
     for run_id in ("r1", "r2", "r3"):
         published(storage, run_id)
     storage.put(layout.index_key("m"), seal(Index(newest_version=1)))  # of a publisher that died after its version

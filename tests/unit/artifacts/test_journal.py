@@ -1,4 +1,4 @@
-"""What went wrong on the way: told once, by whoever was nearest, and counted by kind."""
+"""Incidents: reported once, by the nearest process, and counted by kind."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_an_attempt_has_one_end(storage: LocalStorage) -> None:
     assert journal.counts(storage, "r") == {"checkpoint_skipped": 1, "hung": 2}
 
 
-def test_one_that_cannot_be_read_counts_too(storage: LocalStorage) -> None:
+def test_an_unreadable_incident_counts_too(storage: LocalStorage) -> None:
     storage.put("runs/r/incidents/0001-end.json", b"{")
     storage.put("runs/r/incidents/.DS_Store", b"of a file manager")
     assert journal.counts(storage, "r") == {"unreadable": 1}
 
 
-def test_where_storage_fails_too_there_is_a_warning(
+def test_a_warning_if_storage_fails_too(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(key: str, data: bytes) -> None:
@@ -93,14 +93,14 @@ def test_the_kind_of_an_error(error: Exception, kind: str | None) -> None:
         (ValueError("x"), ValueError),
     ],
 )
-def test_memory_and_disk_are_told_from_the_rest(error: Exception, wanted: type[Exception]) -> None:
+def test_errors_of_memory_and_disk_are_recognised(error: Exception, wanted: type[Exception]) -> None:
     own = journal.as_tercet_error(error)
     assert type(own) is wanted
     assert (own is error) == (not issubclass(wanted, TercetError))
 
 
-def test_an_allocation_that_cannot_be_had() -> None:
-    """The words of the installed torch."""
+def test_an_impossible_allocation() -> None:
+    """With the message of the installed torch."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58)
     assert isinstance(journal.as_tercet_error(caught.value), OutOfMemory)

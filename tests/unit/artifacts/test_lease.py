@@ -1,4 +1,4 @@
-"""Of two attempts at a run one trains; a dead one is taken over, and a living one is told so when it was."""
+"""Of two attempts at a run one trains. A dead holder is replaced; a live one that was replaced finds out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS = 2.0
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
-    """Waits for no disk: a busy one may take longer than these leases last."""
+    """Skip fsync: a busy disk may take longer than these leases last."""
     monkeypatch.setattr("tercet.storage.local._sync", lambda _: None)
     return LocalStorage(tmp_path / "storage")
 
@@ -34,7 +34,7 @@ def holder(storage: Storage) -> Holder:
 
 
 def of_elsewhere(storage: Storage, **changes: object) -> None:
-    """The run is held by a process of another machine."""
+    """Give the lease to a process of another machine."""
     values = {"generation": 3, "owner": "one", "place": "elsewhere -", "pid": 1, "since_unix_seconds": 0.0, **changes}
     storage.put(lease_key("r"), seal(Holder(run_id="r", **values)))  # type: ignore[arg-type]
 
@@ -50,7 +50,7 @@ def test_a_run_that_nobody_holds(storage: LocalStorage) -> None:
     assert holder(storage).released
 
 
-def test_what_was_given_back_is_taken_at_once(storage: LocalStorage) -> None:
+def test_a_released_lease_is_taken_at_once(storage: LocalStorage) -> None:
     for generation, owner in enumerate(("one", "two", "three"), start=1):
         started = time.monotonic()
         lease = Lease(storage, "r", owner, 600)
@@ -60,7 +60,7 @@ def test_what_was_given_back_is_taken_at_once(storage: LocalStorage) -> None:
     assert [attempt.first_step for attempt in read_attempts(storage, "r")] == [10, 20, 30]
 
 
-def test_one_that_lives_is_named(storage: LocalStorage) -> None:
+def test_a_live_holder_is_named(storage: LocalStorage) -> None:
     lease = Lease(storage, "r", "one", SECONDS)
     started = time.monotonic()
     with pytest.raises(RunIsTaken, match=f"run r is being trained: process {os.getpid()} on .* since 20.* UTC"):
@@ -70,10 +70,10 @@ def test_one_that_lives_is_named(storage: LocalStorage) -> None:
     lease.release()
 
 
-def test_one_that_dies_while_another_waits_is_taken_over(
+def test_a_holder_that_dies_while_another_waits_is_replaced(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the workers of a driver that was killed."""
+    """Like the workers of a driver that was killed."""
     of_elsewhere(storage)
     read, num_reads, started = storage.read_versioned, 0, time.monotonic()
 
@@ -90,7 +90,7 @@ def test_one_that_dies_while_another_waits_is_taken_over(
     assert holder(storage).generation == 4
 
 
-def test_one_that_gives_no_sign_of_life_is_taken_over(storage: LocalStorage) -> None:
+def test_an_expired_lease_is_taken_over(storage: LocalStorage) -> None:
     of_elsewhere(storage)
     started = time.monotonic()
     lease = Lease(storage, "r", "two", SECONDS)
@@ -106,7 +106,7 @@ def test_an_attempt_of_the_same_owner_is_taken_over_at_once(storage: LocalStorag
 
 
 def test_a_process_of_this_machine_that_has_ended(storage: LocalStorage) -> None:
-    """Whoever starts the same command again after a crash does not wait."""
+    """The same command started again after a crash does not wait."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     of_elsewhere(storage, place=module._place(), pid=ended.pid)
@@ -115,7 +115,7 @@ def test_a_process_of_this_machine_that_has_ended(storage: LocalStorage) -> None
     assert not holder(storage).is_gone()
 
 
-def test_who_was_taken_over_learns_it(storage: LocalStorage) -> None:
+def test_a_replaced_holder_finds_out(storage: LocalStorage) -> None:
     lease = Lease(storage, "r", "one", SECONDS)
     lease.check()
     of_elsewhere(storage, owner="two", pid=77)
@@ -127,8 +127,8 @@ def test_who_was_taken_over_learns_it(storage: LocalStorage) -> None:
     assert not holder(storage).released
 
 
-def test_who_stood_still_asks(storage: LocalStorage) -> None:
-    """No renewal came due since another took the run."""
+def test_a_suspended_holder_asks(storage: LocalStorage) -> None:
+    """No renewal was due since another attempt took the run."""
     lease = Lease(storage, "r", "one", 600)
     lease.confirm()
     assert holder(storage).num_renewals > 0
@@ -141,7 +141,7 @@ def test_who_stood_still_asks(storage: LocalStorage) -> None:
     lease.release()
 
 
-def test_who_was_taken_over_before_it_began(storage: LocalStorage) -> None:
+def test_a_holder_replaced_before_it_began(storage: LocalStorage) -> None:
     lease = Lease(storage, "r", "one", 600)
     of_elsewhere(storage, owner="two")
     with pytest.raises(LeaseLost):
@@ -150,7 +150,7 @@ def test_who_was_taken_over_before_it_began(storage: LocalStorage) -> None:
     lease.release()
 
 
-def test_a_storage_that_does_not_answer_is_no_loss(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_renewal_does_not_lose_the_lease(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(storage, "r", "one", SECONDS)
     failed = 0
 
@@ -168,8 +168,8 @@ def test_a_storage_that_does_not_answer_is_no_loss(storage: LocalStorage, monkey
     lease.release()
 
 
-def test_an_answer_that_got_lost_is_no_loss(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The swap was done, but whoever asked was told of a conflict."""
+def test_a_lost_reply_does_not_lose_the_lease(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The swap succeeded, but its caller got a Conflict."""
     lease = Lease(storage, "r", "one", 600)
     swap = storage.compare_and_swap
 
@@ -199,7 +199,7 @@ def test_the_lease_of_another_run(storage: LocalStorage) -> None:
         read_attempts(storage, "r")
 
 
-def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_attempts_gets_the_lease(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from tercet.errors import RunIsTaken\n"
@@ -234,7 +234,7 @@ def attempt(generation: int, first_step: int) -> Attempt:
     ("generation", "step", "fenced"),
     [(1, 10, False), (1, 20, False), (1, 30, True), (2, 30, False), (2, 50, True), (3, 50, False), (1, 41, True)],
 )
-def test_an_older_attempt_counts_up_to_where_a_later_one_went_on(generation: int, step: int, fenced: bool) -> None:
+def test_an_older_attempt_counts_up_to_where_a_later_one_resumed(generation: int, step: int, fenced: bool) -> None:
     attempts = [attempt(1, 0), attempt(2, 20), attempt(3, 40)]
     assert is_fenced(attempts[generation - 1], step, attempts) == fenced
 

@@ -1,4 +1,4 @@
-"""The page needs nothing from elsewhere, and shows text as text."""
+"""The report page is self-contained, and escapes text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions, promotions and what serving gets: whole and verified, or an error."""
+"""Versions and promotions; serving gets a whole, verified model or an error."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_number_that_another_took(storage: LocalStorage, monkeypatch: pytest.M
     assert read_version(storage, "m", 1).lineage.run_id == "r2"
 
 
-def test_an_answer_that_got_lost(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_reply(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     put = storage.put_if_absent
 
     def twice(key: str, data: bytes) -> None:
@@ -172,7 +172,7 @@ def test_the_loser_is_gated_against_the_new_champion(storage: LocalStorage) -> N
     assert read_version(storage, "m", 3).lineage.run_id == "r2"  # published for the first decision, never the champion
 
 
-def test_a_champion_that_does_not_come_to_rest(storage: LocalStorage) -> None:
+def test_a_champion_that_keeps_moving(storage: LocalStorage) -> None:
     runs = iter(range(100))
 
     def decide(_: Champion | None) -> GateDecision:
@@ -183,8 +183,8 @@ def test_a_champion_that_does_not_come_to_rest(storage: LocalStorage) -> None:
         promote(storage, "m", finished_run(storage, "r"), decide, "night")
 
 
-def test_a_promotion_whose_answer_never_came_goes_on(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The swap was done, and the night was killed, or gave up. The same command again finds its work done."""
+def test_a_promotion_whose_reply_never_came_resumes(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The swap succeeded, and the night was killed or gave up. The same command again finds the work done."""
     lineage = finished_run(storage, "r1")
     swap = storage.compare_and_swap
 
@@ -201,7 +201,7 @@ def test_a_promotion_whose_answer_never_came_goes_on(storage: LocalStorage, monk
     assert len(history(storage, "m")) == 1
 
 
-def test_what_was_rolled_back_is_not_promoted_again_by_the_same_night(storage: LocalStorage) -> None:
+def test_a_rolled_back_version_is_not_promoted_again_by_the_same_night(storage: LocalStorage) -> None:
     first = serving(storage, "r1")
     lineage = finished_run(storage, "r2")
     promotion = promote(storage, "m", lineage, lambda _: decision(), "night")
@@ -236,7 +236,7 @@ def test_a_model_that_is_not_whole_never_appears(storage: LocalStorage, tmp_path
     assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_what_a_killed_reader_left_is_no_model(storage: LocalStorage, tmp_path: Path) -> None:
+def test_files_left_by_a_killed_reader_are_no_model(storage: LocalStorage, tmp_path: Path) -> None:
     version = serving(storage, "r1")
     left = tmp_path / "cache" / f".m-1-{version.nonce[:8]}.coming"
     left.mkdir(parents=True)
@@ -254,7 +254,7 @@ def test_a_version_that_was_changed_is_not_served(storage: LocalStorage) -> None
 
 
 def test_a_version_that_another_tercet_wrote_in_its_own_way_is_served(storage: LocalStorage) -> None:
-    """The hash is of the bytes that lie there, not of what this tercet would make of them."""
+    """The hash is that of the stored bytes, not of what this tercet would write."""
     version = publish(storage, "r1")
     storage.put("models/m/versions/00000001.json", version.model_dump_json(indent=7).encode())
     champion = serve(storage, version, None, "by hand", "a try", "me")

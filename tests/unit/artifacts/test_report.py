@@ -1,4 +1,4 @@
-"""One screen says what happened, honestly."""
+"""The report on the screen, the verdict, and the stored document."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_losses_are_those_of_training() -> None:
     assert losses(builders.LOG_HISTORY) == [(1, 2.5), (10, 1.25)]
 
 
-def test_the_next_commands_are_for_where_the_run_lies() -> None:
+def test_the_next_commands_fit_where_the_run_is_stored() -> None:
     local, remote = (
         builders.report(run_uri="/store/runs/r"),
         builders.report(run_uri="s3://b/runs/r", best_uri="s3://b/runs/r/best"),

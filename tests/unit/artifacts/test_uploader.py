@@ -1,4 +1,4 @@
-"""Uploads run beside the training, and none of them fails unnoticed."""
+"""Uploads run in the background, and none fails unnoticed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_failed_upload_ends_the_run(
     assert read_commits(storage, RUN) == []
 
 
-def test_who_lost_the_run_uploads_nothing(storage: Recording, tmp_path: Path) -> None:
+def test_an_attempt_that_lost_the_run_uploads_nothing(storage: Recording, tmp_path: Path) -> None:
     def confirm() -> None:
         raise LeaseLost("taken over")
 

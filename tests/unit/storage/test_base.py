@@ -1,4 +1,4 @@
-"""`~` in a path that a person wrote."""
+"""`~` in a path that a user wrote."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_storage("~/x").uri == "/home/me/x"
 
 
-def test_of_nobody() -> None:
+def test_an_unknown_user() -> None:
     with pytest.raises(ConfigError, match="~no-such-user/x: this machine has no home folder"):
         open_storage("~no-such-user/x")

@@ -1,4 +1,4 @@
-"""A sealed document comes back as it was, or not at all."""
+"""A sealed document is read back exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Poem(Document):
 
 
 class OldPoem(Poem):
-    """Of a kind that was once stored without a seal."""
+    """A kind that was once stored without a seal."""
 
     once_unsealed: ClassVar[bool] = True
 
@@ -27,7 +27,7 @@ OLD_POEM = OldPoem(title="\u00e9\n", lines=(0.1, 1e-300, 3.0))
 
 
 @pytest.mark.parametrize("poem", [POEM, OLD_POEM])
-def test_it_comes_back_and_is_json(poem: Poem) -> None:
+def test_a_round_trip_and_plain_json(poem: Poem) -> None:
     data = seal(poem)
     assert unseal(type(poem), data, "poem") == poem
     fields = json.loads(data)
@@ -54,7 +54,7 @@ def test_every_flipped_bit_and_every_cut_is_found() -> None:
             unseal(kind, data + b" ", "poem")
 
 
-def test_what_older_versions_wrote() -> None:
+def test_documents_of_older_versions() -> None:
     rest = b' "title": "a",\n "lines": []\n}\n'
     sealed = b'{"sha256": "' + sha256(rest).encode() + b'",\n' + rest
     assert unseal(Poem, sealed, "poem") == Poem(title="a", lines=())
