@@ -1,13 +1,13 @@
-"""Load the model, pack its inputs, shard it, compute its loss.
+"""Loads the model, packs its inputs, shards it, and computes its loss.
 
-- `libraries`: imports the libraries quietly
-- `collectives`: what all ranks of a process group share
-- `sharding`: how the weights are spread over ranks, and gathered again
-- `lora`: small trained matrices beside frozen weights
-- `encoder`: the model, checked against the recipe, and saved whole
-- `loss`: the loss of the recipe, also over given embeddings
-- `dropout`: a faster dropout for CPUs
-- `grouped_attention`: attention over a row of many texts, in groups of similar lengths
-- `packed_attention`: attention over a row of many texts, by a kernel that knows their bounds
-- `packed_model`: a model that takes all columns of a batch in one row
+- `libraries`: imports the machine-learning libraries and silences their notices
+- `collectives`: communication among the ranks of a process group
+- `sharding`: checks how weights are distributed over ranks, and gathers them
+- `lora`: adds an adapter beside frozen weights, and merges it to publish
+- `encoder`: loads the recipe's model, checks it, and saves it whole
+- `loss`: makes the recipe's loss, and computes it from embeddings
+- `dropout`: a fast dropout for CPUs
+- `grouped_attention`: attention over a row of texts, as matrices over groups of similar length
+- `packed_attention`: attention over a row of texts, by the best kernel for the device
+- `packed_model`: makes a model take all columns of a batch in one row
 """

@@ -1,4 +1,4 @@
-"""What all ranks of a process group hold."""
+"""Communication among the ranks of a process group; without a group, all of it works for a single process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from tercet.errors import TercetError
 
 
 def world_size() -> int:
-    """1 where there is no process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(own: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all ranks, which are of one shape, in the order of ranks. Every rank must call it."""
+    """Return the tensors of all ranks, in the order of ranks. All have the same shape. Every rank must call it.
+
+    Needs a process group."""
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own.contiguous())
     return gathered
 
 
 def gather_objects(own: Any) -> list[Any]:
+    """Return the objects of all ranks, in the order of ranks. They are pickled. Every rank must call it."""
     if not torch.distributed.is_initialized():
         return [own]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -32,7 +35,9 @@ def gather_objects(own: Any) -> list[Any]:
 
 
 def run_on_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank; or raises, on every rank."""
+    """Call `work` on rank 0 only, and return its result on every rank. Every rank must call it.
+
+    A TercetError is raised on every rank. Any other error is raised on rank 0 alone."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -50,6 +55,7 @@ def run_on_rank_0(work: Callable[[], Any]) -> Any:
 
 
 def wait_for_all_ranks() -> None:
+    """Return once every rank has called this."""
     import torch.distributed as dist
 
     if dist.is_initialized():

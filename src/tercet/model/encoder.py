@@ -1,4 +1,4 @@
-"""The model, checked against what the recipe says of it."""
+"""Loads the recipe's model, checks it against the recipe, and saves it whole."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tercet.storage import Storage
 
 
 def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransformer:
-    """The base model, checked against what the recipe says of it.
+    """Return the base model, checked against the recipe.
 
-    Raises ConfigError when it cannot be loaded or is not the architecture that the recipe names."""
+    Raises ConfigError when it cannot be loaded, or when its files or architecture differ from what the recipe names."""
     folder = locate(config)
     try:
         model = SentenceTransformer(
@@ -29,18 +29,18 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,
             config_kwargs=dict(config.config_kwargs) or None,
-            # transformers 5 otherwise keeps the type of the files: fp16 weights would lose most of a small step.
+            # By default, transformers 5 keeps the type of the files: small steps would be lost in fp16 weights.
             model_kwargs={"dtype": "float32"},
         )
     except (OSError, ValueError, ImportError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
-        hint = "is the name right, and does this machine reach the hub?"
+        hint = "is the name right, and can this machine reach the Hugging Face Hub?"
         if "trust_remote_code" in str(error):
             hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
         elif isinstance(error, ImportError):
-            hint = "install what the model's own code asks for, or switch that part off in model.config_kwargs"
+            hint = "install what the model's own code imports, or switch that part off in model.config_kwargs"
         elif offline:
-            hint = "HF_HUB_OFFLINE is set: only local folders and cached models can be loaded"
+            hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only local folders and cached models can be loaded"
         raise ConfigError(f"model.name_or_path={config.name_or_path}: {first_line(error)}", hint) from error
     if folder is None and config.sha256 is not None:
         check_sha256(_hub_folder(config), config.sha256)
@@ -53,21 +53,23 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
 
 
 def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The recipe's model, as it lies in a folder that tercet wrote: the same code and limits, other weights."""
+    """Return the recipe's model section for a folder that tercet wrote: the same code and limits, other weights."""
     return config.model_copy(update={"name_or_path": str(folder), "revision": None, "sha256": None})
 
 
 def reloaded(config: ModelConfig, storage: Storage, commit: Commit, folder: Path) -> ModelConfig:
-    """The recipe's model with the weights of a commit, which are brought to `folder` and verified.
+    """Download and verify the model of a commit, and return the recipe's model section for it.
 
-    Raises CorruptObject, ObjectNotFound."""
+    Raises CorruptObject when a file is damaged, ObjectNotFound when one is missing."""
     fetch(storage, commit, folder, commit.model_files())
     return stored_model(config, folder)
 
 
 def freeze_unused(model: SentenceTransformer) -> None:
-    """The pooler of BERT and its kin, which the Pooling module does not use: without a gradient it has no optimizer
-    state, which FSDP2 misses on resume, and weight decay would shrink it under ZeRO."""
+    """Freeze the pooler of BERT-like models, which the Pooling module does not use.
+
+    It gets no gradient. So it would have no optimizer state, which FSDP2 expects on resume, and ZeRO's weight decay
+    would shrink it."""
     for name, parameter in model.named_parameters():
         if ".pooler." in name:
             parameter.requires_grad_(False)
@@ -100,7 +102,9 @@ def _check_architecture(config: ModelConfig, model: SentenceTransformer) -> None
 
 
 def make_model(config: ModelConfig, device: str, resume_dir: Path | None = None) -> SentenceTransformer:
-    """The recipe's model with what a checkpoint trained, where there is one."""
+    """Return the recipe's model, ready to be trained, with the weights of a checkpoint if `resume_dir` has one.
+
+    Raises ConfigError as `load_model`, CorruptObject as `load_trained`."""
     if config.lora is None:
         model = load_model(stored_model(config, resume_dir) if resume_dir else config, device)
     else:
@@ -113,10 +117,10 @@ def make_model(config: ModelConfig, device: str, resume_dir: Path | None = None)
 
 
 def save_whole(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a servable model from the gathered weights of a trained one. Raises CorruptObject unless it is complete.
+    """Write a servable model to a folder, from the gathered weights of a trained one.
 
-    They are put into a model of its own, made on the CPU for the purpose: no rank's shards are touched. Loading it may
-    draw random numbers; those of training stay as they are."""
+    The weights go into a new model on the CPU, so no rank's shards change, nor does the training's random state.
+    Raises CorruptObject unless the model is complete."""
     with unsharded(), torch.random.fork_rng(devices=[]):
         model = make_model(config, "cpu")
     fill(model, weights)

@@ -1,7 +1,7 @@
-"""Attention over one row of many texts, each of which sees only itself: in matrices, on any device.
+"""Attention over one row of many texts, each of which attends only to itself, as matrices, on any device.
 
-Texts of like length share a batch of matrices, as wide as the longest of them. Matrices of short texts are made here;
-those of long texts are torch's business, which does not keep them for the backward pass.
+Texts of similar length share a batch of matrices, as wide as the longest of them. Matrices of short texts are computed
+here. Those of long texts are left to torch, which does not keep them for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tercet.model.dropout import draw_kept
 from tercet.planning.packing import NUM_CHUNKS
 
-# Added to the scores of keys where no token lies: exp of it is 0, and 16 bits hold it. Not -inf: in a window, a padded
-# query may see no token at all, and its softmax would be NaN.
+# Added to the scores of padding: its exp is 0, and 16 bits can represent it. Not -inf: in a window, a padded query may
+# attend to no token at all, and its softmax would be NaN.
 MASKED_SCORE = -3e4
 
 
@@ -29,31 +29,32 @@ class Block(NamedTuple):
     num_texts: int
     width: int
     start: int
-    """Padded positions of the blocks before."""
+    """Positions in all blocks before this one, padding included."""
     bias: torch.Tensor | None
-    """Shape (num_texts, 1, 1, width): MASKED_SCORE where none lies. None where all texts are of one length."""
+    """Shape (num_texts, 1, 1, width): MASKED_SCORE at padding, else 0. None if the block has no padding."""
 
     @property
     def stop(self) -> int:
-        """Padded positions up to here."""
+        """Positions up to the end of this block, padding included."""
         return self.start + self.num_texts * self.width
 
 
 class Matrices(NamedTuple):
-    """How the tokens of a row, head by head, become the matrices of its blocks, and back. A token's head is one row of
-    numbers: token `t` has the rows `t * num_heads` and up to the next token's."""
+    """Indices that turn the tokens of a row into the matrices of its blocks, and back.
+
+    Each head of each token is one vector. Vector `t * num_heads + h` belongs to token `t` and head `h`."""
 
     blocks: list[Block]
     source: torch.Tensor
-    """For each row of the matrices (block, text, head, place) the one that comes there."""
+    """For each row of the matrices, in order of (block, text, head, place), the index of its vector."""
     padding: torch.Tensor
-    """The rows of the matrices where no token lies; some other token's comes there."""
+    """The rows of the matrices that are padding; `source` puts some token's vector there."""
     back: torch.Tensor
-    """For each head of a token its row in the matrices."""
+    """For each vector, its row in the matrices."""
 
 
 class Layout:
-    """Where the texts lie in a row, shortest first."""
+    """The lengths of the texts in a row, shortest first, and what is derived from them for attention."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device, by_bounds: bool | None = None) -> None:
         """lengths: tokens of each text, ascending, 1 or more. by_bounds: whether attention uses the kernel that knows
@@ -66,13 +67,13 @@ class Layout:
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = {}
 
     def matrices(self, num_heads: int) -> Matrices:
-        """For attention that knows matrices only. Made once: all layers have as many heads."""
+        """Return the indices for attention as matrices. Made once: all layers have the same number of heads."""
         if self._matrices is None:
             self._matrices = _matrices(self._lengths, num_heads, self._device)
         return self._matrices
 
     def split(self, width: int) -> tuple[Layout | None, Layout | None]:
-        """The texts of fewer tokens, and the others. Made once."""
+        """Return the texts with fewer than `width` tokens, and the others; None for no texts. Made once."""
         if width not in self._splits:
             num_short = bisect.bisect_left(self._lengths, width)
             parts = (self._lengths[:num_short], self._lengths[num_short:])
@@ -82,11 +83,13 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """Of all texts."""
+        """Tokens of all texts."""
         return sum(self._lengths)
 
     def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores of a block, None for nothing. Made once: layers keep it for the backward pass."""
+        """Return what is added to the scores of a block: broadcasts to (num_texts, num_heads, width, width), or None.
+
+        Made once: each layer keeps it for the backward pass."""
         key = (block.start, window, dtype)
         if key not in self._masks:
             added = _biases(block, None, window, self._device)
@@ -95,7 +98,7 @@ class Layout:
 
     @property
     def cu_seq_lens(self) -> torch.Tensor:
-        """Shape (number of texts + 1,), int32: the bounds of the texts, for attention that knows them."""
+        """The bounds of the texts: shape (num_texts + 1,), int32."""
         if self._cu_seq_lens is None:
             ends = torch.tensor([0, *self._lengths]).cumsum(0)
             self._cu_seq_lens = ends.to(self._device, torch.int32)
@@ -124,8 +127,8 @@ def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> M
 class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
     """Softmax attention, one batch of matrices for each block.
 
-    Written out, so that all blocks are gathered at once, and because torch 2.13's scaled_dot_product_attention on a CPU
-    has no dropout in its fast kernel, and looks for rows without any key in its plain one."""
+    Written out so that all blocks are gathered at once, and because of torch 2.13's scaled_dot_product_attention on a
+    CPU: its fast kernel has no dropout, and its plain one spends time on a search for rows without any key."""
 
     @staticmethod
     def forward(
@@ -139,14 +142,17 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
         dropout: float,
         window: int | None,
     ) -> torch.Tensor:
-        """As `attend`."""
+        """Return the attention of each token to its own text: shape (num_tokens, num_heads, head_width), as the inputs.
+
+        bias: shape (num_heads, max_length, max_length), added to the scores. scaling: factor of the scores. dropout:
+        probability for each attention weight. window: tokens attend to those less than this many places away."""
         num_heads = query.shape[1]
         matrices = layout.matrices(num_heads)
         rows = [_gather(x, matrices) for x in (query, key, value)]
         output = torch.empty_like(rows[2])
         saved: list[torch.Tensor] = []
         for block in matrices.blocks:
-            q, k, v, out = (_of_block(x, block, num_heads) for x in (*rows, output))
+            q, k, v, out = (_block_matrices(x, block, num_heads) for x in (*rows, output))
             scores = torch.bmm(q, k.mT).mul_(scaling)
             scores_of_texts = scores.view(block.num_texts, num_heads, block.width, block.width)
             for added in _biases(block, bias, window, scores.device):
@@ -163,31 +169,31 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Of query, key, value and bias."""
+        """Return the gradients of query, key, value and bias; None for the other arguments."""
         num_heads, longest = gradient.shape[1], ctx.layout.max_length
         matrices = ctx.layout.matrices(num_heads)
         query, key, value, *others = ctx.saved_tensors
         saved = iter(others)
-        of_output = _gather(gradient, matrices).index_fill_(0, matrices.padding, 0.0)
-        of_bias = gradient.new_zeros(num_heads, longest, longest) if ctx.has_bias else None
-        of_rows = [torch.empty_like(query) for _ in range(3)]
+        grad_output = _gather(gradient, matrices).index_fill_(0, matrices.padding, 0.0)
+        grad_bias = gradient.new_zeros(num_heads, longest, longest) if ctx.has_bias else None
+        grad_rows = [torch.empty_like(query) for _ in range(3)]
         for block in matrices.blocks:
-            rows = (query, key, value, of_output, *of_rows)
-            q, k, v, g, of_q, of_k, of_v = (_of_block(x, block, num_heads) for x in rows)
+            rows = (query, key, value, grad_output, *grad_rows)
+            q, k, v, g, grad_q, grad_k, grad_v = (_block_matrices(x, block, num_heads) for x in rows)
             weights = next(saved)
             kept = next(saved) if ctx.has_dropout else None
-            of_weights = torch.bmm(g, v.mT)
-            torch.bmm((weights if kept is None else weights * kept).mT, g, out=of_v)
+            grad_weights = torch.bmm(g, v.mT)
+            torch.bmm((weights if kept is None else weights * kept).mT, g, out=grad_v)
             if kept is not None:
-                of_weights.mul_(kept)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            if of_bias is not None:
-                of_texts = of_scores.view(block.num_texts, num_heads, block.width, block.width)
-                of_bias[:, : block.width, : block.width] += of_texts.sum(dim=0)
-            of_scores.mul_(ctx.scaling)
-            torch.bmm(of_scores, k, out=of_q)
-            torch.bmm(of_scores.mT, q, out=of_k)
-        return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in of_rows), of_bias, *(None,) * 4)
+                grad_weights.mul_(kept)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            if grad_bias is not None:
+                grad_texts = grad_scores.view(block.num_texts, num_heads, block.width, block.width)
+                grad_bias[:, : block.width, : block.width] += grad_texts.sum(dim=0)
+            grad_scores.mul_(ctx.scaling)
+            torch.bmm(grad_scores, k, out=grad_q)
+            torch.bmm(grad_scores.mT, q, out=grad_k)
+        return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in grad_rows), grad_bias, *(None,) * 4)
 
 
 def attend_by_kernel(
@@ -199,13 +205,15 @@ def attend_by_kernel(
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    """As `GroupedAttention` without a bias, each block by torch's scaled_dot_product_attention."""
+    """Return what `GroupedAttention` returns without a bias, computed by torch's scaled_dot_product_attention.
+
+    query, key, value and result: shape (num_tokens, num_heads, head_width)."""
     num_heads = query.shape[1]
     matrices = layout.matrices(num_heads)
     rows = [_gather(x, matrices) for x in (query, key, value)]
     outputs = []
     for block in matrices.blocks:
-        q, k, v = (_of_block(x, block, num_heads).unflatten(0, (-1, num_heads)) for x in rows)
+        q, k, v = (_block_matrices(x, block, num_heads).unflatten(0, (-1, num_heads)) for x in rows)
         mask = layout.mask(block, window, query.dtype)
         output = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         outputs.append(output.reshape(-1, value.shape[-1]))
@@ -213,18 +221,18 @@ def attend_by_kernel(
 
 
 def _gather(tokens: torch.Tensor, matrices: Matrices) -> torch.Tensor:
-    """(num_tokens, num_heads, head_width) as the rows of all matrices."""
+    """Turn tokens, shape (num_tokens, num_heads, head_width), into the rows of all matrices: (num_rows, head_width)."""
     return tokens.reshape(-1, tokens.shape[-1]).index_select(0, matrices.source)
 
 
-def _of_block(rows: torch.Tensor, block: Block, num_heads: int) -> torch.Tensor:
-    """The matrices of a block: (num_texts * num_heads, width, head_width)."""
+def _block_matrices(rows: torch.Tensor, block: Block, num_heads: int) -> torch.Tensor:
+    """Return the matrices of a block as a view: shape (num_texts * num_heads, width, head_width)."""
     own = rows[block.start * num_heads : block.stop * num_heads]
     return own.view(-1, block.width, rows.shape[-1])
 
 
 def _biases(block: Block, bias: torch.Tensor | None, window: int | None, device: torch.device) -> list[torch.Tensor]:
-    """What is added to the scores of a block, each broadcast to (num_texts, num_heads, width, width)."""
+    """Return what is added to the scores of a block; each broadcasts to (num_texts, num_heads, width, width)."""
     added = [] if block.bias is None else [block.bias]
     if bias is not None:
         added.append(bias[:, : block.width, : block.width])
@@ -235,15 +243,15 @@ def _biases(block: Block, bias: torch.Tensor | None, window: int | None, device:
     return added
 
 
-# What a group costs in any case, in scores (pairs of positions) that could be computed instead. Measured
-# on one busy CPU, for 12 heads of 32 (docs/log.md); a factor of two hardly mattered.
+# The fixed cost of a group, as the number of scores (pairs of positions) that take as long. Measured on one busy CPU,
+# for 12 heads of width 32 (docs/log.md); a factor of two hardly mattered.
 PAIRS_PER_GROUP = 4_000
 
 Costs = npt.NDArray[np.float64]
 
 
 class Group(NamedTuple):
-    """Neighbours in the order of length: texts `start` to `stop` (exclusive), the longest of `width` tokens."""
+    """Texts `start` to `stop` (exclusive) in the order of length; the longest has `width` tokens."""
 
     start: int
     stop: int
@@ -251,7 +259,7 @@ class Group(NamedTuple):
 
 
 def attention_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
-    """The cheapest cut of ascending lengths into groups that share an attention matrix."""
+    """Cut ascending lengths into groups of texts that share a batch of matrices, at the lowest cost."""
     widths, first = np.unique(np.asarray(lengths), return_index=True)
     ends = np.append(first, len(lengths))
 
@@ -265,11 +273,13 @@ def attention_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
 
 
 def chunks(lengths: Sequence[int]) -> tuple[Group, ...]:
-    """The cut of ascending lengths into padded chunks with the fewest tokens, real or not. Always the same number of
-    chunks for the same number of texts: where weights are sharded, every rank must make as many forward passes."""
+    """Cut ascending lengths into padded chunks with the fewest tokens, padding included.
+
+    The number of chunks depends only on the number of texts: where weights are sharded, all ranks must run the same
+    number of forward passes."""
     num = len(lengths)
     widths = np.asarray(lengths, dtype=np.float64)
-    # best[n]: the fewest tokens of the first n texts in so many chunks
+    # best[n]: the fewest tokens of the first n texts, in len(starts) chunks
     best = np.concatenate(([0.0], np.arange(1, num + 1) * widths))
     starts: list[npt.NDArray[np.int64]] = [np.zeros(num + 1, dtype=np.int64)]
     for _ in range(1, min(NUM_CHUNKS, num)):
@@ -280,15 +290,17 @@ def chunks(lengths: Sequence[int]) -> tuple[Group, ...]:
             totals = previous[start] + (stop - start) * widths[stop - 1]
             starts[-1][stop] = start[int(totals.argmin())]
             best[stop] = totals.min()
-    found, end = [], num
+    groups, end = [], num
     for start_of in reversed(starts):
-        found.append(Group(int(start_of[end]), end, int(lengths[end - 1])))
-        end = found[-1].start
-    return tuple(reversed(found))
+        groups.append(Group(int(start_of[end]), end, int(lengths[end - 1])))
+        end = groups[-1].start
+    return tuple(reversed(groups))
 
 
 def _cheapest_cuts(num: int, costs: Callable[[int], Costs]) -> list[tuple[int, int]]:
-    """Cuts 0 to `num` into pieces; `costs(stop)` are those of the pieces that begin at 0, 1, ... and end at `stop`."""
+    """Cut the range 0 to `num` into pieces at the lowest total cost, by dynamic programming.
+
+    costs(stop): cost of each piece that ends at `stop`, by its start from 0 on: shape (stop,)."""
     best, start_of = np.zeros(num + 1), np.zeros(num + 1, dtype=np.int64)
     for stop in range(1, num + 1):
         totals = best[:stop] + costs(stop)

@@ -1,4 +1,4 @@
-"""What a worker process prints: tercet's own lines, and not the notices of six libraries, which are imported here."""
+"""Imports the machine-learning libraries, and keeps their notices out of the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ logger = logging.getLogger("tercet")
 
 
 def import_quietly() -> None:
-    """One process in many: the libraries' progress bars and notices would drown what matters. Errors still show."""
+    """Import the libraries, silence their progress bars and notices, and send tercet's log to standard output.
+
+    With many workers, the notices would drown what matters. Errors still show."""
     _import_libraries()
     import datasets
     import transformers
@@ -35,13 +37,13 @@ def import_quietly() -> None:
 
 @functools.cache
 def _import_libraries() -> None:
-    """What is imported stays. Looking for garbage in it, again and again, is a quarter of a worker's imports.
+    """Import the libraries without garbage collection, which takes a quarter of the time: what they create stays.
 
-    Once a process: garbage of a run before would be kept with the rest."""
+    Cached, because a second call would also freeze garbage of the run before."""
     gc.disable()
     import torch
 
-    # accelerate imports DeepSpeed wherever it is installed, which else says in each process that it found no GPU.
+    # accelerate imports DeepSpeed if it is installed. Without this, each process would log that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import sentence_transformers  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""LoRA by peft: small trained matrices beside frozen weights; the published model is merged."""
+"""LoRA by peft: trains an adapter beside frozen weights, and merges it into the published model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from sentence_transformers import SentenceTransformer
 from tercet.config.sections import LoraConfig
 from tercet.errors import ConfigError, CorruptObject
 
-# In a checkpoint: every trained weight by its name, for resuming. The merged model could not be taken apart again.
+# In a checkpoint: every trained weight by its name, to resume from. A merged adapter cannot be separated again.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 # In a checkpoint and in the published model: the adapter alone, as peft loads it.
 ADAPTER_FOLDER = "adapter"
 
 
 def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
-    """Freeze the encoder and put an adapter beside its linear layers. Modules after the encoder (Dense) are trained
-    whole. Raises ConfigError when a target does not exist."""
+    """Freeze the encoder and add an adapter beside its linear layers. Modules after the encoder (Dense) train whole.
+
+    Raises ConfigError when a target module does not exist."""
     import peft
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     hint = f"the model's linear layers are {', '.join(sorted(linear))}"
-    # peft is content when one of several names is found.
+    # peft accepts a list of which only one name exists.
     for target in [] if isinstance(targets, str) else targets:
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
             raise ConfigError(f"model.lora.target_modules: the model has no `{target}`", hint)
@@ -46,7 +47,7 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
 
 
 def save_merged(model: SentenceTransformer, folder: Path) -> None:
-    """Write the adapter, the trained weights, and the model with the adapter merged into it. `model` is used up."""
+    """Write the adapter, the trained weights, and the model with the adapter merged. `model` is unusable afterwards."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict
 
@@ -73,15 +74,16 @@ def save_merged(model: SentenceTransformer, folder: Path) -> None:
 
 
 def load_trained(model: SentenceTransformer, folder: Path) -> None:
-    """Into the base model with a fresh adapter, what a checkpoint trained. Raises CorruptObject when names or shapes
-    differ."""
+    """Load the trained weights of a checkpoint into the base model with a new adapter.
+
+    Raises CorruptObject when names or shapes differ."""
     weights = load_file(folder / TRAINED_WEIGHTS)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # copy_ would broadcast a rank of 1 into any other without an error.
+    # copy_ would silently broadcast an adapter of rank 1 into one of any other rank.
     if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise CorruptObject(
             f"{folder / TRAINED_WEIGHTS} does not hold the weights that this recipe trains",
-            hint="was it another recipe?",
+            hint="did the checkpoint come from another recipe?",
         )
     for name, parameter in parameters.items():
         parameter.data.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""The loss named in a recipe, as sentence-transformers makes it."""
+"""Makes the recipe's loss by sentence-transformers, and computes it from embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DISTANCES = {
     "cosine": TripletDistanceMetric.COSINE,
     "manhattan": TripletDistanceMetric.MANHATTAN,
 }
-# Both classes are deprecated in sentence-transformers 6.2, and will be removed; these are the same by its own word.
+# Both classes are deprecated in sentence-transformers 6.2, whose documentation names these as equal.
 _SYMMETRIC = {
     "MultipleNegativesSymmetricRankingLoss": losses.MultipleNegativesRankingLoss,
     "CachedMultipleNegativesSymmetricRankingLoss": losses.CachedMultipleNegativesRankingLoss,
@@ -30,16 +30,16 @@ _SYMMETRIC = {
 
 
 def make_loss(config: LossConfig, model: SentenceTransformer, guide: SentenceTransformer | None = None) -> Any:
-    """The loss named in the recipe, around the model. A guide that it needs and is not given is loaded.
+    """Return the recipe's loss around a model. If it needs a guide and none is given, the guide is loaded.
 
-    Raises ConfigError when the loss does not go with this model."""
+    Raises ConfigError when the loss cannot be used with this model."""
     arguments = config.model_dump(exclude={"name", "matryoshka", "guide", "guide_revision"})
     if "distance_metric" in arguments:
         arguments["distance_metric"] = _DISTANCES[arguments["distance_metric"]]
     if "similarity_fct" in arguments:
         arguments["similarity_fct"] = getattr(util, arguments["similarity_fct"])
     if "gather_across_devices" in arguments:
-        # sentence-transformers 6.2 asks for the rank of a process group even where there is none to gather from.
+        # sentence-transformers 6.2 asks for its rank even if there is no process group to gather from.
         arguments["gather_across_devices"] = config.crosses_ranks and torch.distributed.is_initialized()
     if config.name in _SYMMETRIC:
         arguments |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -50,25 +50,24 @@ def make_loss(config: LossConfig, model: SentenceTransformer, guide: SentenceTra
         loss = loss_class(model, **arguments)
     except ValueError as error:
         raise ConfigError(
-            f"loss.name={config.name} does not go with this model: {error}", hint="choose another loss or model"
+            f"loss.name={config.name} cannot be used with this model: {error}", hint="choose another loss or model"
         ) from error
     return loss if config.matryoshka is None else _matryoshka(config.matryoshka, model, loss)
 
 
 def load_guide(config: LossConfig, device: str = "cpu") -> SentenceTransformer | None:
-    """The guide of a GIST loss, frozen, or None for a loss that has none. The trainer moves it to the model's device,
-    as a part of the loss.
+    """Return the frozen guide of a GIST loss, or None for any other loss.
 
-    Raises ConfigError when it cannot be loaded."""
+    The trainer moves it to the model's device, as a part of the loss. Raises ConfigError when it cannot be loaded."""
     if not isinstance(config, GuidedLossConfig):
         return None
     try:
         guide = load_model(ModelConfig(name_or_path=config.guide, revision=config.guide_revision), device=device)
     except ConfigError as error:
         message = error.message.replace("model.name_or_path", "loss.guide")
-        # What it advises for the model (model.trust_remote_code, model.config_kwargs) a guide does not have.
+        # Hints about model.trust_remote_code or model.config_kwargs do not apply to a guide.
         raise ConfigError(message, "choose another guide" if "model." in error.hint else error.hint) from error
-    # The trainer gives all weights of a loss that ask for gradients to the optimizer.
+    # The trainer optimizes all weights of the loss that require gradients.
     return guide.requires_grad_(False).eval()
 
 
@@ -79,7 +78,7 @@ def _matryoshka(config: MatryoshkaConfig, model: SentenceTransformer, loss: Any)
         raise ConfigError(
             f"loss.matryoshka.dims: {', '.join(map(str, too_wide))} is wider than the model's embeddings, "
             f"which have {width} components",
-            hint=f"no more than {width}",
+            hint=f"choose widths of at most {width}",
         )
     return losses.MatryoshkaLoss(
         model,
@@ -96,8 +95,10 @@ Features = dict[str, Any]
 def loss_of(
     loss: Any, columns: Sequence[Features], embeddings: Sequence[torch.Tensor], labels: torch.Tensor | None = None
 ) -> Any:
-    """What a loss without gradient caching says of a batch. columns: the features of each column, for what else the
-    loss looks at. embeddings: of each column, shape (num_rows, width)."""
+    """Compute a loss without gradient caching from the embeddings of a batch.
+
+    columns: the features of each column, which some losses read too. embeddings: one tensor per column, shape
+    (num_rows, width). Returns what the loss returns."""
     with _given_embeddings(loss):
         return loss(
             [{**features, "sentence_embedding": own} for features, own in zip(columns, embeddings, strict=True)], labels
@@ -105,7 +106,9 @@ def loss_of(
 
 
 def loss_value(loss: Any, embeddings: Sequence[torch.Tensor]) -> float:
-    """What a loss that looks at embeddings only says of a batch, with gradient caching or without."""
+    """Compute a loss that reads embeddings only, with or without gradient caching; no gradients.
+
+    embeddings: one tensor per column, shape (num_rows, width)."""
     with torch.no_grad():
         if uses_gradient_cache(loss):
             caching = loss.loss if isinstance(loss, MatryoshkaLoss) else loss
@@ -114,7 +117,7 @@ def loss_value(loss: Any, embeddings: Sequence[torch.Tensor]) -> float:
 
 
 class _Given(torch.nn.Module):  # type: ignore[misc]
-    """Hands out embeddings that are among the features already."""
+    """Stands in for a model: returns the embeddings that the features already contain."""
 
     def forward(self, features: Features) -> Features:
         return {"sentence_embedding": features["sentence_embedding"]}
@@ -122,8 +125,9 @@ class _Given(torch.nn.Module):  # type: ignore[misc]
 
 @contextmanager
 def _given_embeddings(loss: Any) -> Iterator[None]:
-    """Inside, the loss finds the embeddings where it would call the model. MatryoshkaLoss holds the model, too, beside
-    the loss that it holds."""
+    """Inside the block, the loss gets the given embeddings when it calls its model.
+
+    MatryoshkaLoss holds the model as well as the inner loss, so both are replaced."""
     holders: list[Any] = [holder for holder in (loss, getattr(loss, "loss", None)) if hasattr(holder, "model")]
     models, given = [holder.model for holder in holders], _Given()
     try:

@@ -1,8 +1,8 @@
-"""Attention over one row of many texts, each of which sees only itself.
+"""Attention over one row of many texts, each of which attends only to itself, by the best kernel for the device.
 
-Registered with transformers 5.23 under a name, so that the models' own code calls it. It gets the queries, keys and
-values of the whole row and, through the keyword arguments of the forward pass, the row's layout. Without a layout it is
-transformers' own `sdpa`.
+It is registered with transformers 5.23 under a name, so the models' own code calls it. It gets the queries, keys and
+values of the whole row and, as a keyword argument of the forward pass, the row's layout. Without a layout it is
+transformers' `sdpa`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tercet.model.grouped_attention import GroupedAttention, Layout, attend_by_k
 
 PACKED_ATTENTION = "tercet_packed"
 
-# Two kernels differ by rounding, to the scale of their largest value: bfloat16 has 8 bits. A text that sees another
-# is off by about all of it.
+# Largest difference between two kernels, relative to the largest value. Rounding gives less: bfloat16 has 8 bits. A
+# text that attends to another one gives about 1.
 MAX_TRIAL_ERROR = 0.05
 
-# Tokens of a text from which torch's kernel is used without dropout: on a CPU 1.3 times as fast there, 3.4 times at
-# 2,048, and its memory grows with the length, not with its square. Below, matrices are faster, and on a CPU in 16 bits
-# up to twice the length; with dropout on a CPU they always are, and the smaller ones (docs/log.md).
+# Texts of this many tokens or more use torch's kernel. On a CPU without dropout it is 1.3 times as fast at this length
+# and 3.4 times at 2,048, and its memory grows with the length, not with its square. Shorter texts are faster as
+# matrices; on a CPU in 16 bits, up to twice this length; with dropout on a CPU, at any length (docs/log.md).
 LONG_TEXT = 512
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -47,12 +47,14 @@ def attend(
     window: int | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Shape (num_tokens, num_heads, head_width), as query, key and value.
+    """Return the attention of each token to its own text: shape (num_tokens, num_heads, head_width), as the inputs.
 
-    window: tokens see those less than so many places away. bias: shape (num_heads, max_length, max_length), added to
-    the scores. On a GPU, in 16 bits, it is torch's attention for rows of texts, where that is found to be right; it
-    knows neither bias nor dropout. Long texts go to torch's attention for matrices, where that is better."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary positions may come in another type
+    window: tokens attend to those less than this many places away. bias: shape (num_heads, max_length, max_length),
+    added to the scores. dropout: probability for each attention weight.
+
+    On a GPU in 16 bits, without bias and dropout, this is torch's kernel for rows of texts, unless it is wrong there.
+    Otherwise it is `GroupedAttention`, or torch's kernel for matrices if texts are long."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings may change the type
     if _knows_bounds(value, dropout, bias) and _uses_bounds(layout, value):
         return _with_bounds(query, key, value, layout, scaling, window)
     slow_kernel = not value.is_cuda and value.dtype in SIXTEEN_BITS
@@ -63,8 +65,8 @@ def attend(
         return attend_by_kernel(query, key, value, long, scaling, window, dropout)
     num_tokens = [short.num_tokens, long.num_tokens]
     (q, q_long), (k, k_long), (v, v_long) = (rows.split(num_tokens) for rows in (query, key, value))
-    of_short = _in_matrices(q, k, v, short, scaling, window, dropout)
-    return torch.cat([of_short, attend_by_kernel(q_long, k_long, v_long, long, scaling, window, dropout)])
+    short_output = _in_matrices(q, k, v, short, scaling, window, dropout)
+    return torch.cat([short_output, attend_by_kernel(q_long, k_long, v_long, long, scaling, window, dropout)])
 
 
 def _knows_bounds(value: Any, dropout: float, bias: torch.Tensor | None) -> bool:
@@ -90,16 +92,16 @@ def _with_bounds(
 
 @functools.cache
 def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Why torch's attention for rows of texts is not used on this device; None where it is.
+    """Return why torch's kernel for rows of texts cannot be used on this device, or None if it can.
 
-    Tried on a few texts: torch's kernels ask for certain GPUs and widths, and one that overlooked the bounds would
-    train on nonsense without an error. Values and gradients must be those of `GroupedAttention`."""
+    It is tried on a few texts: torch's kernels need certain GPUs and widths, and one that ignored the bounds would
+    silently train on nonsense. Its output and gradients must be close to those of `GroupedAttention`."""
     try:
         for window in (None, 4):
-            found, expected = (
+            by_bounds, expected = (
                 _trial(attention, device, dtype, head_width, window) for attention in (_with_bounds, _in_matrices)
             )
-            for name, left, right in zip(("output", "query", "key", "value"), found, expected, strict=True):
+            for name, left, right in zip(("output", "query", "key", "value"), by_bounds, expected, strict=True):
                 error = float((left - right).abs().max() / right.abs().max())
                 if not error <= MAX_TRIAL_ERROR:
                     raise ArithmeticError(f"its {name} is off by {error:.0%}")
@@ -107,7 +109,7 @@ def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -
         raise  # says nothing about the kernel, and the answer is kept
     except (RuntimeError, ValueError, ArithmeticError) as error:
         why = first_line(error)
-        logger.warning("attention: torch's own for rows of texts is not used on %s (%s), but a slower one", device, why)
+        logger.warning("attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why)
         return why
     return None
 
@@ -115,12 +117,12 @@ def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -
 def _trial(
     way: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, head_width: int, window: int | None
 ) -> list[torch.Tensor]:
-    """What an attention gives for some texts, then the gradients of query, key and value; in fp32."""
+    """Return the output of an attention for some texts, and the gradients of query, key and value, all in fp32."""
     lengths = (1, 2, 7, 7, 30)
     draw = torch.Generator().manual_seed(0)
     shape = (sum(lengths), 2, head_width)
-    # The first evaluation, where this may be called first, is in inference mode. The first step of a resumed run may be
-    # within a layer that is computed again later: what is saved here must not be counted there.
+    # The first call may be in an evaluation, which is in inference mode, or in a layer with gradient checkpointing,
+    # which must not count the tensors that are saved here.
     own = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     with own, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         drawn = [torch.randn(shape, generator=draw).to(device, dtype) for _ in range(4)]
@@ -139,8 +141,8 @@ def _in_matrices(
     dropout: float = 0.0,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    found: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
-    return found
+    output: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, window)
+    return output
 
 
 def _attention_function(
@@ -155,19 +157,21 @@ def _attention_function(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: query, key and value of shape (1, num_heads, num_tokens, head_width)."""
+    """Attention in the form that transformers calls: query, key, value of shape (1, num_heads, num_tokens, head_width).
+
+    Returns shape (1, num_tokens, num_heads, head_width), and None in place of the attention weights."""
     if layout is None:
         arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
         padded: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
         return padded, None
-    # squeeze, not [0]: its backward pass is a view, that of an index is a copy among zeros.
+    # squeeze, not [0]: its backward pass is a view; that of an index allocates and copies.
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, layout, scale, dropout, sliding_window)[None], None
 
 
 def _mask_function(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """None for a row of texts, which comes without a mask: a matrix over all of its tokens would be huge."""
+    """Return None for a row of texts, which has no mask: a matrix over all of its tokens would be huge."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

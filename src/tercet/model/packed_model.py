@@ -1,8 +1,8 @@
-"""A model that takes rows of many texts, and all columns of a batch in one forward pass.
+"""Makes a model take many texts in one row, and all columns of a batch in one forward pass.
 
-sentence-transformers 6.2 has a format for texts without padding, made for flash attention: `cu_seq_lens_q` among the
-features bounds the texts of one row. Its tokenization, pooling, mini-batches and losses know it. Packing is that
-format, with an attention that needs no flash attention, and with all columns in one row.
+sentence-transformers 6.2 has a format for texts without padding, made for flash attention: the feature `cu_seq_lens_q`
+holds the bounds of the texts in one row. Its tokenization, pooling, mini-batches and losses support it. Packing is that
+format, with an attention that does not need flash attention, and with all columns in one row.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tercet.model.packed_attention import PACKED_ATTENTION, SIXTEEN_BITS, attend
 from tercet.planning import packing
 from tercet.planning.packing import Facts, Packing
 
-# What a model's own forward pass gets beside the names in its signature.
+# Features that a model's forward pass gets in addition to the names in its signature.
 ROW_KEYS = {"position_ids", "layout"}
 
 
 class Forward(NamedTuple):
-    """How a model's texts share a forward pass, and why."""
+    """How the texts of a batch share a forward pass of the model, and why."""
 
     packing: Packing
     reason: str
@@ -39,16 +39,18 @@ class Forward(NamedTuple):
 
     @property
     def is_together(self) -> bool:
-        """Whether all columns are embedded by tercet before the loss is called, which otherwise calls the model."""
+        """Whether tercet embeds all columns together before it calls the loss. Otherwise the loss calls the model."""
         return self.packing != "plain" and not self.is_cached
 
     def loss(self, loss: Any, model: Any, columns: list[Features], labels: torch.Tensor | None = None) -> Any:
-        """What `loss` says of the columns of a batch, embedded by `model`, which may be wrapped."""
+        """Embed the columns of a batch, and return what `loss` returns for them: a scalar with its graph.
+
+        loss: one without gradient caching. model: may be wrapped. labels: shape (num_rows,), if the loss needs them."""
         assert self.is_together
         return loss_of(loss, columns, self.embed(model, columns), labels)
 
     def embed(self, model: Any, columns: list[Features]) -> list[torch.Tensor]:
-        """The embeddings of each column's texts, in as few passes of the model as there can be."""
+        """Return the embeddings of each column, shape (num_texts, width), in as few forward passes as possible."""
         if self.packing == "packed":
             embeddings = model(one_row(columns, self.drops_prompts))["sentence_embedding"]
             return list(embeddings.split([len(features["cu_seq_lens_q"]) - 1 for features in columns]))
@@ -127,11 +129,10 @@ def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
 def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None:
     """Make a model tokenize into rows and run on them, in `encode` too. Padded features still work.
 
-    Does what `Transformer._can_flatten_inputs` of sentence-transformers 6.2 does where flash attention is installed.
-    Nothing of it is saved with the model."""
+    Sets what sentence-transformers 6.2 sets if flash attention is installed. Nothing of it is saved with the model."""
     transformer = model[0]
     encoder = transformer.model
-    if encoder.config.model_type == "mpnet":  # has attention code of its own
+    if encoder.config.model_type == "mpnet":  # has its own attention code
         for layer in encoder.encoder.layer:
             layer.attention.attn.forward = MethodType(_mpnet_attention, layer.attention.attn)
         encoder.forward = MethodType(_mpnet_forward, encoder)
@@ -144,12 +145,15 @@ def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None
         transformer.model_forward_params |= ROW_KEYS
     transformer.can_flatten_inputs = True
     transformer.by_bounds = by_bounds
-    # A method, not a function with the module in it: a copy of the model gets one of its own.
+    # A bound method, so that a deep copy of the model gets one of its own.
     transformer.forward = MethodType(_forward_row, transformer)
 
 
 def one_row(columns: list[Features], drops_prompts: bool) -> Features:
-    """The texts of all columns one after the other, as the features of one."""
+    """Concatenate the texts of all columns into the features of one row.
+
+    Each column has `input_ids` of shape (1, num_tokens) and `cu_seq_lens_q` of shape (num_texts + 1,), and so has the
+    result. drops_prompts: add the length of each text's prompt, which the pooling leaves out."""
     counts = [len(features["cu_seq_lens_q"]) - 1 for features in columns]
     bounds = torch.cat([features["cu_seq_lens_q"].diff() for features in columns]).cumsum(0)
     bounds = pad(bounds, (1, 0)).to(torch.int32)
@@ -159,13 +163,13 @@ def one_row(columns: list[Features], drops_prompts: bool) -> Features:
         "modality": columns[0]["modality"],
     }
     prompts = [int(features.get("prompt_length", 0)) for features in columns]
-    if drops_prompts and any(prompts):  # Pooling knows one length for all
+    if drops_prompts and any(prompts):  # Pooling supports one length for all texts
         row["prompt_lengths"] = [length for length, count in zip(prompts, counts, strict=True) for _ in range(count)]
     return row
 
 
 def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
-    """Around `Transformer.forward`: sorts the texts of a row by length, and puts the results back in their places."""
+    """Extends `Transformer.forward`: sorts the texts of a row by length, and restores their order in the results."""
     forward = type(self).forward
     if "cu_seq_lens_q" not in features:
         padded: Features = forward(self, features, **kwargs)
@@ -181,7 +185,7 @@ def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
     )
     row = {
         "input_ids": features["input_ids"][:, place],
-        # Not those of the features: a guide may count from another number than the model that they were made for.
+        # Not those of the features: a guide may count positions from another number than the model does.
         "position_ids": (torch.cat([torch.arange(length) for length in lengths]) + offset)[None].to(device),
         "layout": layout,
         "modality": features["modality"],
@@ -196,8 +200,9 @@ def _forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
 
 
 def _without_prompts(place: torch.Tensor, bounds: list[int], prompts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places of the tokens to pool, and the bounds of what is left of each text. A text that is all prompt, because
-    it was cut, is left whole."""
+    """Return the places of the tokens to pool, and the bounds of each text without its prompt.
+
+    A text that is all prompt, because it was truncated, stays whole."""
     texts = zip(pairwise(bounds), prompts, strict=True)
     starts = [start + (prompt if stop - start > prompt else 0) for (start, stop), prompt in texts]
     kept = torch.cat([place[start:stop] for start, stop in zip(starts, bounds[1:], strict=True)])
@@ -206,7 +211,9 @@ def _without_prompts(place: torch.Tensor, bounds: list[int], prompts: list[int])
 
 
 def _padded_chunks(columns: list[Features]) -> tuple[list[Features], torch.Tensor]:
-    """The rows of all columns, shortest first, in chunks cut to their longest; and which row comes where."""
+    """Return the texts of all columns in chunks, shortest first, each as wide as its longest text; and their order.
+
+    The order has shape (num_texts,): the index of each text in the columns one after the other."""
     widest = max(features["input_ids"].shape[1] for features in columns)
     names = [name for name, value in columns[0].items() if isinstance(value, torch.Tensor) and value.ndim == 2]
     merged = {
@@ -223,7 +230,7 @@ def _padded_chunks(columns: list[Features]) -> tuple[list[Features], torch.Tenso
 
 
 def _mpnet_forward(self: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
-    """Around `MPNetModel.forward` of transformers 5.23, which makes a matrix over all tokens of the row."""
+    """Extends `MPNetModel.forward` of transformers 5.23, which would make a matrix over all tokens of the row."""
     if layout is None:
         return type(self).forward(self, **kwargs)
     hidden = self.embeddings(input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"])
@@ -236,7 +243,7 @@ def _mpnet_forward(self: Any, layout: Layout | None = None, **kwargs: Any) -> An
 def _mpnet_attention(
     self: Any, hidden_states: torch.Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any
 ) -> Any:
-    """Around `MPNetSelfAttention.forward`: a layout comes in the place of the mask."""
+    """Extends `MPNetSelfAttention.forward`: takes a layout in place of the attention mask."""
     if not isinstance(attention_mask, Layout):
         return type(self).forward(self, hidden_states, attention_mask, position_bias, **kwargs)
     width = self.attention_head_size

@@ -1,6 +1,6 @@
-"""How the model lies on the ranks: set up before it is loaded, checked once it is wrapped, gathered to be saved.
+"""Checks how the weights of a wrapped model are distributed over ranks, and gathers them to be saved.
 
-The libraries fail here without an error (sentence-transformers 6.2, accelerate 1.15): on CPU, FSDP falls back to DDP,
+The libraries fail here without an error (sentence-transformers 6.2, accelerate 1.15): on a CPU, FSDP falls back to DDP,
 and a sharded model is saved with empty tensors.
 """
 
@@ -24,7 +24,7 @@ from tercet.planning import parallelism as settings
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """A model made in here is whole, also where transformers would cut it up for ZeRO-3 as it is loaded."""
+    """Inside the block, transformers loads whole models, also while ZeRO-3 would make it load shards."""
     from transformers.integrations import deepspeed
 
     before = deepspeed._hf_deepspeed_config_weak_ref
@@ -36,7 +36,7 @@ def unsharded() -> Iterator[None]:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of an encoder: the modules of each outermost ModuleList."""
+    """Return the layers of an encoder: the modules with parameters of each outermost ModuleList."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     nested = {id(module) for outer in lists for module in outer.modules() if module is not outer}
     return [
@@ -45,10 +45,10 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def unit_classes(model: torch.nn.Module) -> list[str]:
-    """Names of the classes that FSDP2 is to gather one at a time: layers, and what holds the embeddings.
+    """Return the classes of modules that FSDP2 shall gather one at a time, by name: layers, and the embeddings' module.
 
-    accelerate 1.15 asks the model for `_no_split_modules`. That is empty in sentence-transformers 6.2: the whole model
-    would be gathered at once, without a word."""
+    accelerate 1.15 would read the model's `_no_split_modules`, which is empty in sentence-transformers 6.2. The whole
+    model would be gathered at once, without a warning."""
     units = layers(model)
     encoder = getattr(model, "transformers_model", None)
     if encoder is not None:
@@ -57,35 +57,35 @@ def unit_classes(model: torch.nn.Module) -> list[str]:
         num_uses = sum(p is table.weight for _, p in model.named_parameters(remove_duplicate=False))
         if not layers(holder):
             units.append(holder)
-        elif num_uses == 1:  # a tied table cannot be in two units
+        elif num_uses == 1:  # a tied table cannot belong to two units
             units.append(table)
     return sorted({type(unit).__name__ for unit in units})
 
 
 def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: int) -> None:
-    """Raises TrainingError unless the wrapped model is what the plan says."""
-    found = _parallelism_of(model)
-    # One rank by itself is not wrapped; under torchrun or Ray it is.
-    lone = world_size == 1 and parallelism == "ddp" and found == "a lone model"
-    if found == "DataParallel":
+    """Check that the wrapped model has the plan's parallelism. Raises TrainingError if not."""
+    wrapped_as = _parallelism_of(model)
+    # A single process is not wrapped; a single rank under torchrun or Ray is.
+    lone = world_size == 1 and parallelism == "ddp" and wrapped_as == "a lone model"
+    if wrapped_as == "DataParallel":
         raise TrainingError(
             "one process would train on several GPUs, which no plan asks for",
-            hint="start a process for each of them with torchrun, or name one in CUDA_VISIBLE_DEVICES",
+            hint="start one process per GPU with torchrun, or name one GPU in CUDA_VISIBLE_DEVICES",
         )
-    if found != parallelism and not lone:
+    if wrapped_as != parallelism and not lone:
         raise TrainingError(
-            f"the plan says parallelism {parallelism} on {world_size} workers, but the model is trained as {found}",
-            hint="this is a fault of tercet or of the installed accelerate; another workers.parallelism is the way out",
+            f"the plan says parallelism {parallelism} on {world_size} workers, but the model runs as {wrapped_as}",
+            hint="this is a fault of tercet or of the installed accelerate; choose another workers.parallelism",
         )
     if parallelism == "fsdp2" and any(not isinstance(layer, FSDPModule) for layer in layers(model)):
         raise TrainingError(
             "fsdp2 would gather the whole model at once: its layers are not wrapped one by one",
-            hint="this is a fault of tercet or of the installed accelerate; take zero3, which gathers layer by layer",
+            hint="this is a fault of tercet or of the installed accelerate; choose zero3, which gathers layer by layer",
         )
     if settings.shards_weights(parallelism):
         for name, parameter in model.named_parameters():
             num_elements, num_local = _sizes(parameter)
-            # Whole rows of the first dimension are dealt out (FSDP2), or equal parts that are filled up (ZeRO-3).
+            # FSDP2 distributes whole rows of the first dimension, ZeRO-3 equal parts of which the last is padded.
             limit = -(-num_elements // world_size)
             if isinstance(parameter, dist.tensor.DTensor):
                 limit = -(-parameter.shape[0] // world_size) * parameter[0:1].numel()
@@ -97,12 +97,13 @@ def check_wrapped(model: torch.nn.Module, parallelism: Parallelism, world_size: 
 
 
 def check_recomputes(model: torch.nn.Module) -> None:
-    """Raises ConfigError for a model that does no gradient checkpointing: sentence-transformers 6.2 skips modules that
-    do not support it, all of them if need be."""
+    """Check that at least one module does gradient checkpointing. Raises ConfigError if none does.
+
+    sentence-transformers 6.2 silently skips modules that do not support it."""
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ConfigError(
-            "training.gradient_checkpointing: nothing in this model does it, so no memory would be saved",
-            hint="leave it away; training.gradient_accumulation_steps lowers the memory of activations too",
+            "training.gradient_checkpointing: nothing in this model supports it, so no memory would be saved",
+            hint="omit it; training.gradient_accumulation_steps lowers the memory of activations too",
         )
 
 
@@ -118,7 +119,7 @@ def _parallelism_of(model: torch.nn.Module) -> str:
 
 
 def _sizes(parameter: Any) -> tuple[int, int]:
-    """Elements of a parameter, and those that lie on this rank."""
+    """Return the number of elements of a parameter, and how many of them this rank holds."""
     if hasattr(parameter, "ds_id"):
         return parameter.ds_numel, parameter.ds_tensor.ds_numel
     if isinstance(parameter, dist.tensor.DTensor):
@@ -127,15 +128,16 @@ def _sizes(parameter: Any) -> tuple[int, int]:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """FSDP2 leaves the root's parameters gathered after an evaluation, and in 16 bits where it trains in them; put them
-    back to what each rank holds."""
+    """Return FSDP2's parameters to what each rank holds.
+
+    After an evaluation, FSDP2 leaves those of the root gathered, and in 16 bits if it trains in them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local_values(parameter: Any) -> torch.Tensor:
-    """What this rank holds of a parameter; no communication."""
+    """Return the part of a parameter that this rank holds. Not a collective."""
     if hasattr(parameter, "ds_id"):
         tensor: torch.Tensor = parameter.ds_tensor.detach()
         return tensor
@@ -145,9 +147,11 @@ def local_values(parameter: Any) -> torch.Tensor:
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """The whole weights and buffers on rank 0's CPU, None on the others. A collective where weights are sharded: every
-    rank must call it. One parameter at a time is gathered, so no device needs room for the model. In fp32, whatever the
-    precision of the training: an optimizer's step is often too small for 16 bits."""
+    """Return all whole weights and buffers by name, on the CPU of rank 0; None on the other ranks.
+
+    A collective where weights are sharded: every rank must call it. One parameter is gathered at a time, so no device
+    needs room for the whole model. They are in fp32 whatever the precision of the training: an optimizer's step is
+    often too small for 16 bits."""
     reshard(model)
     rank = dist.get_rank() if dist.is_initialized() else 0
     gathered: dict[str, torch.Tensor] = {}
@@ -163,7 +167,7 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
 def _whole(parameter: Any) -> torch.Tensor:
     if hasattr(parameter, "ds_id"):
-        # Not by `GatheredParameters`: under autocast DeepSpeed 0.19 gathers in 16 bits, and saved weights were rounded.
+        # Not by `GatheredParameters`: under autocast, DeepSpeed 0.19 gathers in 16 bits, and would round the weights.
         own = parameter.ds_tensor.detach().to(parameter.device)
         parts = own.new_empty(own.numel() * parameter.ds_zero_partition_world_size)
         dist.all_gather_into_tensor(parts, own, group=parameter.ds_process_group)
@@ -174,18 +178,18 @@ def _whole(parameter: Any) -> torch.Tensor:
 
 
 def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put gathered weights into a whole model of the same architecture.
+    """Copy gathered weights into a whole model of the same architecture.
 
-    Raises CorruptObject when a parameter was not gathered, or not with its shape."""
+    Raises CorruptObject when a parameter is missing or has another shape."""
     for name, parameter in model.named_parameters():
-        found = weights.get(name)
-        if found is None or found.shape != parameter.shape:
-            shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+        weight = weights.get(name)
+        if weight is None or weight.shape != parameter.shape:
+            shape = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
             raise CorruptObject(
                 f"{name} is {shape} among the gathered weights, and should be of shape {tuple(parameter.shape)}",
                 hint="the model would be saved incomplete: this is a fault of tercet or of the installed libraries",
             )
-        parameter.data.copy_(found)
+        parameter.data.copy_(weight)
     buffers = dict(model.named_buffers())
     for name, value in weights.items():
         if name in buffers:
@@ -193,8 +197,9 @@ def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 def check_saved(folder: Path, model: torch.nn.Module) -> None:
-    """Raises CorruptObject unless the safetensors files below `folder` hold every parameter of `model`, with its shape.
-    Reads their headers alone."""
+    """Check that the safetensors files below a folder hold a tensor for every parameter of a model, by shape.
+
+    Reads only the headers of the files. Raises CorruptObject if a tensor is missing or empty."""
     saved: Counter[tuple[int, ...]] = Counter()
     for path in folder.rglob("model*.safetensors"):
         with safe_open(path, "pt") as file:

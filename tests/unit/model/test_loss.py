@@ -252,7 +252,7 @@ def test_a_matryoshka_wider_than_the_model(model: SentenceTransformer) -> None:
     assert caught.value.message == (
         f"loss.matryoshka.dims: 64, 33 is wider than the model's embeddings, which have {HIDDEN} components"
     )
-    assert caught.value.hint == f"no more than {HIDDEN}"
+    assert caught.value.hint == f"choose widths of at most {HIDDEN}"
 
 
 @pytest.mark.parametrize("matryoshka", [None, MATRYOSHKA], ids=["plain", "matryoshka"])
@@ -364,6 +364,8 @@ def test_a_guide_with_code_of_its_own(tmp_path: Path) -> None:
 
 def test_a_loss_that_does_not_go_with_the_model() -> None:
     static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(all_texts()), embedding_dim=8)], device="cpu")
-    with pytest.raises(ConfigError, match=r"loss\.name=CachedMultipleNegativesRankingLoss does not go with this model"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.name=CachedMultipleNegativesRankingLoss cannot be used with this model"
+    ):
         make_loss(config("CachedMultipleNegativesRankingLoss"), static)
     assert run(make_loss(config("MultipleNegativesRankingLoss"), static), static, 1)

@@ -245,7 +245,7 @@ def test_a_model_that_would_be_gathered_whole(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_model_that_cannot_recompute() -> None:
     model = Model()
-    with pytest.raises(ConfigError, match="nothing in this model does it"):
+    with pytest.raises(ConfigError, match="nothing in this model supports it"):
         check_recomputes(model)
     model.first.gradient_checkpointing = True
     check_recomputes(model)
