@@ -1,4 +1,4 @@
-"""Whole runs of one worker on a CUDA device: every mode that one worker can do ends near the weights of a CPU run."""
+"""Whole runs of one worker on a CUDA device: in every mode, the weights end close to those of a CPU run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
     store: Path,
     environment: dict[str, str],
 ) -> dict[str, Any]:
-    """Trains one epoch; returns the log. One device only: transformers would take DataParallel for several."""
+    """Train one epoch and return the log. One device is visible: with several, transformers would use DataParallel."""
     path = write_plan(
         folder,
         run_id,
@@ -53,7 +53,7 @@ def run(
 
 
 def trained_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
-    """Without the key's bias: its gradient is rounding alone, which Adam turns into whole steps."""
+    """Return the weights without the key's bias: its gradient is only rounding, which Adam turns into full steps."""
     return {name: value for name, value in final_weights(store, run_id).items() if not name.endswith("key.bias")}
 
 
@@ -61,7 +61,7 @@ def trained_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
 def on_cpu(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, store: Path, environment: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """The weights that a CPU run ends with."""
+    """The final weights of a CPU run."""
     folder = tmp_path_factory.mktemp("on_cpu")
     run("cuda-test-cpu", "ddp", "fp32", False, folder, tiny_model_dir, store, environment)
     return trained_weights(store, "cuda-test-cpu")

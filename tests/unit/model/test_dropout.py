@@ -1,4 +1,4 @@
-"""Dropout that draws 16 bits for each number."""
+"""Dropout that draws 16 random bits per element."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tercet.model.dropout import draw_kept, use_fast_cpu_dropout
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.001, 0.9999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_many_are_left_out_as_asked_for(dropout: float, dtype: torch.dtype) -> None:
-    """In each of the four numbers that come from one drawing."""
+def test_the_requested_share_is_dropped(dropout: float, dtype: torch.dtype) -> None:
+    """At each of the four positions that share one random number of 64 bits."""
     torch.manual_seed(0)
     kept = draw_kept(torch.empty(1000, 1999, dtype=dtype), dropout)
     assert kept.dtype == dtype
@@ -24,7 +24,7 @@ def test_as_many_are_left_out_as_asked_for(dropout: float, dtype: torch.dtype) -
         assert abs(left_out.mean().item() - dropout) < 5 * deviation + 2**-16
 
 
-def test_neighbours_are_drawn_apart() -> None:
+def test_neighbours_are_independent() -> None:
     torch.manual_seed(1)
     dropped = (draw_kept(torch.empty(400_000), 0.1) == 0).double()
     for distance in (1, 2, 3, 4, 8):
@@ -37,7 +37,7 @@ def test_all_or_none() -> None:
     assert (draw_kept(torch.empty(99), 0.0) == 1).all()
 
 
-def test_a_seed_gives_the_same_again() -> None:
+def test_a_seed_gives_the_same_mask() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -47,7 +47,7 @@ def test_a_seed_gives_the_same_again() -> None:
 
 
 def test_modules() -> None:
-    """In training only; what is left is scaled up; the gradient is of what was drawn. A copy is on its own."""
+    """They drop in training only, scale up the rest, and have its gradient. A copy draws its own mask."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.25))
     use_fast_cpu_dropout(model)
     x = torch.ones(2000, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The model that is loaded is the one that the recipe means: its type, its prompts, what of it is trained."""
+"""The loaded model is what the recipe says: its type, its prompts, and which weights are trained."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_weights_are_fp32_whatever_the_files_hold(tmp_path: Path, dtype: torch.d
     assert torch.equal(dict(model.named_parameters())["2.linear.weight"], stored["linear.weight"].float())
 
 
-def test_prompts_go_with_the_model(base: Path, tmp_path: Path) -> None:
+def test_prompts_are_saved_with_the_model(base: Path, tmp_path: Path) -> None:
     load_model(config(base, prompts=PROMPTS), "cpu").save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "config_sentence_transformers.json").read_text())["prompts"] == PROMPTS
     plain, without = (SentenceTransformer(str(folder), device="cpu") for folder in (tmp_path, base))
@@ -54,7 +54,7 @@ def test_prompts_go_with_the_model(base: Path, tmp_path: Path) -> None:
         assert abs(encode(text) - without.encode(text)).max() > 1e-3
 
 
-def test_without_prompts_the_models_own_stay(base: Path, tmp_path: Path) -> None:
+def test_without_prompts_in_the_recipe_the_models_own_stay(base: Path, tmp_path: Path) -> None:
     load_model(config(base, prompts=PROMPTS), "cpu").save_pretrained(str(tmp_path))
     assert load_model(config(tmp_path), "cpu").prompts == PROMPTS
 
@@ -87,7 +87,7 @@ def test_only_the_pooler_is_frozen(base: Path) -> None:
     assert without == frozen, "every other weight takes part, and no frozen one would have"
 
 
-def test_a_stored_model_keeps_all_but_its_place(base: Path, tmp_path: Path) -> None:
+def test_a_stored_model_differs_only_in_its_location(base: Path, tmp_path: Path) -> None:
     named = ModelConfig(name_or_path="hub/name", revision="abc", sha256="0" * 64, max_seq_length=9, pooling="mean")
     stored = stored_model(named, tmp_path)
     assert (stored.name_or_path, stored.revision, stored.sha256) == (str(tmp_path), None, None)
@@ -96,6 +96,6 @@ def test_a_stored_model_keeps_all_but_its_place(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("values", [{"pooling": "cls"}, {"dense_features": 9}])
-def test_another_architecture_than_the_recipes(base: Path, values: dict[str, Any]) -> None:
+def test_an_architecture_other_than_the_recipes_is_refused(base: Path, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         load_model(config(base, **values), "cpu")

@@ -1,4 +1,4 @@
-"""An adapter is trained alone, published merged, and can be taken up again."""
+"""Only the adapter is trained; it is published merged, and training can resume from it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(base: Path, **lora: Any) -> ModelConfig:
 
 
 def trained(base: Path, **lora: Any) -> SentenceTransformer:
-    """Every weight that is trained moved, as training would."""
+    """Change every trained weight, as training would."""
     model = make_model(config(base, **lora), "cpu")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def save(model: SentenceTransformer, base: Path, folder: Path, **lora: Any) -> P
 
 
 @pytest.mark.parametrize(("targets", "per_layer"), [(("query",), 1), (ATTENTION, 3), ("all-linear", 6)])
-def test_adapters_and_dense_are_trained_alone(
+def test_only_adapters_and_dense_are_trained(
     base: Path, targets: tuple[str, ...] | Literal["all-linear"], per_layer: int
 ) -> None:
     model = make_model(config(base, target_modules=targets), "cpu")
@@ -62,7 +62,7 @@ def test_adapters_and_dense_are_trained_alone(
     assert not any("pooler" in name and "lora" in name for name, _ in model.named_parameters())
 
 
-def test_a_fresh_adapter_changes_nothing(base: Path) -> None:
+def test_a_new_adapter_changes_nothing(base: Path) -> None:
     plain = SentenceTransformer(str(base), device="cpu").encode(TEXTS)
     assert abs(make_model(config(base), "cpu").encode(TEXTS) - plain).max() < 1e-6
 
@@ -89,7 +89,7 @@ def test_peft_loads_the_adapter(base: Path, tmp_path: Path) -> None:
         assert (adapted(**tokens).last_hidden_state - wanted).abs().max() < 1e-6
 
 
-def test_a_run_takes_up_what_was_trained(base: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_trained_weights(base: Path, tmp_path: Path) -> None:
     model = trained(base)
     again = make_model(config(base), "cpu", resume_dir=save(model, base, tmp_path / "saved"))
     left, right = dict(model.named_parameters()), dict(again.named_parameters())
@@ -98,15 +98,15 @@ def test_a_run_takes_up_what_was_trained(base: Path, tmp_path: Path) -> None:
     assert all(left[name].requires_grad == right[name].requires_grad for name in left)
 
 
-def test_only_what_is_trained_is_kept_beside_the_model(base: Path, tmp_path: Path) -> None:
+def test_only_trained_weights_are_saved_beside_the_model(base: Path, tmp_path: Path) -> None:
     model = trained(base)
     kept = load_file(save(model, base, tmp_path / "saved") / TRAINED_WEIGHTS)
     assert kept.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("other", [{"rank": 8}, {"target_modules": ("query",)}, {"target_modules": "all-linear"}])
-@pytest.mark.parametrize("rank", [4, 1])  # tensors of rank 1 could be broadcast into any other
-def test_a_checkpoint_of_another_adapter(base: Path, tmp_path: Path, other: dict[str, Any], rank: int) -> None:
+@pytest.mark.parametrize("rank", [4, 1])  # tensors of rank 1 could be broadcast into any other rank
+def test_another_adapter_is_refused(base: Path, tmp_path: Path, other: dict[str, Any], rank: int) -> None:
     folder = save(trained(base, rank=rank), base, tmp_path / "saved", rank=rank)
     with pytest.raises(CorruptObject, match=TRAINED_WEIGHTS) as caught:
         make_model(config(base, **{"rank": rank, **other}), "cpu", resume_dir=folder)
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_adapter(base: Path, tmp_path: Path, other: dict
 
 
 @pytest.mark.parametrize("targets", [("nope",), ("query", "nope"), ("LayerNorm",), ()])
-def test_layers_that_do_not_exist(base: Path, targets: tuple[str, ...]) -> None:
+def test_target_modules_that_do_not_exist_are_refused(base: Path, targets: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"model\.lora\.target_modules") as caught:
         make_model(config(base, target_modules=targets), "cpu")
     assert caught.value.hint == "the model's linear layers are dense, key, linear, query, value"

@@ -1,4 +1,4 @@
-"""Each loss of a recipe is the one that sentence-transformers makes of the same parameters: value and gradients."""
+"""Each loss of a recipe has the value and gradients of the same loss made by sentence-transformers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 NUM_NEGATIVES = {"TripletLoss": 1, "MegaBatchMarginLoss": 0, "GISTEmbedLoss": 1}  # elsewhere 2
 
-# As sentence-transformers wants it.
+# As sentence-transformers expects it.
 NATIVE = {"cosine": TripletDistanceMetric.COSINE, "dot_score": util.dot_score}
 MATRYOSHKA = {"dims": [16, 32, 8], "weights": [0.5, 1.0, 0.25]}
 
@@ -77,13 +77,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other words, so other weights, and texts that must be tokenized again."""
+    """Another vocabulary: other weights, and texts must be tokenized again."""
     return tiny_bert(tmp_path_factory.mktemp("loss") / "guide", [*all_texts(), "another"])
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> SentenceTransformer:
-    """Its weights are three times as large as BERT starts with: at that start, all texts are nearly one point."""
+    """Its weights are three times as large as BERT's initial ones, which give all texts nearly the same embedding."""
     model = SentenceTransformer(str(folder), device="cpu").train()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +102,7 @@ def config(name: str, **parameters: Any) -> Any:
 
 
 def features(model: SentenceTransformer, num_negatives: int, num_rows: int = 8) -> list[dict[str, torch.Tensor]]:
-    """One batch: a dict a column, as the collator makes it."""
+    """Return one batch: a dict per column, as the collator makes it."""
     rows = triplets(num_rows)
     columns = [[row[name] for row in rows] for name in ("anchor", "positive", "negative")]
     columns.append(PARTNERS[:num_rows])
@@ -110,7 +110,7 @@ def features(model: SentenceTransformer, num_negatives: int, num_rows: int = 8) 
 
 
 def run(loss: torch.nn.Module, model: SentenceTransformer, num_negatives: int) -> tuple[float, Gradients]:
-    """The loss of one batch, and the gradient of every weight that has one."""
+    """Return the loss of one batch, and the gradient of every weight that has one."""
     model.zero_grad(set_to_none=True)
     value = loss(features(model, num_negatives), None)
     value.backward()
@@ -120,7 +120,7 @@ def run(loss: torch.nn.Module, model: SentenceTransformer, num_negatives: int) -
 
 
 def assert_same(one: tuple[float, Gradients], other: tuple[float, Gradients], tolerance: float) -> None:
-    """To `tolerance`, of the loss and of the largest gradient where those are above 1."""
+    """Compare to `tolerance`, relative to the loss and to the largest gradient where those are above 1."""
     assert one[0] == pytest.approx(other[0], abs=tolerance, rel=tolerance)
     assert one[1].keys() == other[1].keys()
     scale = max(1.0, max(float(gradient.abs().max()) for gradient in other[1].values()))
@@ -219,7 +219,7 @@ def test_a_loss_is_the_librarys_own(
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_other_parameters_make_another_loss(name: str, model: SentenceTransformer, guide: SentenceTransformer) -> None:
-    """Otherwise the comparisons of this file could not tell."""
+    """Otherwise the comparisons in this file would prove nothing."""
     num_negatives = NUM_NEGATIVES.get(name, 2)
     variants = [{}, OTHER[name], {"matryoshka": MATRYOSHKA}]
     values = [run(make_loss(config(name, **v), model, guide), model, num_negatives)[0] for v in variants]
@@ -271,13 +271,13 @@ def test_gradient_caching_changes_nothing(
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_config_tells_what_is_cached(name: str, model: SentenceTransformer, guide: SentenceTransformer) -> None:
+def test_the_config_knows_cached_losses(name: str, model: SentenceTransformer, guide: SentenceTransformer) -> None:
     for made in (config(name), config(name, **OTHER[name]), config(name, matryoshka={"dims": [32]})):
         assert uses_gradient_cache(make_loss(made, model, guide)) == made.is_cached
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_columns_are_those_that_the_library_takes(
+def test_the_columns_are_those_that_the_library_accepts(
     name: str, model: SentenceTransformer, guide: SentenceTransformer
 ) -> None:
     loss = make_loss(config(name), model, guide)
@@ -301,7 +301,7 @@ def test_no_negative_is_ignored(name: str, model: SentenceTransformer, guide: Se
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if config(name).crosses_ranks])
-def test_gathering_where_there_is_somebody_to_gather_from(
+def test_embeddings_are_gathered_only_in_a_process_group(
     name: str, model: SentenceTransformer, guide: SentenceTransformer, tmp_path: Path
 ) -> None:
     assert not make_loss(config(name), model, guide).gather_across_devices
@@ -355,14 +355,14 @@ def test_a_guide_that_cannot_be_loaded(guide: str, message: str, hint: str) -> N
     assert caught.value.hint.startswith(hint)
 
 
-def test_a_guide_with_code_of_its_own(tmp_path: Path) -> None:
+def test_a_guide_with_its_own_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_guide(config("GISTEmbedLoss", guide=str(tiny_stella(tmp_path / "stella"))))
     assert caught.value.message.startswith(f"loss.guide={tmp_path}")
     assert caught.value.hint == "choose another guide"
 
 
-def test_a_loss_that_does_not_go_with_the_model() -> None:
+def test_a_loss_that_cannot_be_used_with_the_model_is_refused() -> None:
     static = SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer(all_texts()), embedding_dim=8)], device="cpu")
     with pytest.raises(
         ConfigError, match=r"loss\.name=CachedMultipleNegativesRankingLoss cannot be used with this model"

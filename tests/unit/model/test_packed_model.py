@@ -1,4 +1,4 @@
-"""Packed and in chunks: embeddings, loss and all gradients are those of sentence-transformers' own way."""
+"""Packed or in chunks, embeddings, loss and all gradients equal those of sentence-transformers' own forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tercet.model.packed_model import Forward, prepare
 Columns = list[list[str]]
 Run = tuple[list[torch.Tensor], float, dict[str, torch.Tensor]]
 
-# Tokens without [CLS] and [SEP]: none, one, all of one length in a column, as long as can be and longer, far apart.
+# Tokens of each text without [CLS] and [SEP]: none, one, equal lengths, the longest possible and longer, far apart.
 LENGTHS = {
     "mixed": [[3, 1, 7, 5, 2, 9], [12, 4, 30, 1, 8, 8], [6, 6, 2, 20, 11, 3]],
     "edges": [[0, 1, 1], [MAX_LENGTH - 2, MAX_LENGTH + 40, 1], [0, 2, 0]],
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A fresh model of a family, in training mode."""
+    """Makes a new model of a family, in training mode."""
 
     @cache
     def folder(family: str, pooling: str, dropout: float, include_prompt: bool) -> Path:
@@ -75,7 +75,7 @@ def run(
     guide: SentenceTransformer | None = None,
     forward: Forward | None = None,
 ) -> Run:
-    """Embeddings, the loss, and gradients, of a model that is then used up."""
+    """Return embeddings, the loss, and gradients; the model is unusable afterwards."""
     section = loss or config("MultipleNegativesRankingLoss", scale=2.0)
     made = make_loss(section, model, guide)
     forward = forward or prepare(model, wanted, section.is_cached, guide)
@@ -95,7 +95,7 @@ def run(
 
 
 def assert_equal(found: Run, expected: Run) -> None:
-    """But for rounding, to the scale of each gradient."""
+    """Compare up to rounding, at the scale of each gradient."""
     for left, right in zip(found[0], expected[0], strict=True):
         assert left.shape == right.shape
         assert float((left - right).abs().max()) < 5e-6
@@ -116,7 +116,7 @@ def test_a_row_gives_what_each_column_gives(load: Any, family: str, lengths: str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_with_long_texts(load: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own attention for each group of texts, but for MPNet, which adds a bias."""
+    """They use torch's attention for each group of texts, except in MPNet, which adds a bias."""
     kernel, calls = packed_attention.attend_by_kernel, []
     monkeypatch.setattr(packed_attention, "LONG_TEXT", MAX_LENGTH)
     monkeypatch.setattr(packed_attention, "attend_by_kernel", lambda *a: [calls.append(a), kernel(*a)][1])
@@ -138,7 +138,7 @@ def test_pooling(load: Any, pooling: str, way: str) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("family", [*FAMILIES, "electra"])
 def test_chunks(load: Any, family: str, lengths: str) -> None:
-    """Also a family that is not packed."""
+    """Works for a family that is not packed, too."""
     texts = columns(LENGTHS[lengths])
     assert_equal(run(load(family), texts, "chunked"), run(load(family), texts, "plain"))
 
@@ -183,7 +183,7 @@ def test_every_loss_in_chunks(load: Any, name: str) -> None:
 
 
 def test_a_guide_that_reads_other_words(load: Any, tmp_path: Path) -> None:
-    """It gets the texts back from the row, and tokenizes them by itself, whether it is packed or not."""
+    """It decodes the texts from the row and tokenizes them again, whether it is packed or not."""
     other = tiny_bert(tmp_path / "guide", [*all_texts(), "another"])
     guides = [SentenceTransformer(str(other), device="cpu").requires_grad_(False).eval() for _ in WAYS]
     for name in ("gist", "cached gist"):
@@ -202,7 +202,7 @@ def test_a_guide_that_counts_positions_from_another_number(load: Any, family: st
     assert_equal(found, expected)
 
 
-def test_a_guide_that_takes_no_row_keeps_the_model_from_it(load: Any) -> None:
+def test_a_guide_that_cannot_be_packed_keeps_the_model_from_packing(load: Any) -> None:
     forward = prepare(load(), "auto", guide=load("electra"))
     assert forward.packing == "chunked"
     assert "the guide" in forward.reason
@@ -212,7 +212,7 @@ def test_a_guide_that_takes_no_row_keeps_the_model_from_it(load: Any) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
 @pytest.mark.parametrize("prompts", [("bafa delo: ", "lura: ", "lura: "), ("lura: ", None, None), ("lura: ",) * 3])
 def test_prompts(load: Any, pooling: str, include_prompt: bool, prompts: tuple[str | None, ...]) -> None:
-    """Of another length for each column, and left out of the pooling where the model says so."""
+    """Each column has a prompt of another length; the pooling skips them if the model says so."""
     texts = columns(LENGTHS["mixed"])
     made = [load("bert", pooling, 0.0, include_prompt) for _ in range(3)]
     plain = run(made[0], texts, "plain", prompts=prompts)
@@ -254,7 +254,7 @@ def test_an_adapter(load: Any, family: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mpnet"])
 def test_gradient_checkpointing_with_dropout(load: Any, family: str, way: str) -> None:
-    """The second forward pass has the same layout, and draws what the first one drew."""
+    """The recomputed forward pass has the same layout and the same dropout masks."""
 
     def dropped(recomputes: bool) -> Run:
         model = load(family, "mean", 0.3)
@@ -272,8 +272,8 @@ def test_gradient_checkpointing_with_dropout(load: Any, family: str, way: str) -
     assert first[1] != run(load(family), columns(LENGTHS["mixed"]), way)[1]
 
 
-def test_dropout_leaves_out_and_scales_up() -> None:
-    """Of attention: on average what it is without, and gradients of what was drawn."""
+def test_dropout_of_attention() -> None:
+    """The average equals attention without dropout; gradients are those of the drawn masks."""
     from tercet.model.grouped_attention import Layout
     from tercet.model.packed_attention import attend
 
@@ -293,8 +293,8 @@ def test_dropout_leaves_out_and_scales_up() -> None:
 
 
 def long_rows(by_kernel: bool, window: int | None, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
-    """Attention over a row with long texts: its output, then the gradients of query, key and value; and how many bytes
-    are kept for the backward pass."""
+    """Return the output of attention over a row with long texts and the gradients of query, key and value; and how many
+    bytes are kept for the backward pass."""
     from tercet.model.grouped_attention import GroupedAttention, Layout, attend_by_kernel
 
     lengths, draw, kept = [1, 4, 5, 40, 512], torch.Generator().manual_seed(0), {}
@@ -317,7 +317,7 @@ def long_rows(by_kernel: bool, window: int | None, dtype: torch.dtype) -> tuple[
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("window", [None, 3, 300])
 def test_long_texts_by_torchs_attention(window: int | None, dtype: torch.dtype, error: float) -> None:
-    """What the matrices give, but for rounding, and nothing is kept that grows with the square of the length."""
+    """Equals the matrices up to rounding, and keeps nothing that grows with the square of the length."""
     (found, num_bytes), (expected, of_matrices) = (long_rows(way, window, dtype) for way in (True, False))
     for left, right in zip(found, expected, strict=True):
         assert float((left - right).abs().max()) <= error * float(right.abs().max())
@@ -326,8 +326,9 @@ def test_long_texts_by_torchs_attention(window: int | None, dtype: torch.dtype, 
 
 
 def by_bounds(calls: list[int], ahead: int = 0) -> Any:
-    """A stand-in with the signature of torch's attention for rows of texts. ahead: tokens that a text sees of the
-    next one."""
+    """Return a stand-in with the signature of torch's attention for rows of texts.
+
+    ahead: how many tokens of the next text a text attends to, by mistake."""
     from torch.nn.attention.varlen import varlen_attn
 
     def stand_in(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -352,7 +353,7 @@ def by_bounds(calls: list[int], ahead: int = 0) -> Any:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets attention by bounds be used where a stand-in for it is set."""
+    """Returns a function that sets a stand-in for attention by bounds, and lets it be used on this machine."""
     from tercet.model import packed_attention
 
     def use(stand_in: Any) -> None:
@@ -365,7 +366,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_attention_that_knows_bounds(as_on_a_gpu: Any) -> None:
-    """What a GPU gets in 16 bits, by a stand-in: the same as in groups. It is not asked for what it cannot do."""
+    """With a stand-in for a GPU in 16 bits, the result equals that of groups."""
     from tercet.model.grouped_attention import Layout
     from tercet.model.packed_attention import attend
 
@@ -381,10 +382,10 @@ def test_attention_that_knows_bounds(as_on_a_gpu: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["raises", "sees the next text"])
-def test_attention_that_is_wrong_here_is_not_used(
+def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
     as_on_a_gpu: Any, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the first evaluation, which is in inference mode, as in training."""
+    """Neither in the first evaluation, which is in inference mode, nor in training."""
     from tercet.model.grouped_attention import Layout
     from tercet.model.packed_attention import attend
 
@@ -405,8 +406,8 @@ def test_attention_that_is_wrong_here_is_not_used(
     assert why in record.getMessage()
 
 
-def test_the_trial_of_attention_within_a_layer_that_is_computed_again(as_on_a_gpu: Any) -> None:
-    """As in the first step of a resumed run, which evaluates nothing before it."""
+def test_the_trial_of_a_kernel_within_a_recomputed_layer(as_on_a_gpu: Any) -> None:
+    """As in the first step of a resumed run, which has no evaluation before it."""
     from torch.utils.checkpoint import checkpoint
 
     from tercet.model.grouped_attention import Layout
@@ -419,7 +420,7 @@ def test_the_trial_of_attention_within_a_layer_that_is_computed_again(as_on_a_gp
     assert all(row.grad is not None for row in rows)
 
 
-def test_when_attention_with_bounds_is_used() -> None:
+def test_when_attention_by_bounds_is_used() -> None:
     from tercet.model.packed_attention import _knows_bounds
 
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
@@ -433,7 +434,7 @@ def test_when_attention_with_bounds_is_used() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sixteen_bits(load: Any, family: str, way: str) -> None:
-    """Under autocast, as near to fp32 as the plain way is."""
+    """Under autocast, results are as close to fp32 as those of the plain forward pass."""
     texts = columns(LENGTHS["mixed"])
     with torch.autocast("cpu", torch.bfloat16):
         found, plain = (run(load(family), texts, each) for each in (way, "plain"))
@@ -445,7 +446,7 @@ def test_sixteen_bits(load: Any, family: str, way: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encoding(load: Any, family: str) -> None:
-    """`encode` packs its batches too. Padded features still work; so does a copy, on its own weights."""
+    """`encode` packs its batches too. Padded features still work, and so does a copy with its own weights."""
     texts = [text for column in columns(LENGTHS["mixed"]) + columns(LENGTHS["edges"]) for text in column]
     model = load(family).eval()
     expected = model.encode(texts, batch_size=5)
@@ -462,7 +463,7 @@ def test_encoding(load: Any, family: str) -> None:
     assert abs(copied.encode(texts) - expected).max() < 2e-6
 
 
-def test_a_saved_model_is_the_same_files(load: Any, tmp_path: Path) -> None:
+def test_packing_changes_no_file_of_a_saved_model(load: Any, tmp_path: Path) -> None:
     for way in ("packed", "plain"):
         model = load()
         prepare(model, way)
@@ -475,7 +476,7 @@ def test_a_saved_model_is_the_same_files(load: Any, tmp_path: Path) -> None:
         assert (tmp_path / "packed" / path).read_bytes() == (tmp_path / "plain" / path).read_bytes(), path
 
 
-def test_code_of_the_models_own_runs_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_its_own_code_runs_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     folder = tiny_stella(tmp_path / "stella")
     switched_off = {"use_memory_efficient_attention": False, "unpad_inputs": False}
@@ -485,6 +486,6 @@ def test_code_of_the_models_own_runs_in_chunks(tmp_path: Path, monkeypatch: pyte
         return SentenceTransformer(str(folder), **options).train()
 
     forward = prepare(stella(), "auto")
-    assert (forward.packing, "own code" in forward.reason) == ("chunked", True)
+    assert (forward.packing, "code of its own" in forward.reason) == ("chunked", True)
     texts = columns([[3, 1, 7, 5], [12, 4, 2, 8], [6, 6, 2, 20]])
     assert_equal(run(stella(), texts, "chunked"), run(stella(), texts, "plain"))

@@ -1,4 +1,4 @@
-"""Weights gathered, put into a whole model, and checked on the disk."""
+"""Weights are gathered, copied into a whole model, and checked on disk; a wrapped model is what the plan says."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_gathered_weights_are_copies() -> None:
     assert model.first.weight.abs().min() > 0
 
 
-def test_ranks_but_the_first_get_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_gets_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert full_weights(Model()) is None
@@ -71,7 +71,7 @@ def test_ranks_but_the_first_get_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("found", "problem"), [(None, "is missing"), ((3, 4), r"is of shape \(3, 4\)"), ((0,), r"is of shape \(0,\)")]
 )
-def test_fill_refuses_what_was_not_gathered(found: tuple[int, ...] | None, problem: str) -> None:
+def test_fill_refuses_missing_weights_and_other_shapes(found: tuple[int, ...] | None, problem: str) -> None:
     weights = full_weights(Model()) or {}
     del weights["first.weight"]
     if found is not None:
@@ -84,7 +84,7 @@ def test_fill_refuses_what_was_not_gathered(found: tuple[int, ...] | None, probl
 
 
 def saved(folder: Path, changes: dict[str, torch.Tensor | None], num_files: int = 1) -> Path:
-    """The tied tensor once, as transformers writes it."""
+    """Write a model with the tied tensor once, as transformers does."""
     tensors = {**dict(Model().named_parameters()), **changes}
     kept = [(name, value.detach().clone()) for name, value in tensors.items() if value is not None]
     for number in range(num_files):
@@ -98,7 +98,7 @@ def test_a_complete_model(tmp_path: Path, num_files: int) -> None:
     check_saved(saved(tmp_path, {}, num_files), Model())
 
 
-def test_modules_in_folders_of_their_own(tmp_path: Path) -> None:
+def test_modules_in_separate_folders(tmp_path: Path) -> None:
     (tmp_path / "2_Dense").mkdir()
     bias = Model().first.bias
     saved(tmp_path, {"first.bias": None, "norm.weight": None})
@@ -133,7 +133,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 # --- how a model is wrapped -----------------------------------------------------------------------------------------
 
 
-def test_a_lone_model_is_right_for_ddp_of_one() -> None:
+def test_an_unwrapped_model_is_right_for_ddp_on_one_rank() -> None:
     check_wrapped(Model(), "ddp", 1)
 
 
@@ -144,13 +144,13 @@ def test_one_process_on_several_gpus_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("mode", "num_workers"), [("ddp", 2), *((mode, 1) for mode in MODES)])
-def test_a_lone_model_is_nothing_else(mode: Parallelism, num_workers: int) -> None:
+def test_an_unwrapped_model_is_wrong_for_anything_else(mode: Parallelism, num_workers: int) -> None:
     with pytest.raises(TrainingError, match=f"parallelism {mode} on {num_workers} workers.*trained as a lone model"):
         check_wrapped(Model(), mode, num_workers)
 
 
 class DeepSpeedEngine(torch.nn.Module):
-    """What is looked at of DeepSpeed's: a stage, offloading or not, and parameters cut for two ranks, or not."""
+    """The parts of DeepSpeed's engine that are read: stage, offloading, and parameters cut for two ranks or not."""
 
     def __init__(self, stage: int, offloads: bool = False, num_local: int = 6) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ ENGINES = {
 
 @pytest.mark.parametrize("wanted", ["ddp", *MODES])
 @pytest.mark.parametrize("found", ENGINES)
-def test_each_engine_is_only_what_it_is(found: str, wanted: Parallelism) -> None:
+def test_each_engine_is_recognized_as_its_own_mode_only(found: str, wanted: Parallelism) -> None:
     if found == wanted:
         check_wrapped(ENGINES[found], wanted, 2)
     else:
@@ -188,7 +188,7 @@ def test_each_engine_is_only_what_it_is(found: str, wanted: Parallelism) -> None
             check_wrapped(ENGINES[found], wanted, 2)
 
 
-def test_weights_that_are_whole_all_the_same() -> None:
+def test_weights_that_should_be_sharded_but_are_whole_are_refused() -> None:
     with pytest.raises(TrainingError, match="weight is not sharded by zero3: this rank holds 11 of 11"):
         check_wrapped(DeepSpeedEngine(3, num_local=11), "zero3", 2)
 
@@ -198,7 +198,7 @@ def test_weights_that_are_whole_all_the_same() -> None:
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
 ENCODERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "bert": ({"num_hidden_layers": 2}, ["BertEmbeddings", "BertLayer"]),
-    "mpnet": ({"num_hidden_layers": 2}, ["MPNetEmbeddings", "MPNetLayer"]),  # transformers names none for it
+    "mpnet": ({"num_hidden_layers": 2}, ["MPNetEmbeddings", "MPNetLayer"]),  # transformers lists none for it
     "distilbert": (
         {"n_layers": 2, "dim": 8, "n_heads": 2, "hidden_dim": 8, "vocab_size": 20},
         ["Embeddings", "TransformerBlock"],
@@ -206,9 +206,9 @@ ENCODERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "modernbert": ({"num_hidden_layers": 2, "pad_token_id": 0}, ["ModernBertEmbeddings", "ModernBertEncoderLayer"]),
     "qwen3": (
         {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4},
-        ["Embedding", "Qwen3DecoderLayer"],  # the table lies beside the layers
+        ["Embedding", "Qwen3DecoderLayer"],  # the table is beside the layers
     ),
-    # Its table is tied to another one, and stays with the rest.
+    # Its table is tied to another one, so it stays in the root unit.
     "t5": ({"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 20}, ["T5Block"]),
 }
 
@@ -220,12 +220,12 @@ def test_units_of_every_kind_of_encoder(kind: str) -> None:
     config = AutoConfig.for_model(kind, **own, **settings)
     encoder = T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
     model = torch.nn.Sequential(encoder, torch.nn.Linear(8, 8))
-    model.__dict__["transformers_model"] = encoder  # a property in sentence-transformers: no module of its own
+    model.__dict__["transformers_model"] = encoder  # a property in sentence-transformers, not a module
     assert unit_classes(model) == names
     assert len(layers(model)) == 2
 
 
-def test_layers_of_layers_are_not_taken_apart() -> None:
+def test_nested_layers_stay_in_one_unit() -> None:
     experts = torch.nn.Module()
     experts.mlp = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     model = torch.nn.Module()
@@ -233,8 +233,8 @@ def test_layers_of_layers_are_not_taken_apart() -> None:
     assert layers(model) == [experts]
 
 
-def test_a_model_that_would_be_gathered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its root is wrapped, as accelerate does it by itself."""
+def test_a_model_that_fsdp2_would_gather_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its root is wrapped, as accelerate would do by default."""
     monkeypatch.setattr(sharding, "FSDPModule", type("FSDPModule", (), {}))
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
@@ -243,7 +243,7 @@ def test_a_model_that_would_be_gathered_whole(monkeypatch: pytest.MonkeyPatch) -
         check_wrapped(model, "fsdp2", 2)
 
 
-def test_a_model_that_cannot_recompute() -> None:
+def test_a_model_without_gradient_checkpointing_is_refused() -> None:
     model = Model()
     with pytest.raises(ConfigError, match="nothing in this model supports it"):
         check_recomputes(model)
@@ -253,7 +253,7 @@ def test_a_model_that_cannot_recompute() -> None:
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("before", [None, "a weak reference"])
-def test_unsharded_puts_back_what_was(monkeypatch: pytest.MonkeyPatch, before: str | None, raises: bool) -> None:
+def test_unsharded_restores_the_setting(monkeypatch: pytest.MonkeyPatch, before: str | None, raises: bool) -> None:
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", before)
     seen = []
     try:
@@ -280,7 +280,7 @@ print("RESULT", backend, args.process_index, args.world_size, args.device.type)
 
 
 @pytest.mark.parametrize(("mode", "backend"), [("zero2", "gloo"), ("ddp", "None"), ("fsdp2", "None")])
-def test_a_lone_process(tmp_path: Path, mode: str, backend: str) -> None:
+def test_a_single_process(tmp_path: Path, mode: str, backend: str) -> None:
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-c", LONE, mode, str(tmp_path)]
     done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=500, check=False)

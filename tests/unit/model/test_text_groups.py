@@ -1,4 +1,4 @@
-"""Which texts share an attention matrix or a padded chunk, and whether a model is packed at all."""
+"""Which texts share a batch of attention matrices or a padded chunk, and whether a model is packed at all."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ def some_lengths() -> list[list[int]]:
 
 @pytest.mark.parametrize("lengths", some_lengths())
 def test_no_cut_into_groups_costs_less(lengths: list[int]) -> None:
-    """Among all of them."""
+    """Compared with every possible cut."""
     groups = attention_groups(lengths)
     assert groups in all_cuts(lengths)
     assert attention_cost(groups) == min(map(attention_cost, all_cuts(lengths)))
 
 
 @pytest.mark.parametrize("lengths", some_lengths())
-def test_no_cut_into_as_many_chunks_pads_less(lengths: list[int]) -> None:
+def test_no_cut_into_the_same_number_of_chunks_pads_less(lengths: list[int]) -> None:
     found = chunks(lengths)
     others = [groups for groups in all_cuts(lengths) if len(groups) == min(NUM_CHUNKS, len(lengths))]
     assert found in others
     assert padded_tokens(found) == min(map(padded_tokens, others))
 
 
-def test_far_lengths_are_apart_and_near_ones_together() -> None:
+def test_similar_lengths_share_a_group_and_others_do_not() -> None:
     assert attention_groups([10, 11, 12, 250]) == (Group(0, 3, 12), Group(3, 4, 250))
     assert attention_groups([64] * 500) == (Group(0, 500, 64),)
     assert attention_groups([1]) == (Group(0, 1, 1),)
 
 
-def test_the_number_of_chunks_depends_on_the_number_of_texts_alone() -> None:
-    """Ranks meet in each forward pass where weights are sharded, so all of them must make as many."""
+def test_the_number_of_chunks_depends_only_on_the_number_of_texts() -> None:
+    """Where weights are sharded, all ranks take part in each forward pass, so all must run the same number."""
     for lengths in some_lengths():
         assert len(chunks(lengths)) == min(NUM_CHUNKS, len(lengths))
     assert len(chunks([7] * 100)) == NUM_CHUNKS

@@ -1,4 +1,4 @@
-"""The plan in transformers' words: transformers takes them, and means by them what the plan says."""
+"""transformers accepts the arguments made from a plan, and understands by them what the plan says."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MODES: tuple[Parallelism, ...] = get_args(Parallelism)
 
 
 def plan(mode: Parallelism, precision: str = "fp32", checkpointing: bool = False, **training: Any) -> TrainPlan:
-    """2 workers, 5 rows each in a step."""
+    """A plan of 2 workers with 5 rows each per step."""
     training = {"precision": precision, "gradient_checkpointing": checkpointing, **training}
     return builders.plan(training=training, workers={"num_workers": 2, "use_gpu": False, "parallelism": mode})
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradient_checkpointing_is_said_once(mode: Parallelism) -> None:
-    """accelerate could do it as well for FSDP2; said twice, activations would be computed three times."""
+def test_gradient_checkpointing_is_requested_once(mode: Parallelism) -> None:
+    """accelerate supports it too with FSDP2; requested from both, activations would be computed three times."""
     found = training_arguments(plan(mode, checkpointing=True), Path("out"))
     assert found["gradient_checkpointing"] is True
     assert "activation_checkpointing" not in found.get("fsdp_config", {})
@@ -39,7 +39,7 @@ def test_gradient_checkpointing_is_said_once(mode: Parallelism) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_precision_is_said_once(mode: Parallelism, precision: str) -> None:
+def test_precision_is_requested_once(mode: Parallelism, precision: str) -> None:
     found = training_arguments(plan(mode, precision), Path("out"))
     by_transformers, by_deepspeed = found.get("bf16", False), "torch_autocast" in found.get("deepspeed", {})
     assert by_transformers + by_deepspeed == (precision == "bf16")
@@ -47,7 +47,7 @@ def test_precision_is_said_once(mode: Parallelism, precision: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_gathers(mode: Parallelism) -> None:
+def test_which_modes_gather(mode: Parallelism) -> None:
     assert gathers(plan(mode)) == (mode != "ddp")
 
 
@@ -59,7 +59,7 @@ def test_an_adapter_is_gathered_to_be_merged() -> None:
     ("use_gpu", "has_gpu", "wanted"),
     [(False, True, True), (False, False, True), (True, True, False), ("auto", True, False), ("auto", False, True)],
 )
-def test_on_which_device(monkeypatch: pytest.MonkeyPatch, use_gpu: bool | str, has_gpu: bool, wanted: bool) -> None:
+def test_the_device(monkeypatch: pytest.MonkeyPatch, use_gpu: bool | str, has_gpu: bool, wanted: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     made_plan = builders.plan(workers={"use_gpu": use_gpu})
     assert use_cpu(made_plan) is wanted
@@ -76,7 +76,7 @@ def test_the_backend(monkeypatch: pytest.MonkeyPatch, world_size: int, use_gpu: 
     assert training_arguments(builders.plan(workers={"use_gpu": use_gpu}), Path("out"))["ddp_backend"] == backend
 
 
-# Reads plans and prints what transformers makes of each.
+# Reads plans, and prints the settings that transformers derives from each.
 READ = """
 import json, sys
 from pathlib import Path
@@ -108,12 +108,12 @@ if args.process_index == 0:
 COMBINATIONS = [(precision, checkpointing) for precision in ("fp32", "bf16") for checkpointing in (False, True)]
 
 
-# DeepSpeed leaves traces in a process, so the other modes have one of their own.
+# DeepSpeed changes global state, so the other modes run in another process.
 GROUPS: tuple[tuple[Parallelism, ...], ...] = (("ddp", "fsdp2"), tuple(ZERO_STAGES))
 
 
 def read(modes: tuple[Parallelism, ...], tmp_path: Path) -> list[dict[str, Any]]:
-    """What transformers makes of each mode and combination on two ranks."""
+    """Return the settings that transformers derives for each mode and combination, on two ranks."""
     training = {"gradient_accumulation_steps": 5, "max_grad_norm": 0.5, "global_batch_size": 10}
     plans = [plan(mode, *combination, **training) for mode in modes for combination in COMBINATIONS]
     script = tmp_path / "read.py"
@@ -134,7 +134,7 @@ def read(modes: tuple[Parallelism, ...], tmp_path: Path) -> list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("modes", GROUPS)
-def test_transformers_takes_it_as_meant(tmp_path: Path, modes: tuple[Parallelism, ...]) -> None:
+def test_transformers_derives_what_the_plan_says(tmp_path: Path, modes: tuple[Parallelism, ...]) -> None:
     given = [(mode, *combination) for mode in modes for combination in COMBINATIONS]
     for (mode, precision, checkpointing), row in zip(given, read(modes, tmp_path), strict=True):
         bf16, zero, fsdp2 = precision == "bf16", is_zero(mode), mode == "fsdp2"
@@ -156,8 +156,8 @@ def test_transformers_takes_it_as_meant(tmp_path: Path, modes: tuple[Parallelism
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
-def test_a_precision_of_gpus_where_there_is_none(tmp_path: Path, precision: str) -> None:
-    """`use_gpu: auto` is settled after the plan."""
+def test_a_precision_that_needs_a_gpu_is_refused_without_one(tmp_path: Path, precision: str) -> None:
+    """`use_gpu: auto` is decided after the plan is made."""
     plan = builders.plan(training={"precision": precision}, workers={"use_gpu": "auto"})
     with pytest.raises(PlanError, match=f"training.precision={precision} needs a GPU"):
         training_arguments(plan, tmp_path)

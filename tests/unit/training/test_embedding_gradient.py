@@ -1,4 +1,4 @@
-"""The gradient of the word embeddings, row by row: what autograd and DistributedDataParallel make of it."""
+"""The sparse gradient of the word embeddings equals that of autograd and DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Encoder.__module__ = "transformers.models.test"  # where an architecture is not 
 
 
 class Words(torch.nn.Sequential):
-    """As much of a SentenceTransformer as is looked at."""
+    """The parts of a SentenceTransformer that `embedding_gradient` reads."""
 
     def __init__(self) -> None:
         super().__init__(torch.nn.Module())
@@ -51,7 +51,7 @@ class Words(torch.nn.Sequential):
 
 
 def gradients(rank: int, case: str, ours: bool) -> dict[str, torch.Tensor]:
-    """After a step on other rows, an evaluation, and a step."""
+    """Return gradients after a step on other rows, an evaluation, and a step."""
     torch.manual_seed(0)
     model = Words()
     embedding = embedding_gradient(model) if ours else None
@@ -83,7 +83,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of each rank."""
+    """The gradients of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     processes.spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -91,7 +91,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_average(found: list[dict[str, Any]], case: str) -> None:
-    """Of both ranks, and all micro-batches; the same bits on both."""
+    """It is averaged over both ranks and all micro-batches, with the same bits on both ranks."""
     for ours, theirs in (ranks[case] for ranks in found):
         assert ours.keys() == theirs.keys()
         for name, expected in theirs.items():
@@ -103,7 +103,7 @@ def test_it_is_the_average(found: list[dict[str, Any]], case: str) -> None:
 
 @pytest.fixture
 def several_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets this process take itself for a rank."""
+    """Returns a function that makes this process look like one of several ranks."""
 
     def set_up(world_size: int = 2, backend: str = "gloo", ranks_here: int = 2) -> None:
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -124,15 +124,15 @@ def several_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ((16, "nccl", 8), "meta", True),
     ],
 )
-def test_where_it_pays(
+def test_it_is_used_on_cpus_and_between_machines(
     several_ranks: Callable[..., None], ranks: tuple[int, str, int], device: str, pays: bool
 ) -> None:
     several_ranks(*ranks)
     assert (embedding_gradient(Words().to(device)) is not None) == pays
 
 
-def test_a_lone_process_steps_as_with_autograd() -> None:
-    """Adam's moments go on where rows have no gradient any more."""
+def test_a_single_process_steps_as_with_autograd() -> None:
+    """Adam's moments still move rows that no longer have a gradient."""
     weights = []
     for ours in (False, True):
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_a_lone_process_steps_as_with_autograd() -> None:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "electra"])
-def test_every_family_has_its_embeddings_found(tmp_path: Path, several_ranks: Callable[..., None], family: str) -> None:
+def test_every_family_is_supported(tmp_path: Path, several_ranks: Callable[..., None], family: str) -> None:
     model = SentenceTransformer(str(tiny_encoder(tmp_path, family, tiny_model.all_texts())), device="cpu")
     several_ranks()
     assert embedding_gradient(model) is not None
@@ -185,7 +185,7 @@ def _by_frequency(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_frozen, _tied, _own_code, _scaled, _by_frequency])
-def test_what_is_left_to_the_library(
+def test_cases_that_are_left_to_the_library(
     tmp_path: Path, several_ranks: Callable[..., None], change: Callable[[Any], None]
 ) -> None:
     model = SentenceTransformer(str(tiny_encoder(tmp_path, "bert", tiny_model.all_texts())), device="cpu")

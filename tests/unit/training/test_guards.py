@@ -1,4 +1,4 @@
-"""Numbers that are not finite, weights that do not move, and what hangs, end a run."""
+"""A run ends when a number is not finite, when no weight moves, when ranks differ, and when a process hangs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class Steps:
-    """Plays the trainer around NonFiniteGuard: real steps of a real optimizer, and a log line every `log_every`."""
+    """Plays the trainer around NonFiniteGuard: real steps of a real optimizer, and a log every `log_every` steps."""
 
     def __init__(self, log_every: int = 5, **settings: bool) -> None:
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ class Steps:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("cause", ["loss", "gradient 1.weight", "gradient 0.bias", "gradient 2.bias"])
 def test_the_first_loss_or_gradient_that_is_not_finite_is_named(cause: str, value: float) -> None:
-    """Two steps before anything is logged. By then all weights are NaN."""
+    """It happens two steps before anything is logged, when all weights are NaN already."""
     steps = Steps()
     steps.run(4, cause, value)
     number = {"loss": str(value)}.get(cause, "nan" if math.isnan(value) else "inf")
@@ -130,14 +130,14 @@ def test_nothing_that_is_not_finite_is_saved(cause: str) -> None:
         steps.save()
 
 
-def test_steps_that_are_finite_are_left_alone() -> None:
+def test_finite_steps_pass() -> None:
     steps = Steps()
     steps.run(20)
     steps.save()
 
 
-def test_a_step_that_overflowed_under_loss_scaling_is_no_fault_but_a_loss_is() -> None:
-    """The scaler skips such a step."""
+def test_under_loss_scaling_only_the_loss_must_be_finite() -> None:
+    """The scaler skips a step whose gradients overflow."""
     steps = Steps(scales_loss=True)
     steps.guard.add_loss(torch.tensor(1.0))
     steps.guard.add_gradients(steps.model)
@@ -148,7 +148,7 @@ def test_a_step_that_overflowed_under_loss_scaling_is_no_fault_but_a_loss_is() -
         steps.run(5, "loss", INF, at=8)
 
 
-def test_deepspeed_keeps_the_norm_of_all_gradients_alone() -> None:
+def test_with_deepspeed_only_the_norm_of_all_gradients_is_known() -> None:
     steps = Steps()
     for step, norm in ((1, 0.5), (2, INF), (3, NAN)):
         steps.guard.add_loss(torch.tensor(1.0))
@@ -157,7 +157,7 @@ def test_deepspeed_keeps_the_norm_of_all_gradients_alone() -> None:
         steps.save()
 
 
-def test_clipping_is_torchs_own_to_the_bit() -> None:
+def test_clipping_gives_the_same_bits_as_torch() -> None:
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 2))
     ours(torch.randn(8, 30)).square().sum().backward()
@@ -181,7 +181,7 @@ def test_clipping_is_torchs_own_to_the_bit() -> None:
 
 
 class Run:
-    """Plays the trainer: `steps` optimizer steps of a tiny module from `start` on."""
+    """Plays the trainer: optimizer steps of a tiny module, counted from `start`."""
 
     def __init__(self, start: int = 0) -> None:
         self.guard, self.model, self.state = LearningGuard(), torch.nn.Linear(3, 2), SimpleNamespace(global_step=start)
@@ -196,7 +196,7 @@ class Run:
 
 
 @pytest.mark.parametrize("start", [0, 100])
-def test_a_frozen_model_is_found(start: int) -> None:
+def test_a_frozen_model_is_detected(start: int) -> None:
     run = Run(start)
     run.steps(LEARNED_NOTHING_STEPS - 1, learning_rate=0.0)
     with pytest.raises(LearnedNothing, match=f"no weight moved in the first {LEARNED_NOTHING_STEPS} steps"):
@@ -204,19 +204,19 @@ def test_a_frozen_model_is_found(start: int) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 100])
-def test_a_moving_model_is_left_alone(start: int) -> None:
+def test_a_model_that_learns_passes(start: int) -> None:
     run = Run(start)
     run.steps(3 * LEARNED_NOTHING_STEPS, learning_rate=1e-3)
 
 
-def test_moving_once_is_enough_and_the_look_is_taken_once() -> None:
+def test_one_change_is_enough_and_weights_are_compared_once() -> None:
     run = Run()
     run.steps(1, learning_rate=1e-3)
     run.steps(LEARNED_NOTHING_STEPS, learning_rate=0.0)
 
 
 def train(run: Run, cause: str, num_steps: int) -> None:
-    """Real steps of a real optimizer, with something wrong, or nothing."""
+    """Run real steps of a real optimizer, with the fault that `cause` names, if any."""
     model = run.model
     torch.nn.init.zeros_(model.bias)
     run.guard.on_train_begin(None, run.state, None, model=model)
@@ -252,17 +252,17 @@ def train(run: Run, cause: str, num_steps: int) -> None:
         "overflow at every step",
     ],
 )
-def test_every_cause_of_learning_nothing_is_found_within_ten_steps(cause: str) -> None:
+def test_every_cause_of_learning_nothing_is_detected_within_ten_steps(cause: str) -> None:
     with pytest.raises(LearnedNothing):
         train(Run(), cause, 10)
 
 
-def test_nothing_wrong_is_left_alone() -> None:
+def test_a_run_without_fault_passes() -> None:
     train(Run(), "none", 10)
 
 
-def test_training_nothing_but_zeros_is_training() -> None:
-    """As of biases alone, or of LoRA's second matrix."""
+def test_training_only_weights_that_start_at_zero_passes() -> None:
+    """For example biases, or LoRA's second matrix."""
     run = Run()
     torch.nn.init.zeros_(run.model.weight)
     torch.nn.init.zeros_(run.model.bias)
@@ -271,7 +271,7 @@ def test_training_nothing_but_zeros_is_training() -> None:
 
 
 @pytest.mark.parametrize(("difference", "ends"), [(0.0, False), (1e-9, False), (1e-3, True)])
-def test_ranks_with_models_of_their_own_are_found(
+def test_ranks_that_train_different_models_are_detected(
     monkeypatch: pytest.MonkeyPatch, difference: float, ends: bool
 ) -> None:
     monkeypatch.setattr(guards, "gather_objects", lambda own: [own, own * (1 + difference)])
@@ -302,7 +302,7 @@ print("went on")
 
 
 @pytest.mark.parametrize("how", ["ends", "hangs"])
-def test_what_hangs_ends_with_its_stacks(how: str) -> None:
+def test_a_process_that_hangs_ends_with_its_stacks(how: str) -> None:
     done = subprocess.run([sys.executable, "-c", DEADLINE, how], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (how == "ends")
     assert ("went on" in done.stdout) == (how == "ends")
@@ -347,7 +347,7 @@ def test_stacks_do_not_wait_for_storage() -> None:
     assert " in <lambda>\n" in by_faulthandler
 
 
-def test_stacks_of_two_ranks_in_one_log_are_not_mixed_up(tmp_path: Path) -> None:
+def test_stacks_of_two_ranks_in_one_log_do_not_mix(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:
         command = [sys.executable, "-c", TOGETHER]

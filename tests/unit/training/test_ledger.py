@@ -1,4 +1,4 @@
-"""The ledger tells which rows a step consumed, whoever consumed them, and goes on where a checkpoint ended."""
+"""The ledger records which rows each step consumed, on any number of ranks, and resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = [[0, 5, 7, 9], [1, 2, 3, 4], [6, 8, 10, 11]]
 
 
 def written(folder: Path, world_size: int, steps: list[list[int]] = STEPS, before: Path | None = None) -> Path:
-    """What `world_size` ranks write, each of its rows in two micro-batches."""
+    """Write the parts of `world_size` ranks, each of which consumes its rows in two micro-batches."""
     folder.mkdir()
     for rank in range(world_size):
         ledger = Ledger()
@@ -32,7 +32,7 @@ def written(folder: Path, world_size: int, steps: list[list[int]] = STEPS, befor
 def test_a_digest_tells_rows_apart() -> None:
     sets = [[], [0], [1], [0, 1], [0, 0], [1, 1], [0, 1, 2], [3], [2**40], *STEPS]
     assert len({digest(rows) for rows in sets}) == len(sets)
-    assert digest([3, 1, 2]) == digest(np.array([2, 3, 1]))  # whatever their order
+    assert digest([3, 1, 2]) == digest(np.array([2, 3, 1]))  # in any order
     assert digest([1, 2]) == (digest([1]) + digest([2])) % 2**64
 
 
@@ -48,13 +48,13 @@ def test_the_number_of_ranks_changes_nothing(tmp_path: Path, world_size: int) ->
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), (2, 4), (2, 2)])
-def test_a_run_that_goes_on_with_other_ranks(tmp_path: Path, before: int, after: int) -> None:
+def test_a_run_that_resumes_with_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     first = written(tmp_path / "first", before, STEPS[:2])
     both = written(tmp_path / "second", after, STEPS[2:], before=first)
     assert read(both).tolist() == [digest(rows) for rows in STEPS]
 
 
-def test_rows_of_a_step_that_did_not_end_are_not_in_it(tmp_path: Path) -> None:
+def test_rows_of_an_unfinished_step_are_not_recorded(tmp_path: Path) -> None:
     first = written(tmp_path / "first", 1, STEPS[:1])
     ledger = Ledger()
     ledger.consume([99])
@@ -76,7 +76,7 @@ def test_a_ledger_of_another_length_is_not_written(tmp_path: Path, num_steps: in
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_parts_of_different_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = written(tmp_path / "a", 2)
     (folder / file_name(1, 2)).unlink()
     with pytest.raises(CorruptObject, match="the ledger cannot be read"):

@@ -1,4 +1,4 @@
-"""What one set of ranks saves, any other set reads: bit for bit, or not at all."""
+"""State that any number of ranks saved is loaded by any other number, bit for bit; damage is refused."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def save_as_ranks(model: Model, optimizer: torch.optim.Optimizer, folder: Path, 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """By two ranks of DDP, after three steps."""
+    """State saved by two ranks of DDP after three steps."""
     save_as_ranks(*trained(), tmp_path / "saved", world_size=2)
     return tmp_path / "saved"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, world_size: int) -> None:
+def test_training_resumes_as_if_it_had_not_stopped(tmp_path: Path, world_size: int) -> None:
     model, optimizer = trained()
     save_as_ranks(model, optimizer, tmp_path, world_size)
     again = copy.deepcopy(model)
@@ -81,7 +81,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, world_size: i
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_that_hold_the_same_save_it_once(tmp_path: Path, world_size: int) -> None:
+def test_ranks_that_hold_the_same_state_save_it_once(tmp_path: Path, world_size: int) -> None:
     save_as_ranks(*trained(), tmp_path, world_size)
     shares = [load_file(path) for path in sorted(tmp_path.iterdir())]
     sizes = [sum(tensor.numel() for name, tensor in share.items() if not name.endswith("step")) for share in shares]
@@ -92,7 +92,7 @@ def test_ranks_that_hold_the_same_save_it_once(tmp_path: Path, world_size: int) 
 
 
 def test_a_parameter_that_never_had_a_gradient(tmp_path: Path) -> None:
-    """It is as if it had no state: its first gradient comes later, and Adam begins there."""
+    """It is saved as having no state: Adam begins at its first gradient."""
     model, optimizer = trained()
     assert model.unused not in optimizer.state
     save_as_ranks(model, optimizer, tmp_path, 2)
@@ -108,7 +108,7 @@ def test_a_parameter_that_never_had_a_gradient(tmp_path: Path) -> None:
     assert not torch.equal(model.unused, trained()[0].unused)
 
 
-def test_a_trained_parameter_that_the_optimizer_lacks() -> None:
+def test_a_trained_parameter_missing_from_the_optimizer_is_refused() -> None:
     model = Model()
     optimizer = torch.optim.AdamW([model.table])
     with pytest.raises(TrainingError, match="scale is trained, but is not in the optimizer"):
@@ -130,8 +130,9 @@ def whole(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def cut(values: dict[str, dict[str, torch.Tensor]], world_size: int, draw: random.Random) -> list[list[Piece]]:
-    """Each parameter in `world_size` ranges, some of them empty; a rank may hold none of a parameter. The pieces of a
-    rank share one state, as under ZeRO, and are views into the given values."""
+    """Cut each parameter into `world_size` ranges, some of them empty; a rank may hold no element of a parameter.
+
+    The pieces of a rank share one state, as in ZeRO, and are views into the given values."""
     ranks: list[list[Piece]] = [[] for _ in range(world_size)]
     states: list[dict[str, Any]] = [{"step": torch.tensor(STEP)} for _ in range(world_size)]
     for name, moments in values.items():
@@ -153,7 +154,7 @@ def write(ranks: list[list[Piece]], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_any_cutting_reads_any_other(tmp_path: Path, seed: int) -> None:
+def test_state_cut_in_any_way_is_read_in_any_other(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     write(cut(whole(), draw.randint(1, 6), draw), tmp_path)
     read = {name: {moment: torch.full((n,), -1.0) for moment in MOMENTS} for name, n in SIZES.items()}
@@ -168,8 +169,8 @@ def test_any_cutting_reads_any_other(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_ddp_goes_on_as_pieces_and_pieces_as_ddp(tmp_path: Path, world_size: int) -> None:
-    """Pieces of a trained model's own state, saved as of sharding ranks, are loaded into a torch optimizer."""
+def test_a_ddp_run_resumes_sharded_and_a_sharded_one_with_ddp(tmp_path: Path, world_size: int) -> None:
+    """Pieces of a trained model's state, saved as by ranks that shard, are loaded into a torch optimizer."""
     model, optimizer = trained()
     draw = random.Random(world_size)
     ranks: list[list[Piece]] = [[] for _ in range(world_size)]
@@ -203,7 +204,7 @@ def read_whole(folder: Path) -> None:
 
 
 def two_files(folder: Path) -> tuple[Path, Path]:
-    """`table` cut at 20, everything else in the first file."""
+    """Write two files: `table` cut at element 20, everything else in the first file."""
     values, state = whole(), {"step": torch.tensor(STEP)}
     ranks: list[list[Piece]] = [[], []]
     for name, moments in values.items():
@@ -249,7 +250,7 @@ def test_a_truncated_file(tmp_path: Path, keep: int) -> None:
 
 
 def change(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Replace, add, or with None remove tensors of a file."""
+    """Replace or add tensors of a file; None removes one."""
     tensors = {**load_file(path), **changes}
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
 
@@ -271,14 +272,14 @@ EXTRA = torch.zeros(5)
         ({"table|step": torch.tensor(4.0)}, "table is at optimizer step 5 in one file and 4 in another"),
     ],
 )
-def test_each_element_must_be_there_once(tmp_path: Path, changes: dict[str, torch.Tensor | None], fault: str) -> None:
+def test_each_element_is_stored_once(tmp_path: Path, changes: dict[str, torch.Tensor | None], fault: str) -> None:
     change(two_files(tmp_path)[1], changes)
     with pytest.raises(CorruptObject, match=fault) as caught:
         read_whole(tmp_path)
     assert caught.value.hint
 
 
-def test_of_another_model(saved: Path) -> None:
+def test_state_of_another_model_is_refused(saved: Path) -> None:
     with pytest.raises(CorruptObject, match="holds no optimizer state of one") as caught:
         read_whole(saved)
     assert "another recipe" in caught.value.hint
@@ -286,7 +287,7 @@ def test_of_another_model(saved: Path) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_parameters_at_different_steps(tmp_path: Path, shared: bool) -> None:
-    """torch keeps a step for each parameter, DeepSpeed one for all."""
+    """torch keeps one step per parameter, DeepSpeed one for all."""
     states = [{"step": torch.tensor(STEP)}, {"step": torch.tensor(STEP - 1)}]
     tensors = {moment: torch.ones(2) for moment in MOMENTS}
     save(iter([Piece(name, 0, tensors, state) for name, state in zip("ab", states, strict=True)]), tmp_path, 0, 1)
@@ -302,8 +303,8 @@ def test_parameters_at_different_steps(tmp_path: Path, shared: bool) -> None:
         assert [state["step"].item() for state in read] == [STEP, STEP - 1]
 
 
-def test_no_gradient_beside_others_in_one_shared_state(tmp_path: Path) -> None:
-    """A parameter without a state does not hold back the step that DeepSpeed keeps for all."""
+def test_a_parameter_without_gradient_in_a_shared_state(tmp_path: Path) -> None:
+    """It does not reset the step that DeepSpeed keeps for all parameters."""
     ones = {moment: torch.ones(2) for moment in MOMENTS}
     written = [Piece("b", 0, ones, {"step": torch.tensor(STEP)}), *(Piece(name, 0, {}, {}) for name in "ac")]
     save(iter(written), tmp_path, 0, 1)

@@ -1,4 +1,4 @@
-"""`precision: auto`: the faster one, measured, and kept for the whole run."""
+"""`precision: auto` measures which precision is faster, once per run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tercet.training.arguments import choose, resolve_precision, speed_up_of_bf1
 
 
 @pytest.mark.parametrize(("speed_up", "expected"), [(0.0, "fp32"), (1.0, "fp32"), (1.19, "fp32"), (1.2, "bf16")])
-def test_the_faster_one(speed_up: float, expected: str) -> None:
+def test_bf16_is_chosen_if_it_is_clearly_faster(speed_up: float, expected: str) -> None:
     assert choose("cpu", speed_up).precision == expected
 
 
-def test_the_first_answer_is_kept(
+def test_the_first_choice_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the next machine would find."""
+    """Even if the next machine measures something else."""
     storage, plan = open_storage(str(tmp_path)), builders.plan(training={"precision": "auto"})
     asked: list[str] = []
     for speed_up, expected in ((1.7, "bf16"), (0.5, "bf16")):
@@ -34,7 +34,7 @@ def test_the_first_answer_is_kept(
     assert asked == ["cpu"]
 
 
-def test_of_two_that_measure_at_once_the_first_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_two_concurrent_measurements_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, plan = open_storage(str(tmp_path)), builders.plan(training={"precision": "auto"})
 
     def measure(_: str) -> float:
@@ -46,14 +46,14 @@ def test_of_two_that_measure_at_once_the_first_counts(tmp_path: Path, monkeypatc
     assert resolve_precision(plan, storage, on_cpu=True).config.training.precision == "fp32"
 
 
-def test_one_that_is_named_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_precision_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "speed_up_of_bf16", lambda _: pytest.fail("measured"))
     plan = builders.plan(training={"precision": "fp32"})
     assert resolve_precision(plan, open_storage(str(tmp_path)), on_cpu=True) is plan
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_damaged_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_choice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "speed_up_of_bf16", lambda _: 2.0)
     storage, plan = open_storage(str(tmp_path)), builders.plan(training={"precision": "auto"})
     resolve_precision(plan, storage, on_cpu=True)
@@ -63,7 +63,7 @@ def test_a_damaged_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         resolve_precision(plan, storage, on_cpu=True)
 
 
-def test_measuring_draws_nothing_of_the_trainings_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_leaves_the_random_state_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "SECONDS", 0.0)
     state = torch.get_rng_state()
     assert speed_up_of_bf16("cpu") > 0

@@ -1,4 +1,4 @@
-"""A notice ends the training after a step, with a checkpoint, and without the end of an epoch that it is not."""
+"""A preemption notice ends the training after a step, with a checkpoint, and without an end of the epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tercet.training.worker import notice_of_sigterm
 
 
 def after_step(guard: StopOnPreemption, step: int) -> TrainerControl:
-    """What it asks the trainer for."""
+    """Return what the guard asks the trainer for after a step."""
     control = TrainerControl()
     guard.on_step_end(None, TrainerState(global_step=step, max_steps=20), control)
     return control
@@ -31,18 +31,18 @@ def test_nothing_happens_without_a_notice() -> None:
     assert (control.should_save, control.should_evaluate) == (True, True)
 
 
-def test_a_notice_amid_an_epoch() -> None:
+def test_a_notice_within_an_epoch() -> None:
     guard = StopOnPreemption(lambda: True, steps_per_epoch=10)
     control = after_step(guard, 13)
     assert (control.should_save, control.should_training_stop, guard.step) == (True, True, 13)
-    # transformers takes the place for the end of an epoch
+    # transformers treats the step at which it stops as the end of an epoch
     control = TrainerControl(should_save=True, should_evaluate=True)
     guard.on_epoch_end(None, None, control)
     assert (control.should_save, control.should_evaluate) == (False, False)
 
 
 def test_a_notice_in_the_last_step_of_an_epoch() -> None:
-    """It is evaluated and saved as ever: without that evaluation the run could not end."""
+    """It is evaluated and saved as usual: the run could not end without that evaluation."""
     guard = StopOnPreemption(lambda: True, steps_per_epoch=10)
     control = after_step(guard, 10)
     assert (control.should_save, control.should_training_stop, guard.step) == (False, True, 10)
@@ -57,8 +57,8 @@ def test_a_notice_in_the_last_step_of_all() -> None:
     assert (control.should_training_stop, guard.step) == (False, None)
 
 
-def test_one_rank_that_got_it_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four ranks, the second."""
+def test_a_notice_on_one_rank_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank has no notice; another one has."""
     seen = []
 
     def all_reduce(number: torch.Tensor, group: object) -> None:

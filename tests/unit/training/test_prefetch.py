@@ -1,4 +1,4 @@
-"""One batch ahead, in order; errors come where the batch would."""
+"""One batch is made ahead, in order; an error is raised in place of its batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tercet.training.prefetch import Prefetcher
 
 
-def test_each_once_and_in_order() -> None:
+def test_each_item_comes_once_and_in_order() -> None:
     ahead: Prefetcher[int] = Prefetcher()
     for length in (5, 3):
         source = iter(range(length))
@@ -20,7 +20,7 @@ def test_each_once_and_in_order() -> None:
         ]
 
 
-def test_the_next_is_made_while_the_first_is_used() -> None:
+def test_the_next_item_is_made_while_the_first_is_used() -> None:
     ahead: Prefetcher[str] = Prefetcher()
     made: list[str] = []
     second = threading.Event()
@@ -37,7 +37,7 @@ def test_the_next_is_made_while_the_first_is_used() -> None:
     assert len(made) == 2
 
 
-def test_rest_waits() -> None:
+def test_drain_waits() -> None:
     ahead: Prefetcher[int] = Prefetcher()
     go, finished = threading.Event(), []
 
@@ -54,7 +54,7 @@ def test_rest_waits() -> None:
     assert len(finished) == 2
 
 
-def test_an_error_comes_where_the_batch_would() -> None:
+def test_an_error_is_raised_in_place_of_its_item() -> None:
     ahead: Prefetcher[int] = Prefetcher()
     values = iter([1, 2])
 

@@ -1,4 +1,4 @@
-"""Parts of the trainer that need no training."""
+"""Methods of the trainer that can be tested without training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tercet.training.trainer import TercetTrainer
 
 
 @pytest.mark.parametrize(("before", "now"), [(2, 4), (1, 2), (4, 2)])
-def test_on_another_number_of_ranks_all_draw_anew(tmp_path: Path, before: int, now: int) -> None:
-    """Python's numbers alike on all of them: MatryoshkaLoss draws its dimensions there."""
+def test_on_another_number_of_ranks_each_seeds_itself(tmp_path: Path, before: int, now: int) -> None:
+    """Python's random state is equal on all ranks: MatryoshkaLoss draws its dimensions from it."""
     names = ["rng_state.pth"] if before == 1 else [f"rng_state_{rank}.pth" for rank in range(before)]
     for name in names:
         (tmp_path / name).write_bytes(b"not looked at")
@@ -30,7 +30,7 @@ def test_on_another_number_of_ranks_all_draw_anew(tmp_path: Path, before: int, n
     assert len({of_torch for _, of_torch in drawn}) == now
 
 
-def test_on_as_many_ranks_each_draws_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_same_number_of_ranks_each_restores_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(2):
         (tmp_path / f"rng_state_{rank}.pth").write_bytes(b"not looked at")
     loaded: list[Any] = []

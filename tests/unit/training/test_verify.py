@@ -1,4 +1,4 @@
-"""A ledger that fits the order proves it; one that does not says which step, and a repeated row is counted."""
+"""`verify_rows` proves a run whose ledger fits the order of rows, and names wrong steps and repeated rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def plan(tmp_path: Path, storage: Storage) -> Callable[..., TrainPlan]:
-    """63 train rows of `poems`, and 25 of `docs` where asked for; batches of 10, two epochs."""
+    """Makes a plan of 63 train rows of `poems`, and 25 of `docs` on request; batches of 10, two epochs."""
 
     def publish(name: str, num_rows: int, fractions: tuple[float, float, float]) -> None:
         path = tmp_path / f"{name}.jsonl"
@@ -55,7 +55,7 @@ def plan(tmp_path: Path, storage: Storage) -> Callable[..., TrainPlan]:
 
 
 def consumed(plan: TrainPlan) -> list[list[int]]:
-    """Rows of each step, as the order gives them; no text is twice in this data."""
+    """Return the rows of each step, in the order of rows; no text occurs twice in this data."""
     training = plan.config.training
     datasets = [DatasetRows(dataset.num_train_rows, dataset.steps_per_epoch) for dataset in plan.datasets]
     batches = [
@@ -69,7 +69,7 @@ def consumed(plan: TrainPlan) -> list[list[int]]:
 def commit(
     storage: Storage, tmp_path: Path, steps: list[list[int]], step: int, lineage: tuple[Attempt, ...] = ()
 ) -> None:
-    """A checkpoint of a run that consumed these rows in its first `step` steps."""
+    """Commit a checkpoint of a run that consumed these rows in its first `step` steps."""
     lineage = lineage or (Attempt(name="a", generation=1, first_step=0, world_size=2),)
     for rank in range(lineage[-1].world_size):
         ledger = Ledger()
@@ -119,7 +119,7 @@ def test_a_mix_and_a_run_that_has_not_ended(storage: Storage, tmp_path: Path, pl
 @pytest.mark.parametrize(
     "fault", ["a row instead of another", "a step again", "two steps exchanged", "a row twice", "a row less"]
 )
-def test_rows_that_are_not_those_of_the_order(
+def test_a_step_that_consumed_other_rows_is_named(
     storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan], fault: str
 ) -> None:
     made_plan = plan()
@@ -128,7 +128,7 @@ def test_rows_that_are_not_those_of_the_order(
     match fault:
         case "a row instead of another":
             steps[3] = [*steps[3][:-1], steps[4][0]]
-        case "a step again":  # as a resume that forgets where it was
+        case "a step again":  # like a resume that forgets its step
             steps[3] = steps[2]
         case "two steps exchanged":
             steps[3], steps[5] = steps[5], steps[3]
@@ -144,10 +144,10 @@ def test_rows_that_are_not_those_of_the_order(
     assert "WRONG: step 4" in proof.text()
 
 
-def test_an_order_that_repeats_rows_is_found_though_the_ledger_fits_it(
+def test_an_order_that_repeats_rows_is_detected_although_the_ledger_fits_it(
     storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proof does not take the order's word for it: it counts."""
+    """The proof counts rows; it does not trust the order."""
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         batches = list(order.mixed_batches(*args, **kwargs))
@@ -167,7 +167,7 @@ def test_an_order_that_repeats_rows_is_found_though_the_ledger_fits_it(
     assert not proof.holds
 
 
-def test_a_damaged_ledger_is_passed_over_for_the_one_before(
+def test_a_damaged_ledger_is_skipped_for_an_older_one(
     storage: Storage, tmp_path: Path, plan: Callable[..., TrainPlan]
 ) -> None:
     made_plan = plan()
