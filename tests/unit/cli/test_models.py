@@ -60,9 +60,9 @@ def test_list_and_show(storage: LocalStorage, capsys: pytest.CaptureFixture[str]
     assert models(storage, "show", "mails") == 0
     assert capsys.readouterr().out.startswith("mails has no champion\n  version 1  20")
     assert models(storage, "show", "faq", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [champion["version"] for champion in found["champions"]] == [2, 1]
-    assert [version["lineage"]["run_id"] for version in found["versions"]] == ["r1", "r2"]
+    documents = json.loads(capsys.readouterr().out)
+    assert [champion["version"] for champion in documents["champions"]] == [2, 1]
+    assert [version["lineage"]["run_id"] for version in documents["versions"]] == ["r1", "r2"]
 
 
 def test_promotion_by_hand_does_not_ask_the_gate(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,10 @@ def test_rollback(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> 
     assert models(storage, "rollback", "faq", "--reason", "answers in French") == 0
     assert capsys.readouterr().out.startswith("faq: version 2 serves instead of version 3, ")
     assert models(storage, "rollback", "faq", "--to", "1", "--reason", "still") == 0
-    assert [(found.version, found.kind) for found in history(storage, "faq")][:2] == [(1, "rollback"), (2, "rollback")]
+    assert [(champion.version, champion.kind) for champion in history(storage, "faq")][:2] == [
+        (1, "rollback"),
+        (2, "rollback"),
+    ]
     register(storage, "faq", finished_run(storage, "r4"), "me")
     for number in ("1", "4", "9"):
         assert models(storage, "rollback", "faq", "--to", number, "--reason", "x") == 2

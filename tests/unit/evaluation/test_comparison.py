@@ -80,9 +80,9 @@ def changed(model_dir: Path, tmp_path: Path) -> Callable[[str, float], Path]:
 def done(storage: Storage, made: TrainPlan, role: Role, commit: Commit | None, **far: str) -> MeasuredModel:
     request = Request(role=role, commit=commit, out_of_domain=far)
     measure(made, request)
-    found = read_measured(storage, made.run_id, request)
-    assert found is not None
-    return found
+    model = read_measured(storage, made.run_id, request)
+    assert model is not None
+    return model
 
 
 def test_two_models_are_compared_on_the_same_rows(
@@ -106,11 +106,11 @@ def test_two_models_are_compared_on_the_same_rows(
     assert {guard.name for guard in decision.others} == {"mrr@10", "triplet_accuracy"}
     model = SentenceTransformer(str(model_dir), device="cpu")
     assert means(base) == pytest.approx(evaluate(model, load_splits(made, storage), "test", 64))
-    found = impact(made, base, candidate)
-    assert found.num_queries == num_rows
-    assert 0 < found.overlap_at_10 < 1
-    assert found.num_rows == NUM_ROWS  # each positive is one text
-    assert found.embedding_seconds > 0
+    index = impact(made, base, candidate)
+    assert index.num_queries == num_rows
+    assert 0 < index.overlap_at_10 < 1
+    assert index.num_rows == NUM_ROWS  # each positive is one text
+    assert index.embedding_seconds > 0
     table = base.table("test", "queries")
     assert table is not None
     assert all(scores == sorted(scores, reverse=True) for scores in table["scores"].to_pylist())  # best first
@@ -149,7 +149,7 @@ def test_training_rows_with_answers_to_the_test_split_are_found(
     made = plan(storage, model_dir)
     candidate = done(storage, made, CANDIDATE, as_best_model(storage, "b", changed("noisy", 0.1)))
     splits = {split: _pairs(storage, made, split) for split in ("train", "test")}
-    expected = sum(found in set(splits["test"]) for found in splits["train"])
+    expected = sum(row in set(splits["test"]) for row in splits["train"])
     assert expected > 0
     assert candidate.measurement.num_leaked_rows == expected
     decision = compare(made, done(storage, made, BASE_MODEL, None), candidate)
@@ -233,6 +233,6 @@ def test_results_on_different_rows_are_not_compared() -> None:
     for after in (before.slice(0, 1), pa.table({**before.to_pydict(), "anchor": ["a", "x"]})):
         with pytest.raises(CorruptObject, match="were measured on different rows"):
             pair("ndcg@10", before, after, {})
-    found = pair("ndcg@10", before, before, {"b": SliceConfig(matches="b")})
-    assert found.groups.tolist() == [0, 1]
-    assert np.array_equal(found.slices["b"], [False, True])
+    paired = pair("ndcg@10", before, before, {"b": SliceConfig(matches="b")})
+    assert paired.groups.tolist() == [0, 1]
+    assert np.array_equal(paired.slices["b"], [False, True])

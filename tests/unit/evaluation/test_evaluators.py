@@ -61,10 +61,10 @@ def test_the_metrics_are_those_of_sentence_transformers(model: SentenceTransform
         model
     )
     triplet = TripletEvaluator(anchors, positives, negatives, write_csv=False)(model)
-    found = evaluate(model, rows, "eval", BATCH_SIZE)
-    assert found == pytest.approx(recipe_metrics({**retrieval, **triplet}), abs=1e-6)
-    assert 0 < found["ndcg@10"] < 1
-    assert 0 < found["triplet_accuracy"] < 1
+    metrics = evaluate(model, rows, "eval", BATCH_SIZE)
+    assert metrics == pytest.approx(recipe_metrics({**retrieval, **triplet}), abs=1e-6)
+    assert 0 < metrics["ndcg@10"] < 1
+    assert 0 < metrics["triplet_accuracy"] < 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -134,11 +134,11 @@ def test_embeddings_are_fp32_in_the_order_of_the_texts(tmp_path: Path, model: Se
         model_kwargs={"dtype": torch.bfloat16},
     )
     for one in (model, half):
-        found = Encodings().of(one, texts, "document", 2)
-        assert found.dtype == torch.float32
+        embeddings = Encodings().of(one, texts, "document", 2)
+        assert embeddings.dtype == torch.float32
         wanted = one.encode(texts, convert_to_tensor=True).float()
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 if one is model else 0.05)
-        assert torch.equal(found[0], found[2])
+        torch.testing.assert_close(embeddings, wanted, rtol=0, atol=1e-6 if one is model else 0.05)
+        assert torch.equal(embeddings[0], embeddings[2])
 
 
 def test_one_rank_does_not_wait_for_others_inside_distributed_evaluation(

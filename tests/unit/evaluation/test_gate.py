@@ -76,10 +76,10 @@ def test_the_recipes_metric_decides() -> None:
 
 
 def test_alpha_is_the_limit_of_the_p_value() -> None:
-    found = gate(triplets(14, 4), metric=TRIPLET_ACCURACY, config=GateConfig())
-    p = found.p_better
+    decision = gate(triplets(14, 4), metric=TRIPLET_ACCURACY, config=GateConfig())
+    p = decision.p_better
     assert 0.01 < p < 0.02
-    assert found.verdict == "keep"
+    assert decision.verdict == "keep"
     assert gate(triplets(14, 4), metric=TRIPLET_ACCURACY, config=GateConfig(alpha=p)).verdict == "promote"
     assert gate(triplets(14, 4), metric=TRIPLET_ACCURACY, config=GateConfig(alpha=p - 1e-6)).verdict == "keep"
     # Two-sided, this p value would be twice as large, and not significant.
@@ -273,12 +273,12 @@ def test_equal_candidates_are_rarely_promoted_and_better_ones_usually() -> None:
     groups = np.repeat(np.arange(100), 3)
 
     def promoted(gain: float) -> int:
-        found = 0
+        num_promoted = 0
         for seed in range(300):
             noise = rng.normal(0, 0.1, 100)[groups] + rng.normal(0, 0.1, 300) * (rng.random(300) < 0.5)
             paired = Paired.of(NDCG, np.zeros(300), gain + noise, groups)
-            found += gate(paired, config=GateConfig(num_resamples=999, seed=seed)).verdict == "promote"
-        return found
+            num_promoted += gate(paired, config=GateConfig(num_resamples=999, seed=seed)).verdict == "promote"
+        return num_promoted
 
     assert promoted(0.0) < 8
     assert promoted(-0.01) <= 1

@@ -42,9 +42,9 @@ def test_scores() -> None:
 
 def test_fewer_than_ten_neighbours() -> None:
     reference = np.where(np.arange(10) < 4, IDS, -1)
-    found = impact(np.where(np.arange(10) < 2, IDS, -1), reference=reference)
-    assert found.overlap_at_10 == 0.5
-    assert found.mean_score_shift == pytest.approx((0.9 + 0.8) / 2 - (0.9 + 0.8 + 0.7 + 0.6) / 4)
+    fewer = impact(np.where(np.arange(10) < 2, IDS, -1), reference=reference)
+    assert fewer.overlap_at_10 == 0.5
+    assert fewer.mean_score_shift == pytest.approx((0.9 + 0.8) / 2 - (0.9 + 0.8 + 0.7 + 0.6) / 4)
 
 
 def test_wrong_shapes_and_repeated_neighbours_are_errors() -> None:

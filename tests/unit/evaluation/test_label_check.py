@@ -42,10 +42,10 @@ def night(num_new: int, new_mean: float, seed: int, num_old: int = 100) -> str |
 
 @pytest.mark.parametrize("num_new", [8, 30])
 def test_shuffled_labels_are_noticed(num_new: int) -> None:
-    found = [night(num_new, 0.02, seed) for seed in range(20)]
-    assert all(found)
-    assert f"{4 * num_new} test rows are new" in str(found[0])
-    assert "Are their labels right?" in str(found[0])
+    warnings = [night(num_new, 0.02, seed) for seed in range(20)]
+    assert all(warnings)
+    assert f"{4 * num_new} test rows are new" in str(warnings[0])
+    assert "Are their labels right?" in str(warnings[0])
 
 
 @pytest.mark.parametrize("new_mean", [0.6, 0.7])

@@ -40,16 +40,16 @@ def test_mcnemar_by_hand() -> None:
 
 @pytest.mark.parametrize(("better", "worse"), [(7, 0), (12, 3), (10, 10), (3, 9), (30, 18)])
 def test_subsets_of_single_row_groups_give_mcnemar(better: int, worse: int) -> None:
-    found = triplets(better, worse)
-    assert found.p_above(0.0) == pytest.approx(found.mcnemar_p(), abs=0.006)
+    comparison = triplets(better, worse)
+    assert comparison.p_above(0.0) == pytest.approx(comparison.mcnemar_p(), abs=0.006)
 
 
 def test_the_p_value_is_never_below_mcnemar() -> None:
     paired = Paired.of(TRIPLET_ACCURACY, [0] * 14 + [1] * 4, [1] * 14 + [0] * 4)
     made = [Comparison(paired, 999, seed) for seed in range(20)]
     exact = stats.binomtest(14, 18, alternative="greater").pvalue
-    assert min(found.p_above(0.0) for found in made) < exact
-    assert min(found.p_better() for found in made) == pytest.approx(exact)
+    assert min(comparison.p_above(0.0) for comparison in made) < exact
+    assert min(comparison.p_better() for comparison in made) == pytest.approx(exact)
 
 
 def all_subsets(sums: list[float], sizes: list[int], bound: float) -> float:
@@ -63,11 +63,11 @@ def test_p_values_are_shares_of_all_subsets(bound: float) -> None:
     rng = np.random.default_rng(3)
     groups = np.repeat(np.arange(8), [1, 4, 2, 1, 3, 1, 2, 6])
     difference = rng.normal(0.1, 0.4, len(groups))
-    found = compare(difference, groups, num_resamples=99_999)
+    comparison = compare(difference, groups, num_resamples=99_999)
     sums, sizes = np.bincount(groups, difference).tolist(), np.bincount(groups).tolist()
-    assert found.p_above(bound) == pytest.approx(all_subsets(sums, sizes, bound), abs=0.006)
+    assert comparison.p_above(bound) == pytest.approx(all_subsets(sums, sizes, bound), abs=0.006)
     opposite = compare(-difference, groups, num_resamples=99_999)
-    assert found.p_below(bound) == pytest.approx(opposite.p_above(-bound), abs=0.006)
+    assert comparison.p_below(bound) == pytest.approx(opposite.p_above(-bound), abs=0.006)
 
 
 def test_one_sided_both_ways() -> None:
@@ -82,23 +82,23 @@ def test_one_sided_both_ways() -> None:
 def test_a_p_value_and_its_bound_say_the_same() -> None:
     rng = np.random.default_rng(4)
     for _ in range(20):
-        found = compare(rng.normal(0.02, 0.1, 80), rng.integers(0, 60, 80), num_resamples=1_999)
+        comparison = compare(rng.normal(0.02, 0.1, 80), rng.integers(0, 60, 80), num_resamples=1_999)
         for alpha in (0.01, 0.05):
-            lower, upper = found.bounds(alpha)
-            assert lower < found.effect < upper
-            assert found.p_above(lower - 1e-9) <= alpha < found.p_above(lower + 1e-9)
-            assert found.p_below(upper + 1e-9) <= alpha < found.p_below(upper - 1e-9)
+            lower, upper = comparison.bounds(alpha)
+            assert lower < comparison.effect < upper
+            assert comparison.p_above(lower - 1e-9) <= alpha < comparison.p_above(lower + 1e-9)
+            assert comparison.p_below(upper + 1e-9) <= alpha < comparison.p_below(upper - 1e-9)
 
 
 def test_counts_and_means() -> None:
-    found = Comparison(Paired.of(NDCG, [0.5, 1.0, 0.0, 0.3], [1.0, 0.5, 1.0, 0.3], list("aabc")), 999, 0)
-    assert (found.num_rows, found.num_groups, found.num_different_groups) == (
+    comparison = Comparison(Paired.of(NDCG, [0.5, 1.0, 0.0, 0.3], [1.0, 0.5, 1.0, 0.3], list("aabc")), 999, 0)
+    assert (comparison.num_rows, comparison.num_groups, comparison.num_different_groups) == (
         4,
         3,
         1,
     )  # the differences of group a cancel out
-    assert (found.num_better, found.num_worse) == (2, 1)
-    assert (found.reference, found.candidate, found.effect) == pytest.approx((0.45, 0.7, 0.25))
+    assert (comparison.num_better, comparison.num_worse) == (2, 1)
+    assert (comparison.reference, comparison.candidate, comparison.effect) == pytest.approx((0.45, 0.7, 0.25))
 
 
 def test_the_standard_error_is_of_groups() -> None:
@@ -122,9 +122,11 @@ def test_copies_of_rows_prove_nothing() -> None:
 def test_triplets_of_one_group_are_not_treated_as_independent() -> None:
     """40 of 50 changed triplets are better, which McNemar calls significant. But they are 5 groups, of which 4 gain."""
     reference = np.repeat([0, 0, 0, 0, 1], 10)
-    found = Comparison(Paired.of(TRIPLET_ACCURACY, reference, 1 - reference, np.repeat(np.arange(5), 10)), 9_999, 0)
-    assert found.mcnemar_p() < 0.001
-    assert found.p_better() == found.p_above(0.0) == pytest.approx(6 / 32, abs=0.02)
+    comparison = Comparison(
+        Paired.of(TRIPLET_ACCURACY, reference, 1 - reference, np.repeat(np.arange(5), 10)), 9_999, 0
+    )
+    assert comparison.mcnemar_p() < 0.001
+    assert comparison.p_better() == comparison.p_above(0.0) == pytest.approx(6 / 32, abs=0.02)
 
 
 def test_neither_order_nor_names_matter() -> None:
@@ -140,25 +142,25 @@ def test_neither_order_nor_names_matter() -> None:
 
 
 def test_no_difference_at_all() -> None:
-    found = compare(np.zeros(100))
-    assert found.p_above(0.0) == found.p_below(0.0) == 1.0
-    assert found.bounds(0.01) == (0.0, 0.0)
-    assert found.p_above(-0.01) == 1e-4
-    assert found.num_different_groups == 0
+    comparison = compare(np.zeros(100))
+    assert comparison.p_above(0.0) == comparison.p_below(0.0) == 1.0
+    assert comparison.bounds(0.01) == (0.0, 0.0)
+    assert comparison.p_above(-0.01) == 1e-4
+    assert comparison.num_different_groups == 0
 
 
 def test_differences_that_cancel_out_up_to_rounding_are_none() -> None:
     """0.1 + 0.2 - 0.3 is not zero in floating point."""
-    found = compare(np.tile([0.1, 0.2, -0.3], 100), np.repeat(np.arange(100), 3))
-    assert found.num_different_groups == 0
-    assert found.p_above(0.0) == 1.0
+    comparison = compare(np.tile([0.1, 0.2, -0.3], 100), np.repeat(np.arange(100), 3))
+    assert comparison.num_different_groups == 0
+    assert comparison.p_above(0.0) == 1.0
 
 
 def test_one_group_proves_nothing() -> None:
-    found = compare(np.ones(50), np.zeros(50))
-    assert found.p_above(0.0) > 0.4  # one of the two subsets is empty
-    assert np.isnan(found.standard_error)
-    assert found.bounds(0.01) == (-np.inf, np.inf)
+    comparison = compare(np.ones(50), np.zeros(50))
+    assert comparison.p_above(0.0) > 0.4  # one of the two subsets is empty
+    assert np.isnan(comparison.standard_error)
+    assert comparison.bounds(0.01) == (-np.inf, np.inf)
 
 
 def test_wrong_lengths_are_errors() -> None:
@@ -215,14 +217,14 @@ def test_how_often_chance_looks_like_a_gain(alpha: float, most: int) -> None:
     """`most` is exceeded with a probability of 1 %. A test that treats rows as independent exceeds it."""
     made = nights(0.0, seed=1)
     assert stats.binom.sf(most, NIGHTS, alpha) < 0.01
-    assert sum(found.p_above(0.0) <= alpha for found in made) <= most
-    assert sum(found.bounds(alpha)[0] > 0 for found in made) <= most
-    assert sum(found.bounds(alpha)[1] < 0 for found in made) <= most
+    assert sum(comparison.p_above(0.0) <= alpha for comparison in made) <= most
+    assert sum(comparison.bounds(alpha)[0] > 0 for comparison in made) <= most
+    assert sum(comparison.bounds(alpha)[1] < 0 for comparison in made) <= most
 
 
 def test_the_minimum_detectable_effect_is_detected_in_four_of_five_nights() -> None:
     for minimum in (0.0, 0.04):
         effect = float(np.mean([f.minimum_detectable_effect(0.01, minimum) for f in nights(0.0, seed=2)]))
-        found = nights(effect, seed=3)
-        promoted = sum(f.p_above(0.0) <= 0.01 and f.effect >= minimum for f in found)
+        comparison = nights(effect, seed=3)
+        promoted = sum(f.p_above(0.0) <= 0.01 and f.effect >= minimum for f in comparison)
         assert 0.72 < promoted / NIGHTS < 0.88

@@ -88,8 +88,8 @@ def test_a_corpus_with_copies_is_ranked_as_the_evaluator_ranks_it() -> None:
         for hits in evaluator.hits
     ]
     lists = list(zip(ranked, relevant_ids.values(), strict=True))
-    assert float(np.mean([ndcg(*found, 10) for found in lists])) == metrics["cosine_ndcg@10"]
-    assert np.mean([reciprocal_rank(*found, 10) for found in lists]) == pytest.approx(metrics["cosine_mrr@10"])
+    assert float(np.mean([ndcg(*pair, 10) for pair in lists])) == metrics["cosine_ndcg@10"]
+    assert np.mean([reciprocal_rank(*pair, 10) for pair in lists]) == pytest.approx(metrics["cosine_mrr@10"])
 
 
 def test_means_over_rows_are_the_metrics(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_means_over_rows_are_the_metrics(tmp_path: Path) -> None:
     results = row_results(model, splits, "eval", 8)
     assert results.triplets is not None
     tables = {"ndcg@10": results.queries, "mrr@10": results.queries, "triplet_accuracy": results.triplets}
-    found = {name: float(np.mean(table[name].to_numpy())) for name, table in tables.items()}
-    assert found == pytest.approx(evaluate(model, splits, "eval", 8), abs=1e-6)
+    means = {name: float(np.mean(table[name].to_numpy())) for name, table in tables.items()}
+    assert means == pytest.approx(evaluate(model, splits, "eval", 8), abs=1e-6)
     num_texts = results.num_corpus_texts
     assert num_texts == len({*whole["positive"]})
     for ids, scores in zip(

@@ -129,9 +129,9 @@ def test_mining_is_recorded(storage: Storage, model_dir: Path) -> None:
     source, mining = read_manifest(storage, "pairs").version, MiningConfig()
     assert read_mined(storage, "mined", source, mining) is None
     version = mined(storage, model_dir, mining).build.manifest.version
-    found = read_mined(storage, "mined", source, mining)
-    assert found is not None
-    assert (found.version, found.model) == (version, str(model_dir))
+    mined_version = read_mined(storage, "mined", source, mining)
+    assert mined_version is not None
+    assert (mined_version.version, mined_version.model) == (version, str(model_dir))
     assert read_mined(storage, "mined", source, MiningConfig(relative_margin=0.2)) is None
 
 

@@ -66,8 +66,8 @@ def test_the_file_gives_the_models_embeddings(config: Config, model_dir: Path) -
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     for texts in (["one"], tiny_model.all_texts()[:7], ["so many words " * 8, "few"]):
         features = model.preprocess(texts)
-        [found] = session.run(None, {name: features[name].numpy() for name in exported.inputs})
-        assert np.allclose(found, model.encode(texts), atol=1e-5)
+        [embeddings] = session.run(None, {name: features[name].numpy() for name in exported.inputs})
+        assert np.allclose(embeddings, model.encode(texts), atol=1e-5)
 
 
 def test_a_file_with_other_metrics_is_not_published(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +79,8 @@ def test_a_file_with_other_metrics_is_not_published(config: Config, monkeypatch:
             right = model.forward
 
             def forward(features: dict[str, Any], **_: Any) -> dict[str, Any]:
-                found = right(features)
-                return {**found, onnx_export.OUTPUT: found[onnx_export.OUTPUT].flip(0)}
+                outputs = right(features)
+                return {**outputs, onnx_export.OUTPUT: outputs[onnx_export.OUTPUT].flip(0)}
 
             model.forward = forward
             yield

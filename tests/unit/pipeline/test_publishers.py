@@ -142,6 +142,6 @@ def test_mlflow_alias_points_to_the_champion(storage: Storage, tmp_path: Path, m
     assert notify(storage, config(mlflow=uri), lambda _: None) == {}
     crown(storage, "b", first)
     assert notify(storage, config(mlflow=uri), lambda _: None) == {}
-    found = mlflow.MlflowClient(uri, uri).get_model_version_by_alias("made", "champion")
-    assert (str(found.version), found.source) == ("2", storage.uri_of("runs/b/best"))
-    assert found.tags["generation"] == "2"
+    version = mlflow.MlflowClient(uri, uri).get_model_version_by_alias("made", "champion")
+    assert (str(version.version), version.source) == ("2", storage.uri_of("runs/b/best"))
+    assert version.tags["generation"] == "2"
