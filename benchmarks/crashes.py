@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from support import tiny_model  # noqa: E402
 from support.commands import check, run_command  # noqa: E402
-from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts  # noqa: E402
+from support.interrupted_run import CHECKPOINTS, NUM_STEPS, final_state, proof, settings  # noqa: E402
 from support.workers import training_log, worker_command, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
 from tercet.data.ingest import IngestOptions  # noqa: E402
@@ -72,7 +72,7 @@ def main() -> None:
         for num_workers in (1, 2):
             plan = write_plan(folder, f"whole-{num_workers}", model, store, **settings(num_workers))
             check(run_command(worker_command(plan), environment, folder))
-            expected[num_workers] = what_counts(store, f"whole-{num_workers}")
+            expected[num_workers] = final_state(store, f"whole-{num_workers}")
         for trial in range(arguments.trials):
             num_workers, run_id, said = rng.choice((1, 2)), f"trial-{trial}", []
             plan = write_plan(folder, run_id, model, store, **settings(num_workers))
@@ -87,7 +87,7 @@ def main() -> None:
             check(run_command(worker_command(plan), environment, folder))
             if (first_step := training_log(store, run_id)["first_step_unix_seconds"]) is not None:
                 restarts.append(first_step - started)
-            equal = what_counts(store, run_id) == expected[num_workers]
+            equal = final_state(store, run_id) == expected[num_workers]
             proof(store, folder / f"{run_id}.yaml", run_id)
             num_equal += equal
             print(

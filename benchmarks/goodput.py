@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from support import tiny_model  # noqa: E402
-from support.interrupted_run import what_counts  # noqa: E402
+from support.interrupted_run import final_state  # noqa: E402
 from support.workers import make_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
@@ -165,7 +165,7 @@ def main() -> None:
         rng = random.Random(arguments.seed)
         killed = run(folder, recipe, "killed", rest_seconds, rng, mean)
         print(f"a kill every {mean:.0f} s, seed {arguments.seed}    {killed.text()}")
-        print(f"equal results: {what_counts(store, 'killed') == what_counts(store, 'whole')}")
+        print(f"equal results: {final_state(store, 'killed') == final_state(store, 'whole')}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from crashes import draw  # noqa: E402
 from support import tiny_model  # noqa: E402
 from support.commands import check, run_command, tercet  # noqa: E402
-from support.interrupted_run import proof, settings, what_counts  # noqa: E402
+from support.interrupted_run import final_state, proof, settings  # noqa: E402
 from support.ray_cluster import CONTROLLER, WORKER, RayCluster, ray_cluster  # noqa: E402
 from support.workers import training_log, wait_until, worker_command, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
@@ -93,7 +93,7 @@ class Bench:
         self._environment = {**os.environ, **own, "PATH": path, "PYTHON": sys.executable}
         plan = write_plan(folder, "whole", self._model, self._store, **settings(NUM_WORKERS))
         check(run_command(worker_command(plan), self._environment, folder))
-        self._expected = what_counts(self._store, "whole")
+        self._expected = final_state(self._store, "whole")
         self._cluster = self._new_cluster()
 
     def _new_cluster(self) -> RayCluster:
@@ -107,7 +107,7 @@ class Bench:
         recipe = tiny_model.write_recipe(self._folder / f"{run_id}.yaml", self._model, self._store, **sections)
         try:
             killed_at = self._kill_and_go_on(trial, recipe, run_id)
-            outcome = "equal" if what_counts(self._store, run_id) == self._expected else "DIFFERENT"
+            outcome = "equal" if final_state(self._store, run_id) == self._expected else "DIFFERENT"
             proof(self._store, recipe, run_id)
         except (AssertionError, subprocess.TimeoutExpired) as error:
             self._cluster = self._new_cluster()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import check, run_command
-from support.interrupted_run import CHECKPOINTS, NUM_STEPS, proof, settings, what_counts
+from support.interrupted_run import CHECKPOINTS, NUM_STEPS, final_state, proof, settings
 from support.tiers import in_soak
 from support.workers import commits, training_log, worker_of, write_plan
 from tercet.artifacts import journal
@@ -71,7 +71,7 @@ def test_a_kill_does_not_change_the_result(
     if crash.at in IN_UPLOADER and crash.rank == 0:
         assert resumed_from_step == crash.resumes_from
     assert resumed_from_step in [step for step in (0, *CHECKPOINTS) if step <= crash.resumes_from]
-    assert what_counts(store, run_id) == what_counts(store, whole[crash.num_workers])
+    assert final_state(store, run_id) == final_state(store, whole[crash.num_workers])
     assert journal.counts(open_storage(str(store)), run_id) == {"lost": 1}
     attempts = proof(store, tmp_path / f"{run_id}.yaml", run_id).attempts
     # Only attempts that led to the last checkpoint are counted.
@@ -94,7 +94,7 @@ def test_a_hang_ends_with_stacks_and_does_not_change_the_result(
     assert any(text.startswith(str(num_workers - 1)) and "in crash_point" in text for text in reports)  # where it hung
     plan = write_plan(tmp_path, run_id, model, store, **sections)
     check(run_command(worker_of(plan), environment, tmp_path))
-    assert what_counts(store, run_id) == what_counts(store, whole[num_workers])
+    assert final_state(store, run_id) == final_state(store, whole[num_workers])
     assert journal.counts(open_storage(str(store)), run_id) == {"hung": 1}
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_ends_the_run_which_then_resumes(
     assert "tercet: a disk of this machine is full, or fails" in died.stdout
     assert commits(store, "full") == []
     check(run_command(worker_of(plan), environment, tmp_path))
-    assert what_counts(store, "full") == what_counts(store, whole[1])
+    assert final_state(store, "full") == final_state(store, whole[1])
     assert journal.counts(open_storage(str(store)), "full") == {"disk_full": 1}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import tiny_model
-from support.interrupted_run import NUM_STEPS, proof, settings, what_counts
+from support.interrupted_run import NUM_STEPS, final_state, proof, settings
 from support.ray_cluster import PATIENCE_SECONDS, RayCluster, Run
 from support.workers import commits, training_log, wait_until
 from tercet.training.ledger import read as read_ledger
@@ -42,7 +42,7 @@ def test_a_drained_node_loses_no_step(
     assert "trouble  1 preempted" in output
     assert training_log(store, run.run_id)["resumed_from_step"] == 14
     assert [attempt.first_step for attempt in run.attempts()] == [0, 14]
-    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert final_state(store, run.run_id) == final_state(store, whole[2])
     proof(store, run.recipe, run.run_id)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import check, run_command
-from support.interrupted_run import proof, settings, what_counts
+from support.interrupted_run import final_state, proof, settings
 from support.tiers import in_soak
 from support.workers import armed_worker, commits, held_worker, training_log, wait_until, worker_of, write_plan
 from tercet.artifacts import journal
@@ -34,7 +34,7 @@ def test_a_single_worker_gets_notice(
 
     check(run_command(worker_of(plan), environment, tmp_path))
     assert training_log(store, "notice")["resumed_from_step"] == 14
-    assert what_counts(store, "notice") == what_counts(store, whole[1])
+    assert final_state(store, "notice") == final_state(store, whole[1])
     assert journal.counts(open_storage(str(store)), "notice") == {"preempted": 1}
     attempts = proof(store, tmp_path / "notice.yaml", "notice").attempts
     assert [text.split(": ")[1] for text in attempts] == ["steps 1 to 14 on 1 workers", "steps 15 to 22 on 1 workers"]
@@ -65,4 +65,4 @@ def test_one_of_two_ranks_gets_notice(
 
     check(run_command(worker_of(plan), environment, tmp_path))
     assert training_log(store, run_id)["resumed_from_step"] == saved
-    assert what_counts(store, run_id) == what_counts(store, whole[2])
+    assert final_state(store, run_id) == final_state(store, whole[2])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from support import tiny_model
 from support.commands import check, run_command, tercet
-from support.interrupted_run import proof, settings, what_counts
+from support.interrupted_run import final_state, proof, settings
 from support.workers import training_log, wait_until, worker_of, write_plan
 from tercet.artifacts.best import read_best
 from tercet.artifacts.checkpoint import read_commits
@@ -39,7 +39,7 @@ def test_ray_restarts_dead_workers_without_changing_the_result(
     assert "in 2 attempts" in done.stdout
     assert report(store, "ray")["num_attempts"] == 2
     assert training_log(store, "ray")["resumed_from_step"] == 11
-    assert what_counts(store, "ray") == what_counts(store, whole[2])
+    assert final_state(store, "ray") == final_state(store, whole[2])
     assert len(proof(store, recipe, "ray").attempts) == 2
 
 

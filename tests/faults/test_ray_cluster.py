@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.interrupted_run import proof, what_counts
+from support.interrupted_run import final_state, proof
 from support.ray_cluster import CONTROLLER, PATIENCE_SECONDS, RayCluster, Run
 from support.workers import training_log, wait_until
 from tercet.failpoints import VARIABLE
@@ -33,7 +33,7 @@ def test_a_node_is_lost(
     assert "in 2 attempts" in run.ends_well(driver)
     assert node.named("ray::") == []  # the worker died with its node
     assert training_log(store, run.run_id)["resumed_from_step"] == 11
-    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert final_state(store, run.run_id) == final_state(store, whole[2])
     proof(store, run.recipe, run.run_id)
 
 
@@ -53,7 +53,7 @@ def test_the_controller_dies(
     assert "Traceback" not in of_the_command(output)
 
     run.ends_well(run.train(cluster))
-    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert final_state(store, run.run_id) == final_state(store, whole[2])
     proof(store, run.recipe, run.run_id)
 
 
@@ -68,7 +68,7 @@ def test_the_driver_dies(
     driver.kill()
     run.ends_well(run.train(cluster))
     assert training_log(store, run.run_id)["resumed_from_step"] == 12
-    assert what_counts(store, run.run_id) == what_counts(store, whole[2])
+    assert final_state(store, run.run_id) == final_state(store, whole[2])
     proof(store, run.recipe, run.run_id)
 
 
@@ -100,7 +100,7 @@ def test_a_node_is_cut_off_and_comes_back(
     worker.wait(timeout=PATIENCE_SECONDS)  # Ray shuts down a node that it has given up
     go_2.touch()
     assert "step 12 was committed by another attempt, but that came too late; it is replaced" in run.ends_well(driver)
-    assert what_counts(store, run.run_id) == what_counts(store, whole[1])
+    assert final_state(store, run.run_id) == final_state(store, whole[1])
     assert len(proof(store, run.recipe, run.run_id).attempts) == 2
 
 
@@ -140,7 +140,7 @@ def test_the_head_is_lost_twice(
     third = new_cluster(dashboard=True)
     third.provide(1)
     run.ends_well(submit(run, third))
-    assert what_counts(store, run.run_id) == what_counts(store, whole[1])
+    assert final_state(store, run.run_id) == final_state(store, whole[1])
     assert len(proof(store, run.recipe, run.run_id).attempts) == 3
 
 

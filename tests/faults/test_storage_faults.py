@@ -12,7 +12,7 @@ import pytest
 
 from support import tiny_model
 from support.commands import check, run_command
-from support.interrupted_run import proof, settings, what_counts
+from support.interrupted_run import final_state, proof, settings
 from support.s3_server import FaultyProxy, S3Server
 from support.workers import make_plan, worker_of
 from tercet.data.build import build_version
@@ -100,7 +100,7 @@ def test_a_kill_and_a_bad_network_do_not_change_the_result(
     assert len(done) > 20
     assert {"refuse", "lose_reply", "flip", "cut"} == set(done)
     copy = on_this_disk(storage, "bad-network", tmp_path / "copy")
-    assert what_counts(copy, "bad-network") == what_counts(store, whole[1])
+    assert final_state(copy, "bad-network") == final_state(store, whole[1])
     (copy / "datasets").symlink_to(store / "datasets")
     local = tiny_model.write_recipe(tmp_path / "local.yaml", model, copy, **settings())
     assert len(proof(copy, local, "bad-network").attempts) == 2
@@ -134,4 +134,4 @@ def test_credentials_expire_during_a_run(
     proxy.decide = lambda method, path: None  # noqa: ARG005
     done = check(run_command(command, there, tmp_path))
     assert "resuming from the checkpoint of step 12" in done.stdout
-    assert what_counts(on_this_disk(storage, "expired", tmp_path / "copy"), "expired") == what_counts(store, whole[1])
+    assert final_state(on_this_disk(storage, "expired", tmp_path / "copy"), "expired") == final_state(store, whole[1])

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from support.commands import check, run_command
 from support.forks import Process
-from support.interrupted_run import proof, settings, what_counts
+from support.interrupted_run import final_state, proof, settings
 from support.workers import commits, held_worker, wait_until, worker_of, write_plan
 
 
@@ -36,13 +36,13 @@ def test_a_frozen_attempt_is_taken_over_and_changes_nothing_when_it_wakes(
         assert time.monotonic() - started > 3
         assert f"run cut-off is held: process {cut_off.pid} on" in second.stdout
         assert "resuming from the checkpoint of step 12" in second.stdout
-        expected = what_counts(store, whole[1])
-        assert what_counts(store, "cut-off") == expected
+        expected = final_state(store, whole[1])
+        assert final_state(store, "cut-off") == expected
         go.touch()
         cut_off.send_signal(signal.SIGCONT)
         assert cut_off.wait(timeout=400) != 0
     assert "tercet: run cut-off was taken over by process" in plan.with_suffix(".log").read_text()
-    assert what_counts(store, "cut-off") == expected
+    assert final_state(store, "cut-off") == expected
     assert len(proof(store, tmp_path / "cut-off.yaml", "cut-off").attempts) == 2
 
 
@@ -59,4 +59,4 @@ def test_the_second_of_two_attempts_names_the_first(
         assert f"tercet: run two is being trained: process {first.pid} on" in second.stdout
         go.touch()
         assert first.wait(timeout=400) == 0
-    assert what_counts(store, "two") == what_counts(store, whole[1])
+    assert final_state(store, "two") == final_state(store, whole[1])
