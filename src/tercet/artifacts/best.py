@@ -16,11 +16,12 @@ from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.documents import seal
 from tercet.storage.layout import (
-    COMMIT,
+    attempt_folder_of,
     best_commit_key,
     best_prefix,
     checkpoints_prefix,
     commit_key,
+    is_commit,
     step_of,
     step_prefix,
 )
@@ -77,20 +78,22 @@ def retain(storage: Storage, run_id: str, metric: str, keep_last: int) -> None:
     commits = read_commits(storage, run_id)
     if not commits:
         return
-    kept = {commit.folder for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None}
+    kept = [commit for commit in (*commits[:keep_last], best_commit(commits, metric)) if commit is not None]
     for commit in commits:
-        if commit.folder not in kept:
+        if commit not in kept:
             storage.delete(commit_key(run_id, commit.step))
             crash_point("mid_retention", commit.step)
     keys = storage.list(checkpoints_prefix(run_id))
-    kept_steps = {folder.rpartition("/")[0] for folder in kept}
     # An unreadable COMMIT is left, with its files, for a user to look at; one that does not count will be replaced.
-    left = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMMIT}")} - {
-        step_prefix(run_id, commit.step) for commit in commits
-    }
-    depth = checkpoints_prefix(run_id).count("/") + 3
-    old = [key for key in keys if (step := step_of(key)) is not None and step <= commits[0].step]
-    for folder in {"/".join(key.split("/")[:depth]) for key in old if not key.endswith(f"/{COMMIT}")} - kept:
-        of_step = folder.rpartition("/")[0]
-        if of_step not in left:
-            storage.delete(folder if of_step in kept_steps else of_step)
+    unreadable = {step_of(key) for key in keys if is_commit(key)} - {commit.step for commit in commits}
+    kept_folders, kept_steps = {commit.folder for commit in kept}, {commit.step for commit in kept}
+    doomed: set[str] = set()
+    for key in keys:
+        step = step_of(key)
+        if step is None or step > commits[0].step or step in unreadable or is_commit(key):
+            continue
+        folder = attempt_folder_of(key)
+        if folder not in kept_folders:
+            doomed.add(folder if step in kept_steps else step_prefix(run_id, step))
+    for folder in doomed:
+        storage.delete(folder)

@@ -20,7 +20,7 @@ from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import Document, Frozen, seal, unseal
-from tercet.storage.layout import COMMIT, attempt_folder, checkpoints_prefix, commit_key, part_key, step_of
+from tercet.storage.layout import attempt_folder, checkpoints_prefix, commit_key, is_commit, part_key, step_of
 
 logger = logging.getLogger("tercet")
 
@@ -80,7 +80,7 @@ class Commit(Document):
 def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> None:
     """Upload every file below `local_dir`, then the document that lists them."""
     records = upload_files(storage, local_dir, folder)
-    crash_point("mid_upload", int(folder.split("/")[-2]))
+    crash_point("mid_upload", step_of(folder))
     storage.put(part_key(folder, rank), seal(Part(folder=folder, rank=rank, files=records)))
 
 
@@ -202,7 +202,7 @@ def _listed_commits(storage: Storage, run_id: str, num_tries: int = 10) -> list[
     """Return all whole commits. If one is gone before it is read, list again: a worker deleted it after a newer one."""
     commits = []
     for key in storage.list(checkpoints_prefix(run_id)):
-        if key.rsplit("/", 1)[-1] == COMMIT:
+        if is_commit(key):
             try:
                 commits.append(read_commit(storage, key))
             except CorruptObject as error:

@@ -94,10 +94,8 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
         if version.commit.files == commit.files:
             return version
     index = _index(storage, name)
-    number, nonce = (
-        (index.newest_version if index else max(list_versions(storage, name), default=0)) + 1,
-        uuid.uuid4().hex,
-    )
+    newest = index.newest_version if index is not None else max(list_versions(storage, name), default=0)
+    number, nonce = newest + 1, uuid.uuid4().hex
     while True:
         version = Version(
             name=name,
@@ -109,9 +107,8 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
             who=who,
             nonce=nonce,
         )
-        _index_version(
-            storage, version
-        )  # first, so that no version is without; the reader checks that it is of the run
+        # First the mark, so that no version is without one. A reader checks that the version is of this run.
+        _index_version(storage, version)
         try:
             storage.put_if_absent(layout.model_version_key(name, number), seal(version))
         except AlreadyExists:
@@ -283,9 +280,8 @@ def _index(storage: Storage, name: str) -> Index | None:
 
 def _index_version(storage: Storage, version: Version) -> None:
     run_id, number = version.lineage.run_id, version.number
-    storage.put(
-        layout.version_by_run_key(version.name, run_id, number), seal(VersionOfRun(run_id=run_id, version=number))
-    )
+    mark = VersionOfRun(run_id=run_id, version=number)
+    storage.put(layout.version_by_run_key(version.name, run_id, number), seal(mark))
 
 
 def _was_champion(storage: Storage, present: Champion | None, version: Version) -> bool:

@@ -1,4 +1,4 @@
-"""Every key in storage: of a run, a dataset and a model. No other file builds or takes apart a key.
+"""Every key in storage: of a run, a dataset and a model. No other file builds a key, or reads names from one.
 
     runs/<run_id>/plan.json  the plan that the run follows
     runs/<run_id>/LEASE.json  which attempt may commit, and every attempt so far; changed by compare-and-swap alone
@@ -148,6 +148,16 @@ def step_of(key: str) -> int | None:
     """Return the step of the checkpoint to which a key belongs; None for foreign files beside the checkpoints."""
     _, _, _, step, *below = key.split("/")
     return int(step) if below and step.isdecimal() else None
+
+
+def attempt_folder_of(key: str) -> str:
+    """Return the attempt's folder to which a file of a checkpoint belongs."""
+    return "/".join(key.split("/")[:5])
+
+
+def is_commit(key: str) -> bool:
+    """Whether a key below `checkpoints_prefix` is that of a commit."""
+    return key.endswith(f"/{COMMIT}")
 
 
 def best_prefix(run_id: str) -> str:

@@ -100,6 +100,10 @@ def test_names_are_read_back_from_keys() -> None:
 
 def test_the_step_of_a_key() -> None:
     assert layout.step_of(layout.commit_key("r", 8)) == 8
+    assert layout.is_commit(layout.commit_key("r", 8))
+    folder = layout.attempt_folder("r", 8, "a")
+    assert (layout.step_of(folder), layout.is_commit(folder)) == (8, False)
+    assert layout.attempt_folder_of(f"{folder}/1_Pooling/config.json") == folder
     assert layout.step_of("runs/r/checkpoints/.DS_Store") is None
     assert layout.step_of("runs/r/checkpoints/notes/a.txt") is None
 
