@@ -166,14 +166,14 @@ def main() -> None:
         lines = []
         for size, split in splits.items():
             powers = [
-                simulate(metric, split, calibrate(metric, gain, False, seed), False, nights // 4, next(streams))
+                simulate(metric, split, calibrate(metric, gain, False, seed), False, max(nights // 4, 1), next(streams))
                 for gain in GAINS
             ]
             found = f"{powers[0]['detectable'] / 1000:.1f} points"
-            lines.append([f"{size:,} rows", *(rate(power["gate"], nights // 4) for power in powers), found])
+            lines.append([f"{size:,} rows", *(rate(power["gate"], max(nights // 4, 1)) for power in powers), found])
         gains = [f"+{100 * gain:.0f} points" for gain in GAINS]
         table([f"{metric}: promoted, and better by", *gains, "detectable at 80 %"], lines, print)
-    print(f"{nights:,} nights a line of the first kind, {nights // 4:,} a cell of the second; seed {seed}")
+    print(f"{nights:,} nights a line of the first kind, {max(nights // 4, 1):,} a cell of the second; seed {seed}")
     print(f"{time.monotonic() - started:.0f} s")
 
 
