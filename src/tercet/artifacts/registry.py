@@ -20,7 +20,7 @@ from tercet.artifacts.best import read_best
 from tercet.artifacts.champion import Champion, Kind, history, mark_served, move_champion, read_champion
 from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.artifacts.decision import GateDecision
-from tercet.errors import AlreadyExists, ChampionMoved, CorruptObject, ObjectNotFound
+from tercet.errors import AlreadyExists, ChampionMoved, Conflict, CorruptObject, ObjectNotFound
 from tercet.storage import Storage, layout
 from tercet.storage.base import sha256_of
 from tercet.storage.documents import Document, seal, sha256, unseal
@@ -65,11 +65,11 @@ class Index(Document):
     """A hint: the number after it is free, unless another publisher was quicker."""
 
 
-class VersionOfRun(Document):
-    """A mark: this version was published from this run. It counts if that version exists and is of this run."""
+class VersionsOfRun(Document):
+    """Numbers of the versions published from a run. One counts if that version exists and is of this run."""
 
     run_id: str
-    version: int
+    numbers: tuple[int, ...] = ()
 
 
 class Promotion(NamedTuple):
@@ -107,7 +107,7 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
             who=who,
             nonce=nonce,
         )
-        # First the mark, so that no version is without one. A reader checks that the version is of this run.
+        # Before the version, so that none is missing from the index. A reader checks that the version is of this run.
         _index_version(storage, version)
         try:
             storage.put_if_absent(layout.model_version_key(name, number), seal(version))
@@ -243,13 +243,10 @@ def list_versions(storage: Storage, name: str) -> list[int]:
 
 def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
     """Return the versions that were published from a run, the newest first. Raises CorruptObject."""
-    if _index(storage, name) is None:
-        numbers = list_versions(storage, name)
-    else:
-        keys = storage.list(layout.versions_by_run_prefix(name, run_id))
-        numbers = layout.version_by_run_numbers(keys, name, run_id)
+    complete = _index(storage, name) is not None
+    numbers = _versions_of_run(storage, name, run_id)[0].numbers if complete else list_versions(storage, name)
     versions = []
-    for number in reversed(numbers):
+    for number in sorted(numbers, reverse=True):
         key = layout.model_version_key(name, number)
         with contextlib.suppress(ObjectNotFound):  # its publisher died, or another one took the number
             versions.append(unseal(Version, storage.read(key), storage.uri_of(key)))
@@ -279,9 +276,25 @@ def _index(storage: Storage, name: str) -> Index | None:
 
 
 def _index_version(storage: Storage, version: Version) -> None:
-    run_id, number = version.lineage.run_id, version.number
-    mark = VersionOfRun(run_id=run_id, version=number)
-    storage.put(layout.version_by_run_key(version.name, run_id, number), seal(mark))
+    run_id = version.lineage.run_id
+    while True:
+        indexed, token = _versions_of_run(storage, version.name, run_id)
+        if version.number in indexed.numbers:
+            return
+        changed = VersionsOfRun(run_id=run_id, numbers=(*indexed.numbers, version.number))
+        with contextlib.suppress(Conflict):  # another publisher of this run was quicker: read again
+            storage.compare_and_swap(layout.versions_of_run_key(version.name, run_id), seal(changed), token)
+            return
+
+
+def _versions_of_run(storage: Storage, name: str, run_id: str) -> tuple[VersionsOfRun, str | None]:
+    key = layout.versions_of_run_key(name, run_id)
+    try:
+        data, token = storage.read_versioned(key)
+    except ObjectNotFound:
+        return VersionsOfRun(run_id=run_id), None
+    hint = f"Delete it and {layout.index_key(name)}: the next promotion writes both again."
+    return unseal(VersionsOfRun, data, storage.uri_of(key), hint), token
 
 
 def _was_champion(storage: Storage, present: Champion | None, version: Version) -> bool:

@@ -28,7 +28,7 @@
     models/<model>/champion.json  the version that serves; changed by compare-and-swap alone
     models/<model>/champions/<generation>.json  every champion so far, byte for byte as it was in champion.json
     models/<model>/INDEX.json  says that the next two cover every version and champion; names the newest version
-    models/<model>/by_run/<run_id>/<number>.json  this version was published from this run
+    models/<model>/by_run/<run_id>.json  the versions that were published from a run
     models/<model>/served/<number>.json  this version has been the champion
     models/<model>/nights/<run_id>.json  the outcome of a night, written last
     models/<model>/told/<publisher>/<generation>.json  this publisher has been notified of this champion
@@ -299,14 +299,9 @@ def index_key(model: str) -> str:
     return f"{model_prefix(model)}/INDEX.json"
 
 
-def versions_by_run_prefix(model: str, run_id: str) -> str:
-    """Return the folder that names the versions published from a run."""
-    return f"{model_prefix(model)}/by_run/{run_id}"
-
-
-def version_by_run_key(model: str, run_id: str, number: int) -> str:
-    """Return the key that says: this version was published from this run."""
-    return f"{versions_by_run_prefix(model, run_id)}/{number:08d}.json"
+def versions_of_run_key(model: str, run_id: str) -> str:
+    """Return the key of the document that names the versions published from a run."""
+    return f"{model_prefix(model)}/by_run/{run_id}.json"
 
 
 def served_key(model: str, number: int) -> str:
@@ -348,21 +343,13 @@ def model_names(keys: Iterable[str]) -> list[str]:
 def model_version_numbers(keys: Iterable[str], model: str) -> list[int]:
     """Return the sorted numbers of the versions among the keys below `model_versions_prefix`; foreign files are
     skipped."""
-    return _numbers(keys, f"{model_versions_prefix(model)}/")
-
-
-def version_by_run_numbers(keys: Iterable[str], model: str, run_id: str) -> list[int]:
-    """Return the sorted numbers of the versions among the keys below `versions_by_run_prefix`."""
-    return _numbers(keys, f"{versions_by_run_prefix(model, run_id)}/")
+    names = _names(keys, f"{model_versions_prefix(model)}/", ".json")
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def night_run_ids(keys: Iterable[str], model: str) -> list[str]:
     """Return the sorted run ids of the nights among the keys below `nights_prefix`."""
     return _names(keys, f"{nights_prefix(model)}/", ".json")
-
-
-def _numbers(keys: Iterable[str], prefix: str) -> list[int]:
-    return sorted(int(name) for name in _names(keys, prefix, ".json") if name.isdecimal())
 
 
 def _names(keys: Iterable[str], prefix: str, suffix: str) -> list[str]:

@@ -27,7 +27,7 @@ from tercet.artifacts.registry import (
 from tercet.errors import ChampionMoved, CorruptObject, ObjectNotFound, StorageUnavailable
 from tercet.storage import Storage, open_storage
 from tercet.storage.documents import seal, sha256
-from tercet.storage.layout import best_prefix
+from tercet.storage.layout import best_prefix, champion_key
 from tercet.storage.local import LocalStorage
 
 
@@ -189,8 +189,10 @@ def test_a_promotion_whose_reply_never_came_resumes(storage: LocalStorage, monke
     swap = storage.compare_and_swap
 
     def silent(key: str, data: bytes, token: str | None) -> str:
-        swap(key, data, token)
-        raise StorageUnavailable("no answer")
+        new_token = swap(key, data, token)
+        if key == champion_key("m"):
+            raise StorageUnavailable("no answer")
+        return new_token
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "compare_and_swap", silent)

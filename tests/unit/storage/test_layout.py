@@ -86,7 +86,6 @@ def test_names_are_read_back_from_keys() -> None:
         *(layout.plan_key("b"), layout.plan_key("a"), layout.report_key("c"), "runs/a/b/plan.json"),
         *(layout.head_key("faq"), layout.manifest_key("faq", "01"), layout.manifest_key("other", "02")),
         *(layout.model_version_key("m", 12), layout.model_version_key("m", 2), layout.champion_key("n")),
-        *(layout.version_by_run_key("m", "a", 12), layout.version_by_run_key("m", "b", 2)),
         *(layout.night_key("m", "a"), "models/m/versions/.DS_Store", "models/m/versions/notes.json", "models/stray"),
     ]
     assert layout.run_ids(keys) == ["a", "b"]
@@ -94,7 +93,6 @@ def test_names_are_read_back_from_keys() -> None:
     assert layout.dataset_version_ids(keys, "faq") == ["01"]
     assert layout.model_names(keys) == ["m"]
     assert layout.model_version_numbers(keys, "m") == [2, 12]
-    assert layout.version_by_run_numbers(keys, "m", "a") == [12]
     assert layout.night_run_ids(keys, "m") == ["a"]
 
 
