@@ -20,7 +20,7 @@ from support.tiny_families import FAMILIES, MAX_LENGTH, tiny_encoder
 from support.tiny_model import all_texts, tiny_bert, tiny_stella
 from tercet.config.losses import LossConfig
 from tercet.config.sections import LoraConfig
-from tercet.model import packed_attention
+from tercet.model import packed_attention, packed_model
 from tercet.model.lora import add_adapter
 from tercet.model.loss import make_loss
 from tercet.model.packed_model import Forward, prepare
@@ -325,7 +325,7 @@ def test_long_texts_by_torchs_attention(window: int | None, dtype: torch.dtype, 
     assert window is not None or num_bytes < of_matrices / 4
 
 
-def by_bounds(calls: list[int], ahead: int = 0) -> Any:
+def by_bounds_stand_in(calls: list[int], ahead: int = 0) -> Any:
     """Return a stand-in with the signature of torch's attention for rows of texts.
 
     ahead: how many tokens of the next text a text attends to, by mistake."""
@@ -375,7 +375,7 @@ def test_attention_that_knows_bounds(as_on_a_gpu: Any) -> None:
     torch.manual_seed(0)
     rows = [torch.randn(27, 4, 8) for _ in range(3)]
     grouped = [attend(*rows, layout, 0.4, window=window) for window in (None, 4)]
-    as_on_a_gpu(by_bounds(calls))
+    as_on_a_gpu(by_bounds_stand_in(calls))
     for expected, window in zip(grouped, (None, 4), strict=True):
         assert float((attend(*rows, layout, 0.4, window=window) - expected).abs().max()) < 1e-6
     assert calls == [6, 6, 6, 6]  # tried once, with and without a window
@@ -396,7 +396,7 @@ def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
     torch.manual_seed(0)
     rows = [torch.randn(27, 4, 8, requires_grad=True) for _ in range(3)]
     expected = attend(*rows, layout, 0.4)
-    as_on_a_gpu(raises if wrong == "raises" else by_bounds([], ahead=1))
+    as_on_a_gpu(raises if wrong == "raises" else by_bounds_stand_in([], ahead=1))
     with torch.inference_mode():
         assert attend(*rows, layout, 0.4).equal(expected)
     attend(*rows, layout, 0.4).sum().backward()
@@ -413,7 +413,7 @@ def test_the_trial_of_a_kernel_within_a_recomputed_layer(as_on_a_gpu: Any) -> No
     from tercet.model.grouped_attention import Layout
     from tercet.model.packed_attention import attend
 
-    as_on_a_gpu(by_bounds([]))
+    as_on_a_gpu(by_bounds_stand_in([]))
     layout = Layout([1, 2, 2, 5, 17], torch.device("cpu"))
     rows = [torch.randn(27, 4, 8, requires_grad=True) for _ in range(3)]
     checkpoint(lambda *given: attend(*given, layout, 0.4), *rows, use_reentrant=False).sum().backward()
@@ -429,6 +429,44 @@ def test_when_attention_by_bounds_is_used() -> None:
     assert not _knows_bounds(on_gpu, 0.0, torch.zeros(1))
     assert not _knows_bounds(SimpleNamespace(is_cuda=True, dtype=torch.float32), 0.0, None)
     assert not _knows_bounds(SimpleNamespace(is_cuda=False, dtype=torch.bfloat16), 0.0, None)
+
+
+@pytest.mark.parametrize("by_bounds", [True, False])
+def test_a_kernel_that_the_run_chose_is_not_tried_again(as_on_a_gpu: Any, by_bounds: bool) -> None:
+    from tercet.model.grouped_attention import Layout
+    from tercet.model.packed_attention import attend
+
+    calls: list[int] = []
+    as_on_a_gpu(by_bounds_stand_in(calls))
+    rows = [torch.randn(27, 4, 8) for _ in range(3)]
+    attend(*rows, Layout([1, 2, 2, 5, 17], torch.device("cpu"), by_bounds), 0.4)
+    assert calls == ([6] if by_bounds else [])
+
+
+def test_a_trial_that_runs_out_of_memory_decides_nothing(as_on_a_gpu: Any) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    as_on_a_gpu(fails)
+    arguments = (torch.device("cpu"), torch.float32, 8)
+    with pytest.raises(torch.OutOfMemoryError):
+        packed_attention.bounds_obstacle(*arguments)
+    as_on_a_gpu(by_bounds_stand_in([]))
+    assert packed_attention.bounds_obstacle(*arguments) is None
+
+
+def test_why_a_model_does_not_use_the_kernel(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(packed_model, "bounds_obstacle", lambda *given: tried.append(given))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    model = load()
+    assert "here is cpu with bfloat16" in packed_model.kernel_obstacle(model, cpu, torch.bfloat16)
+    assert "here is cuda with float32" in packed_model.kernel_obstacle(model, gpu, torch.float32)
+    assert "position bias" in packed_model.kernel_obstacle(load("mpnet"), gpu, torch.bfloat16)
+    assert tried == []
+    assert packed_model.kernel_obstacle(model, gpu, torch.bfloat16) is None
+    config = model[0].model.config
+    assert tried == [(gpu, torch.bfloat16, config.hidden_size // config.num_attention_heads)]
 
 
 @pytest.mark.parametrize("way", WAYS)

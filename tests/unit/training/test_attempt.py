@@ -41,7 +41,7 @@ def test_the_first_attempt_begins_at_the_start(storage: LocalStorage, tmp_path: 
     assert counts(storage, RUN) == {}
 
 
-def test_the_next_one_resumes_from_the_newest_whole_checkpoint(storage: LocalStorage, tmp_path: Path) -> None:
+def test_the_next_attempt_resumes_from_the_newest_whole_checkpoint(storage: LocalStorage, tmp_path: Path) -> None:
     older, newer = (committed(storage, tmp_path, step) for step in (10, 20))
     storage.put(f"{newer.folder}/model.safetensors", b"damaged")
     with hold_run(storage, PLAN, "one", 1, tmp_path / "resume") as run:
@@ -62,7 +62,7 @@ def test_every_other_rank_gets_the_checkpoint_of_rank_0_and_no_lease(
         with hold_run(storage, PLAN, "one", 2, tmp_path / "rank-1") as second:
             assert (second.commit, second.attempt, second.lease) == (commit, first.attempt, None)
             assert (tmp_path / "rank-1/model.safetensors").read_bytes() == FILES["model.safetensors"]
-            second.confirm()  # asks nobody
+            second.confirm()  # does nothing without a lease
         assert not holder(storage).released
 
 
@@ -83,7 +83,7 @@ def test_an_error_of_a_library_is_replaced_by_tercets_own(storage: LocalStorage,
     assert not holder(storage).finished
 
 
-def test_an_error_that_says_nothing_leaves_the_record_to_the_next_attempt(
+def test_an_error_of_no_known_kind_is_recorded_as_lost_by_the_next_attempt(
     storage: LocalStorage, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyError), hold_run(storage, PLAN, "one", 1, tmp_path / "resume"):
@@ -95,7 +95,7 @@ def test_an_error_that_says_nothing_leaves_the_record_to_the_next_attempt(
     assert counts(storage, RUN) == {"lost": 1, "hung": 1}
 
 
-def test_a_beginning_that_fails_releases_the_lease(
+def test_an_attempt_that_fails_to_begin_releases_the_lease(
     storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -105,10 +105,10 @@ def test_a_beginning_that_fails_releases_the_lease(
     with pytest.raises(LeaseLost), hold_run(storage, PLAN, "one", 1, tmp_path / "resume"):
         pytest.fail("it began")
     assert (holder(storage).released, holder(storage).finished) == (True, False)
-    assert counts(storage, RUN) == {}  # there is no attempt that this could be the end of
+    assert counts(storage, RUN) == {}  # no attempt has begun that could have ended
 
 
-def test_two_attempts_at_once_are_one_too_many(storage: LocalStorage, tmp_path: Path) -> None:
+def test_a_second_attempt_is_refused_while_the_first_one_lives(storage: LocalStorage, tmp_path: Path) -> None:
     plan = PLAN.model_copy(update={"config": builders.config(checkpoint={"lease_seconds": 1})})
     with hold_run(storage, plan, "one", 1, tmp_path / "a"), pytest.raises(RunIsTaken):  # noqa: SIM117
         with hold_run(storage, plan, "two", 1, tmp_path / "b"):

@@ -53,13 +53,13 @@ def stored(storage: LocalStorage) -> ForwardChoice:
 
 
 def no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with libraries in which this architecture takes no row."""
+    """Make packing impossible, as with libraries that do not support this architecture."""
     monkeypatch.setattr(packed_model.packing, "PACKED_MODEL_TYPES", ())
 
 
 @pytest.mark.parametrize("packing", ["auto", "packed"])
 def test_what_the_run_chose_is_stored_and_used(storage: LocalStorage, load: Load, packing: str) -> None:
-    """A run of an earlier tercet has stored nothing: it chooses when it resumes, as it would have done."""
+    """A run of an earlier tercet has stored nothing: it makes the same choice when it resumes."""
     model = load()
     forward = resolve(storage, model, packing)
     assert (forward.packing, forward.reason) == ("packed", "one row of real tokens, no padding")
@@ -74,7 +74,7 @@ def test_what_the_recipe_names_is_not_stored(storage: LocalStorage, load: Load, 
     assert not storage.exists(forward_key(plan().run_id))
 
 
-def test_a_run_that_began_without_packing_goes_on_without(
+def test_a_run_that_began_without_packing_resumes_without(
     storage: LocalStorage, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

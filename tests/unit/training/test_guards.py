@@ -340,10 +340,10 @@ hangs()
 def test_stacks_do_not_wait_for_storage() -> None:
     done = subprocess.run([sys.executable, "-c", STORAGE_HANGS_TOO], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    told, by_faulthandler = done.stderr.split("Timeout (0:00:11)!")
-    assert told.startswith("no step within 1 s on rank 3; ")
-    assert "thread MainThread:\n" in told
-    assert " in hangs\n" in told
+    by_thread, by_faulthandler = done.stderr.split("Timeout (0:00:11)!")
+    assert by_thread.startswith("no step within 1 s on rank 3; ")
+    assert "thread MainThread:\n" in by_thread
+    assert " in hangs\n" in by_thread
     assert " in <lambda>\n" in by_faulthandler
 
 
@@ -357,8 +357,8 @@ def test_stacks_of_two_ranks_in_one_log_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     assert [rank.wait() for rank in ranks] == [1, 1]
     first, second = log.read_text().split("no step within ")[1:]
-    for told in first, second:
-        assert told.count(" in hangs\n") == 40
+    for stacks in first, second:
+        assert stacks.count(" in hangs\n") == 40
     assert {first[:19], second[:19]} == {"0.5 s on rank 0; wh", "0.5 s on rank 1; wh"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support import builders
-from tercet.errors import CorruptObject
+from tercet.errors import CorruptObject, PlanError
 from tercet.storage import open_storage
 from tercet.training import arguments
 from tercet.training.arguments import choose, resolve_precision, speed_up_of_bf16
@@ -68,3 +68,14 @@ def test_measuring_leaves_the_random_state_unchanged(monkeypatch: pytest.MonkeyP
     state = torch.get_rng_state()
     assert speed_up_of_bf16("cpu") > 0
     assert torch.get_rng_state().equal(state)
+
+
+def test_a_gpu_that_cannot_compute_in_the_chosen_precision_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, plan = open_storage(str(tmp_path)), builders.plan(training={"precision": "auto"})
+    monkeypatch.setattr(arguments, "speed_up_of_bf16", lambda _: 2.0)
+    resolve_precision(plan, storage, on_cpu=True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(PlanError, match="it trains in bf16, which the GPU here does not support"):
+        resolve_precision(plan, storage, on_cpu=False)
