@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EXAMPLE_CHARS = 80
+NOT_FINITE_HINT = "lower training.learning_rate, raise training.warmup_ratio, or look for broken rows"
 
 Hit = dict[str, Any]  # corpus_id and score
 
@@ -296,9 +297,6 @@ def split_loss(config: LossConfig, model: Any, rows: Dataset, rows_at_once: int,
         changes["matryoshka"] = config.matryoshka.model_copy(update={"dims_per_step": None})
     loss = make_loss(config.model_copy(update=changes), model)
     return SplitLoss(loss, rows, rows_at_once, batch_size)
-
-
-NOT_FINITE_HINT = "lower training.learning_rate, raise training.warmup_ratio, or look for broken rows"
 
 
 def require_finite(metrics: dict[str, Any], what: str) -> dict[str, float]:
