@@ -145,6 +145,16 @@ def test_keys_are_built_in_layout_alone(module: str) -> None:
     assert [text for text in texts if text.startswith(folders) or text.endswith(endings)] == []
 
 
+def test_frozen_and_section_are_the_only_base_models() -> None:
+    direct = [
+        node.name
+        for tree in MODULES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and "BaseModel" in map(ast.unparse, node.bases)
+    ]
+    assert sorted(direct) == ["Frozen", "Section"]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_a_file_reads_in_one_go(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
