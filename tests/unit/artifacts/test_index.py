@@ -209,3 +209,38 @@ def test_a_champion_that_was_replaced_is_not_promoted_again(storage: CountingSto
     lineage = finished_run(storage, "r1")
     promotion = promote(storage, "m", lineage, lambda _: pytest.fail("it was gated again"), "night")
     assert promotion == (champion, None)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("number", range(9))
+def test_a_promotion_that_dies_at_any_write_is_repeated_to_the_same_end(
+    storage: CountingStorage, monkeypatch: pytest.MonkeyPatch, number: int, written: bool
+) -> None:
+    """The process dies before or after one of the nine writes. Another night promotes; then the same command runs."""
+    write_nights(storage, 2)
+    night(storage, "r-before")
+    lineage, writes = finished_run(storage, "r-dies"), Counter[str]()
+    write = storage._write
+
+    def die(key: str, data: bytes, expected: str | None) -> str:
+        writes["all"] += 1
+        if writes["all"] == number + 1 and not written:
+            raise KeyboardInterrupt
+        try:
+            return write(key, data, expected)
+        finally:  # some writes find their object there already: then too
+            if writes["all"] == number + 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_write", die)
+        with pytest.raises(KeyboardInterrupt):
+            promote(storage, "m", lineage, lambda _: decision(), "night")
+    night(storage, "r-after")
+    promote(storage, "m", lineage, lambda _: decision(), "night")
+    chain = [read_version(storage, "m", champion.version).lineage.run_id for champion in history(storage, "m")]
+    assert sorted(chain) == sorted({*chain}), "a run became the champion twice"
+    assert {"r-before", "r-dies", "r-after"} <= {*chain}
+    assert promote(storage, "m", lineage, lambda _: pytest.fail("it was gated again"), "night").decision is None
+    numbers = [version.number for version in versions_of(storage, "m", "r-dies")]
+    assert len(numbers) == 1
