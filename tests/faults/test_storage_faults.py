@@ -130,7 +130,8 @@ def test_credentials_expire_during_a_run(
     proxy.decide = decide
     died = run_command(command, there, tmp_path)
     assert died.returncode != 0
-    assert "AccessDenied" in died.stdout
+    assert "denied access to" in died.stdout
+    assert "(ExpiredToken)" in died.stdout
     proxy.decide = lambda method, path: None  # noqa: ARG005
     done = check(run_command(command, there, tmp_path))
     assert "resuming from the checkpoint of step 12" in done.stdout

@@ -125,6 +125,7 @@ def test_a_leak_is_refused_before_training(
     assert not (mixed_store / "runs/leaky").exists()
 
 
+@pytest.mark.soak
 def test_a_whole_run_of_a_mix_ends_with_a_model_card(
     tmp_path: Path, mixed_store: Path, tiny_model_dir: Path, environment: dict[str, str]
 ) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import logging
 import os
 import random
 import shutil
@@ -321,6 +322,7 @@ def moto() -> Iterator[S3Server]:
     """moto's server in a thread. It accepts any credentials and keeps nothing."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request, in the report of each failure
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     wsgi: Any = server._server
