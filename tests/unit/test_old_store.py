@@ -13,7 +13,7 @@ import pytest
 from support import builders, published
 from tercet.artifacts import journal
 from tercet.artifacts.best import read_best
-from tercet.artifacts.champion import history
+from tercet.artifacts.champion import Served, history
 from tercet.artifacts.checkpoint import damage_of, fetch_newest
 from tercet.artifacts.decision import CANDIDATE
 from tercet.artifacts.lease import Lease, read_attempts
@@ -114,6 +114,8 @@ def test_the_next_promotion_continues_the_chain(store: Storage) -> None:
     assert store.read(layout.generation_key("made", 4)) == seal(champion)
     assert [champion.generation for champion in history(store, "made")] == [4, 3, 2, 1]
     assert resolve(store, "made")[1] == read_version(store, "made", 3)
+    served = [read(store, Served, layout.served_key("made", number)) for number in (1, 2, 3)]
+    assert [mark.generation for mark in served] == [1, 2, 4]  # version 1 was the champion of generation 3 too
 
 
 def test_a_run_that_was_the_champion_is_not_promoted_again(store: Storage) -> None:

@@ -268,7 +268,7 @@ def _index(storage: Storage, name: str) -> Index | None:
     except CorruptObject as error:
         logger.warning("every version of %s is read, because its index cannot be made: %s", name, error)
         return None
-    for champion in champions:
+    for champion in reversed(champions):  # the oldest first, because a mark names the first generation
         mark_served(storage, champion)
     index = Index(newest_version=max(numbers, default=0))
     storage.put(key, seal(index))
@@ -293,8 +293,12 @@ def _versions_of_run(storage: Storage, name: str, run_id: str) -> tuple[Versions
         data, token = storage.read_versioned(key)
     except ObjectNotFound:
         return VersionsOfRun(run_id=run_id), None
-    hint = f"Delete it and {layout.index_key(name)}: the next promotion writes both again."
-    return unseal(VersionsOfRun, data, storage.uri_of(key), hint), token
+    uri = storage.uri_of(key)
+    hint = f"Delete it and {storage.uri_of(layout.index_key(name))}: the next promotion writes both again."
+    versions = unseal(VersionsOfRun, data, uri, hint)
+    if versions.run_id != run_id:
+        raise CorruptObject(f"{uri} names the versions of run {versions.run_id}", hint)
+    return versions, token
 
 
 def _was_champion(storage: Storage, present: Champion | None, version: Version) -> bool:

@@ -17,7 +17,7 @@ from tercet.artifacts.training_log import Evaluation, TrainingLog
 from tercet.cluster import session, train
 from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
 from tercet.config.recipe import Config, as_yaml
-from tercet.errors import LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.errors import CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
 from tercet.pipeline.model_card import model_card
 from tercet.planning.plan import TrainPlan
 from tercet.planning.survey import read_report, survey
@@ -157,7 +157,7 @@ def _incidents(storage: Storage, run_id: str) -> dict[str, int]:
     """Count incidents by kind. Storage retries are those of this process, and of rank 0 in the last attempt."""
     counts = journal.counts(storage, run_id)
     retries = Counter(storage_retries)
-    with contextlib.suppress(ObjectNotFound):
+    with contextlib.suppress(ObjectNotFound, CorruptObject):  # a damaged log is no reason to write no report
         retries.update(_training_log(storage, run_id).storage_retries)
     return {**counts, **({"storage_retried": retries.total()} if retries else {})}
 

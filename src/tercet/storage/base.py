@@ -1,8 +1,7 @@
-"""The one door to storage: a local folder, or `s3://bucket/prefix` on any S3 server.
+"""The contract of storage: read, list, atomic put, put-if-absent, compare-and-swap, upload, download, delete.
 
-    open_storage(uri) -> Storage      read, list, atomic put, put-if-absent, compare-and-swap, upload, download, delete
-
-Both kinds guarantee the following, and `tests/contract/test_storage.py` tests it:
+A local folder and `s3://bucket/prefix` on any S3 server both guarantee the following, and
+`tests/contract/test_storage.py` tests it:
 
 - A reader sees a whole object, old or new, never part of one. A writer that dies leaves the old object.
 - Of several writers that `put_if_absent` one key, or `compare_and_swap` from one token, exactly one wins.

@@ -100,7 +100,7 @@ def test_another_one_is_quicker(storage: LocalStorage, monkeypatch: pytest.Monke
 
 
 def test_an_answer_that_got_lost(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The swap was done, but whoever asked was told of a conflict."""
+    """The swap succeeded, but the caller gets a conflict."""
     meanwhile(storage, monkeypatch, lambda swap: swap())
     first = move(storage, None, 1)
     meanwhile(storage, monkeypatch, lambda swap: swap())
@@ -109,7 +109,7 @@ def test_an_answer_that_got_lost(storage: LocalStorage, monkeypatch: pytest.Monk
 
 
 def test_an_answer_that_got_lost_and_another_one_since(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the time of the conflict another one has taken the place: it had filed this one first."""
+    """Before the conflict is reported, another publisher files this champion and replaces it."""
     first = move(storage, None, 1)
 
     def both(swap: Callable[..., str]) -> None:

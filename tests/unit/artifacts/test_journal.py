@@ -100,7 +100,7 @@ def test_errors_of_memory_and_disk_are_recognised(error: Exception, wanted: type
 
 
 def test_an_impossible_allocation() -> None:
-    """With the message of the installed torch."""
+    """The message is that of the installed torch."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58)
     assert isinstance(journal.as_tercet_error(caught.value), OutOfMemory)

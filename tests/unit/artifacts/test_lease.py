@@ -1,4 +1,4 @@
-"""Of two attempts at a run one trains. A dead holder is replaced; a live one that was replaced finds out."""
+"""One of two attempts at a run trains. A dead holder is replaced; a live one that was replaced notices it."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from support import builders
-from tercet.artifacts.journal import Events
+from tercet.artifacts.journal import Events, report_incident
 from tercet.data.versions import publish
 from tercet.errors import ConfigError, LearnedNothing
-from tercet.pipeline.run import _metrics, run
+from tercet.pipeline.run import _incidents, _metrics, run
 from tercet.planning.survey import survey
-from tercet.storage import open_storage
+from tercet.storage import layout, open_storage
 from tercet.storage.documents import seal
 
 
@@ -53,3 +53,10 @@ def test_damaged_events_are_started_again(tmp_path: Path, content: bytes) -> Non
     assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 1
     Events(storage, "mine").add("start started")
     assert len(storage.read("runs/mine/events.jsonl").splitlines()) == 2
+
+
+def test_a_damaged_training_log_does_not_keep_the_report_from_being_written(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    report_incident(storage, "mine", "0001-end", "hung", "rank 1 hung for 8 s")
+    storage.put(layout.training_key("mine"), b"{")
+    assert _incidents(storage, "mine")["hung"] == 1

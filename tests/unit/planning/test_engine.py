@@ -38,7 +38,7 @@ def config(storage: Storage) -> Config:
 
 
 def support(monkeypatch: pytest.MonkeyPatch, *engines: int) -> None:
-    """As in a later tercet that supports these engines and starts new runs with the last."""
+    """Act as a later tercet that supports these engines and starts new runs with the last."""
     monkeypatch.setattr(plan_module, "SUPPORTED_ENGINES", engines)
     monkeypatch.setattr(plan_module, "ENGINE", engines[-1])
     monkeypatch.setattr("tercet.planning.survey.ENGINE", engines[-1])
