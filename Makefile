@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test soak check clean
 .DELETE_ON_ERROR:
 
-# One environment for everything, made anew when a requirement changes.
+# One environment for everything, made again when a requirement changes.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tercet needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ pytest_plugins = ["support.fixtures"]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own, which deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the real S3 server to `make soak`, but for tests that are marked `on_rgw`: moto is quicker."""
+    """Leave the real S3 server to `make soak`, except in tests marked `on_rgw`, because moto is faster."""
     for item in items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         on_rgw = any(isinstance(value, str) and value == "rgw" for value in parameters.values())
@@ -55,7 +55,7 @@ def rgw_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For torch: operations on tiny models only wait for each other."""
+    """One thread for torch: on tiny models, threads only wait for each other."""
     import torch
 
     before = torch.get_num_threads()

@@ -96,7 +96,7 @@ def test_a_node_is_cut_off_and_comes_back(
     commit = store / "runs" / run.run_id / "checkpoints/00000012/COMMIT"
     wait_until(commit.exists, driver, PATIENCE_SECONDS)
     assert attempts[0].name in commit.read_text()
-    node.mend()
+    node.reconnect()
     worker.wait(timeout=PATIENCE_SECONDS)  # Ray shuts down a node that it has given up
     go_2.touch()
     assert "step 12 was committed by another attempt, but that came too late; it is replaced" in run.ends_well(driver)

@@ -46,7 +46,7 @@ def test_sigkill_ends_it_alone(environment: dict[str, str], tmp_path: Path) -> N
 
 
 def test_when_a_rank_fails_the_others_end(environment: dict[str, str], tmp_path: Path) -> None:
-    """As under torchrun."""
+    """A forked program behaves as under torchrun."""
     started = time.monotonic()
     done = run_command(Forked((PROGRAM, "3", "waits"), num_ranks=2), environment, tmp_path, timeout=120)
     assert done.returncode == 1

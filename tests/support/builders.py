@@ -43,7 +43,7 @@ def manifest(
     columns: tuple[str, ...] = ("anchor", "positive", "negative", "group"),
     dataset: str = "poems",
 ) -> Manifest:
-    """A version of a dataset with so many rows, named by its content, as `publish` asks."""
+    """A dataset version with these numbers of rows, named by its content as `publish` requires."""
     num_rows = {"train": train, "eval": eval_, "test": test}
     splits = {
         split: (Shard(path=f"shards/{split}-00000-of-00001.parquet", num_rows=n, num_bytes=n, sha256="0" * 64),)
@@ -89,7 +89,7 @@ def mixed_manifest(dataset: str, train: int = 50) -> Manifest:
 
 
 def metrics(before: float = 0.5, after: float = 0.75) -> RunMetrics:
-    """Best after step 10; `before` and `after` are ndcg@10 on the test split."""
+    """Metrics of a run that is best after step 10. `before` and `after` are ndcg@10 on the test split."""
     evaluations = (
         {"step": 0, "epoch": 0.0, "loss": 2.0, "ndcg@10": 0.4},
         {"step": 10, "epoch": 1.0, "loss": 1.5, "ndcg@10": 0.7},

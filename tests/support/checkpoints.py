@@ -28,7 +28,7 @@ MODEL_FILES = {"model.safetensors", "modules.json", "1_Pooling/config.json"}
 
 
 def lineage(name: str, world_size: int = 1, generation: int = 1) -> tuple[Attempt, ...]:
-    """Of a run that never died."""
+    """The only attempt of a run that was never interrupted."""
     return (Attempt(name=name, generation=generation, first_step=0, world_size=world_size),)
 
 

@@ -13,16 +13,16 @@ from support.forks import Forked, start
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
-"""What tests start as processes of their own."""
+"""Programs that tests start as separate processes."""
 
-# Of the tests' own shell: nothing of it may reach a run.
+# Variables of the shell that runs the tests: none of them may reach a run.
 LEFT_OUT = ("AWS_", "RAY_", "TERCET_", "HF_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def run_command(
     command: list[str] | Forked, environment: Mapping[str, str], cwd: Path, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. A test that expects success calls `check`."""
+    """Run a command to its end. A test that expects success calls `check`."""
     if isinstance(command, Forked):
         with tempfile.TemporaryFile("w+") as out:
             process = start(command, environment, cwd, out)
@@ -44,11 +44,11 @@ def run_command(
 
 
 def check(done: subprocess.CompletedProcess[str], code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Fails with what the process printed."""
+    """Fail with the output of the process unless it ended with `code`."""
     assert done.returncode == code, f"{done.args} ended with {done.returncode}, not {code}:\n{done.stdout[-6000:]}"
     return done
 
 
 def tercet(*arguments: Any) -> list[str]:
-    """The command line, in this Python."""
+    """A `tercet` command line for this Python."""
     return [sys.executable, "-m", "tercet.cli", *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Damage one object of a finished run, load everything as the product does, and compare with what was undamaged.
+"""Damage one object of a finished run, load everything as the product does, and compare with the undamaged state.
 
 A load may refuse (a TercetError), fall back to an older whole checkpoint and say so, or give what it gave before. It
 may never give anything else without a word.
@@ -46,10 +46,10 @@ METRIC = "ndcg@10"
 
 class Run:
     """A finished run of two workers that was taken over once. What the first attempt wrote after that does not count,
-    and is of the highest step. Beside it lie a second dataset and a second version of its own."""
+    and is of the highest step. Beside it are a second dataset and a second version of its own dataset."""
 
     def __init__(self, folder: Path, store: Path, run_id: str, recipe: Path, triplets: Path) -> None:
-        """store, run_id: of a run as faults.runs makes it; nothing in it is changed."""
+        """store, run_id: a run as interrupted_run.py makes it; nothing in it is changed."""
         self.folder, self.run_id, self.recipe = folder, run_id, recipe
         shutil.copytree(store / "datasets", folder / "store" / "datasets")
         shutil.copytree(store / "runs" / run_id, folder / "store" / "runs" / run_id)
@@ -88,7 +88,7 @@ class Run:
             commit_step(storage, self.run_id, step, last.epoch, metrics, lineage, wait_seconds=1)
 
     def _proof_of(self, newest: int) -> Any:
-        """What `verify` says where this is the newest step."""
+        """What `verify` reports if this is the newest step."""
         copy = self.folder / f"up-to-{newest}"
         shutil.copytree(self.folder / "store", copy)
         for path in copy.glob("runs/*/checkpoints/*/COMMIT"):
@@ -97,7 +97,7 @@ class Run:
         return verify(self, copy, copy)
 
     def objects(self, store: Path, cache: Path) -> dict[str, list[Path]]:
-        """What may be damaged, by kind."""
+        """Keys of the objects that may be damaged, by kind."""
         run, newest = store / "runs" / self.run_id, store / self.newest.folder
         dataset = store / "datasets/tiny"
         version = dataset / "versions" / read_manifest(open_storage(str(self.folder / "store")), "tiny").version
@@ -116,7 +116,7 @@ class Run:
 
 
 def _state(commit: Commit, folder: Path) -> Any:
-    """What a checkpoint consists of, as it came."""
+    """The files of a checkpoint, as they were loaded."""
     hashes = {path: sha256_of(folder / path) for path in commit.files}
     return commit.step, commit.epoch, commit.metrics, commit.lineage, hashes
 
@@ -125,13 +125,13 @@ def _state(commit: Commit, folder: Path) -> Any:
 
 
 def resume(run: Run, store: Path, scratch: Path) -> Any:
-    """The newest checkpoint, as the worker takes it."""
+    """Load the newest checkpoint as a worker does."""
     found = fetch_newest(open_storage(str(store)), run.run_id, scratch / "resume")
     return found and _state(found, scratch / "resume")
 
 
 def choose(run: Run, store: Path, scratch: Path) -> Any:
-    """The best checkpoint, as the test stage takes it."""
+    """Load the best checkpoint as the test evaluation does."""
     storage = open_storage(str(store))
     plan = make_plan(run.recipe, run.run_id)
     best = _best(storage, plan, _evaluations(storage, plan), Events(storage, run.run_id))
@@ -139,7 +139,7 @@ def choose(run: Run, store: Path, scratch: Path) -> Any:
 
 
 def serve(run: Run, store: Path, scratch: Path) -> Any:
-    """`best/`, as publishing leaves it; published again first, as a run that is started again does."""
+    """Load `best/` after publishing it again, as a restarted run does."""
     storage = open_storage(str(store))
     plan = make_plan(run.recipe, run.run_id)
     best = _best(storage, plan, _evaluations(storage, plan), Events(storage, run.run_id))
@@ -150,7 +150,7 @@ def serve(run: Run, store: Path, scratch: Path) -> Any:
 
 
 def commit_again(run: Run, store: Path, scratch: Path) -> Any:
-    """The newest checkpoint, from the parts of its ranks: as if its COMMIT were written only now."""
+    """Commit the newest checkpoint again from the parts of its ranks, and load it."""
     storage = open_storage(str(store))
     newest = run.newest
     (store / newest.folder).with_name("COMMIT").unlink(missing_ok=True)
@@ -159,13 +159,13 @@ def commit_again(run: Run, store: Path, scratch: Path) -> Any:
 
 
 def submit_again(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
-    """What a second `tercet train` trains."""
+    """Derive the plan that a second `tercet train` would follow."""
     _, plan = survey(load_config(run.recipe, (f"storage.uri={store}",)), run.run_id)
     return plan.model_dump(exclude={"config"})
 
 
 def verify(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
-    """What `tercet runs verify` says."""
+    """Prove the rows of the run as `tercet runs verify` does."""
     storage = open_storage(str(store))
     proof = verify_rows(storage, read_plan(storage, run.run_id))
     if not proof.holds:
@@ -174,7 +174,7 @@ def verify(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
 
 
 def rows(run: Run, store: Path, scratch: Path) -> Any:  # noqa: ARG001
-    """Every text of the dataset, and which of them are equal. `scratch` is the cache."""
+    """Load every text of the dataset, and which texts are equal. `scratch` is the cache."""
     storage = open_storage(str(store))
     manifest = read_manifest(storage, "tiny")
     splits = {split: load_split(storage, manifest, split, scratch) for split in manifest.splits}
@@ -217,7 +217,7 @@ def trial(run: Run, rng: random.Random, scratch: Path, chosen: tuple[str, str] |
         *(other for other in run.folder.rglob(path.name) if {"store", "cache"} & set(other.parts)),
         *(other for other in run.folder.rglob(f"*{path.suffix}") if other.is_file()),
     ]
-    # HEAD.json by an older HEAD.json of this very dataset is left out: it says what it said then, and was right.
+    # An older HEAD.json of the same dataset is no damage: it was correct when it was written.
     swapped = rng.choice(sorted(other for other in others if other.read_bytes() != path.read_bytes()))
     relative = path.relative_to(run.folder)
     names = OF_DATASETS if relative.parts[0] == "cache" or relative.parts[1] == "datasets" else tuple(LOADS)
@@ -230,7 +230,7 @@ def trial(run: Run, rng: random.Random, scratch: Path, chosen: tuple[str, str] |
         for part in ("store", "cache"):
             shutil.copytree(run.folder / part, copy / part, copy_function=os.link)
         hurt(copy / relative, damage, swapped, *draws)
-        # A damaged shard in storage is not seen where the cache has it: that is what the cache is for.
+        # A damaged shard in storage is not read while the cache has a good copy.
         cache = copy / "cache" if relative.parts[0] == "cache" else copy / "empty"
         outcome, why = _outcome(run, name, copy / "store", cache)
         outcomes.append(outcome)
@@ -241,9 +241,9 @@ def trial(run: Run, rng: random.Random, scratch: Path, chosen: tuple[str, str] |
 
 
 def hurt(path: Path, damage: str, other: Path, place: float, bit: int) -> None:
-    """Silently, as a disk does: the time of change stays. `place` in [0, 1) says where."""
+    """Damage a file silently, as a disk does: its modification time stays. `place` in [0, 1) is the position."""
     data, seen = path.read_bytes(), path.stat()
-    path.unlink()  # it is a link
+    path.unlink()  # the copy is made of links
     if damage == "delete":
         return
     where = int(place * len(data))
@@ -259,7 +259,7 @@ def _outcome(run: Run, name: str, store: Path, cache: Path) -> tuple[str, str]:
             found = LOADS[name](run, store, cache)
         except TercetError as error:
             return "refused", f"({type(error).__name__}: {error})"
-        except Exception as error:  # noqa: BLE001 - what a person would see as a traceback
+        except Exception as error:  # noqa: BLE001 - a user would see a traceback
             return "NO TYPED ERROR", f"({type(error).__name__}: {error})"
     if found == run.expected[name]:
         return "unaffected", ""
@@ -272,7 +272,7 @@ def _outcome(run: Run, name: str, store: Path, cache: Path) -> tuple[str, str]:
 
 
 def _is_older(found: Any, run: Run, name: str) -> bool:
-    """Whether it is of another checkpoint, every byte of it, or of none at all: then a run begins anew."""
+    """Whether every byte is of another checkpoint, or none exists and a run starts from the beginning."""
     if name == "serve":
         return _without_card(found, run)
     return found is None or (name in ("resume", "choose", "commit_again") and found == run.steps.get(found[0]))
@@ -286,7 +286,7 @@ def _without_card(found: Any, run: Run) -> bool:
 
 @contextmanager
 def _warnings(store: Path) -> Iterator[list[str]]:
-    """What is said at WARNING or above, without the folder."""
+    """Messages at WARNING or above, without the folder's name."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(  # type: ignore[method-assign]

@@ -17,19 +17,19 @@ from tercet.storage import open_storage
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of this session keep their shards, and the code of models that bring their own."""
+    """Cache folder of this session's runs: shards, and the code of models that bring their own."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two BERT layers, mean pooling, a Dense layer; no dropout."""
+    """A model of two BERT layers, mean pooling and a Dense layer, without dropout."""
     return tiny_model.tiny_bert(tmp_path_factory.mktemp("model") / "bert", tiny_model.all_texts(), dense_features=48)
 
 
 @pytest.fixture(scope="session")
 def tiny_stella_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shape of stella_en_400M_v5: its own modeling code, and a Dense layer of 1,024 features."""
+    """A model in the shape of stella_en_400M_v5: modeling code of its own, and a Dense layer of 1,024 features."""
     return tiny_model.tiny_stella(tmp_path_factory.mktemp("model") / "stella")
 
 
@@ -41,7 +41,7 @@ def triplets_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path:
-    """A storage folder with the dataset `tiny`. Runs of all modules share it: their ids tell them apart."""
+    """A storage folder with the dataset `tiny`, shared by the runs of all modules, which have different ids."""
     folder = tmp_path_factory.mktemp("store")
     build_version([triplets_file], open_storage(str(folder)), "tiny", IngestOptions(group="group"))
     return folder
@@ -49,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, triplets_file: Path) -> Path
 
 @pytest.fixture(scope="session")
 def environment(cache_dir: Path) -> dict[str, str]:
-    """The environment of every process that a test starts: offline, one thread, and this Python's programs first."""
+    """The environment of every process that a test starts: offline, one thread, this Python first on PATH."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
     return {
         **mine,

@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported torch and the rest, which is 5 s less for each."""
+"""Processes forked from one that has already imported torch and the other libraries, which saves 5 s each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import IO, Any
 PROGRAM = Path(__file__).parent / "programs" / "fork_server.py"
 START_SECONDS = 240
 READ_AT_IMPORT = ("HF_", "OMP_", "MKL_", "DS_", "TRANSFORMERS_", "TORCH", "PYTHON", "CUDA_")
-"""Variables that a library reads when it is imported, by the start of their names."""
+"""Prefixes of the variables that a library reads while it is imported."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class Forked:
 
     @property
     def command(self) -> list[str]:
-        """The same as a command line, which imports everything itself."""
+        """Return the same program as a command line, which imports everything itself."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         launcher += ["--nproc-per-node", str(self.num_ranks)]
         return [sys.executable, *(launcher if self.num_ranks else []), *self.program]
 
 
 class ForkedProcess:
-    """As a subprocess.Popen. `pid` is that of the worker, or of what watches several ranks: SIGKILL ends them all."""
+    """A running program, with the interface of subprocess.Popen.
+
+    `pid` is the worker, or the process that watches several ranks; SIGKILL to it ends all of them."""
 
     def __init__(self, program: Forked, connection: socket.socket) -> None:
         self.args, self.returncode, self._connection = list(program.program), None, connection
@@ -47,14 +49,14 @@ class ForkedProcess:
         self.returncode: int | None
 
     def poll(self, seconds: float | None = 0) -> int | None:
-        """The exit code, or None while it runs. Waits so long at most."""
+        """Return the exit code, or None if the program still runs after waiting this long."""
         if self.returncode is None and select.select([self._connection], [], [], seconds)[0]:
             self.returncode = int(self._connection.recv(64) or -signal.SIGKILL)
             self._connection.close()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code. Raises subprocess.TimeoutExpired."""
+        """Return the exit code. Raises subprocess.TimeoutExpired."""
         code = self.poll(timeout)
         if code is None:
             assert timeout is not None

@@ -28,7 +28,7 @@ def _ip(*arguments: str) -> str:
 
 
 class Machine:
-    """Switched on at once. `switch_off` kills all that runs on it, and takes it off the network."""
+    """A machine, switched on from the start. `switch_off` kills all its processes and removes it from the network."""
 
     def __init__(self, switch: str, number: int) -> None:
         self.address = f"10.77.0.{number}"
@@ -45,7 +45,7 @@ class Machine:
     def start(
         self, command: list[str], environment: Mapping[str, str], log: Path, cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """A process on this machine; what it prints goes to `log`. Its pid is that of the command itself."""
+        """Start a process on this machine, with its output in `log`. Its pid is that of the command itself."""
         with log.open("ab") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self._namespace, *command],
@@ -60,7 +60,7 @@ class Machine:
         return process
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on it."""
+        """All processes of this machine."""
         found = []
         for pid in _ip("netns", "pids", self._namespace).split():
             with suppress(psutil.NoSuchProcess):
@@ -68,7 +68,7 @@ class Machine:
         return found
 
     def named(self, part: str) -> list[psutil.Process]:
-        """Those whose command line begins with a program or a title that has `part` in it."""
+        """Processes whose program or title contains `part`."""
         found = []
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
@@ -77,7 +77,7 @@ class Machine:
         return found
 
     def kill(self, part: str) -> None:
-        """SIGKILL to all that are `named` so; there must be one."""
+        """Send SIGKILL to all processes `named` so. There must be at least one."""
         found = self.named(part)
         assert found, f"no {part} on {self._namespace}: {[process.name() for process in self.processes()]}"
         for process in found:
@@ -85,15 +85,15 @@ class Machine:
                 process.kill()
 
     def cut(self) -> None:
-        """Pull its plug from the switch: its processes live on, and nothing comes or goes."""
+        """Cut the machine off the network. Its processes keep running."""
         _ip("-n", self._switch, "link", "set", self._port, "down")
 
-    def mend(self) -> None:
-        """Put the plug in again."""
+    def reconnect(self) -> None:
+        """Undo `cut`."""
         _ip("-n", self._switch, "link", "set", self._port, "up")
 
     def kill_all(self) -> None:
-        """SIGKILL to everything, until nothing is left: a process may start another meanwhile."""
+        """Send SIGKILL until no process is left: a process may start another meanwhile."""
         while processes := self.processes():
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
@@ -108,10 +108,10 @@ class Machine:
 
 
 class Network:
-    """A switch, and the machines on it."""
+    """A switch, and the machines connected to it."""
 
     def __init__(self) -> None:
-        """Raises CannotIsolate."""
+        """Make the switch. Raises CannotIsolate."""
         self._switch = f"tercet-{uuid.uuid4().hex[:6]}"
         self._machines: list[Machine] = []
         if shutil.which("ip") is None:
@@ -125,7 +125,7 @@ class Network:
             raise CannotIsolate(f"`{' '.join(error.cmd)}`: {error.stderr.strip()}") from None
 
     def add(self) -> Machine:
-        """One more machine."""
+        """Add a machine."""
         self._machines.append(Machine(self._switch, len(self._machines) + 1))
         return self._machines[-1]
 
@@ -139,7 +139,7 @@ class Network:
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """Gone at the end, whatever happens. Raises CannotIsolate."""
+    """A network that is removed at the end, whatever happens. Raises CannotIsolate."""
     made = Network()
     try:
         yield made

@@ -16,7 +16,7 @@ from tercet.storage.layout import COMMIT, best_prefix
 
 
 def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage:
-    """Two files and a COMMIT below runs/<run_id>/best; where the run comes from."""
+    """Store two files and a COMMIT below runs/<run_id>/best, and return the lineage of the run."""
     with tempfile.TemporaryDirectory() as local:
         (Path(local) / "model.safetensors").write_bytes(weights or run_id.encode() * 500)
         (Path(local) / "1_Pooling").mkdir()
@@ -26,7 +26,7 @@ def finished_run(storage: Storage, run_id: str, weights: bytes = b"") -> Lineage
 
 
 def as_best_model(storage: Storage, run_id: str, folder: Path, metrics: dict[str, float] | None = None) -> Commit:
-    """The files of a folder, committed as the best model of a run."""
+    """Commit the files of a folder as the best model of a run."""
     prefix = best_prefix(run_id)
     attempt = Attempt(name="a", generation=1, first_step=0, world_size=1)
     files = upload_files(storage, folder, prefix)
@@ -36,7 +36,7 @@ def as_best_model(storage: Storage, run_id: str, folder: Path, metrics: dict[str
 
 
 def decision(verdict: Verdict = "promote", sentence: str = "It is better.") -> GateDecision:
-    """Of this verdict."""
+    """A decision with this verdict."""
     return GateDecision(
         verdict=verdict,
         reasons=("better",) if verdict == "promote" else ("not_better",),

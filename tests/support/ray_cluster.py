@@ -19,15 +19,15 @@ from tercet.artifacts.lease import Attempt, read_attempts
 from tercet.failpoints import VARIABLE
 from tercet.storage import open_storage
 
-# How long anything is waited for. With a lease of ten minutes, a command that waits for one does not end in time.
+# Time limit of every wait. Shorter than the lease of ten minutes, so that a command that waits for one fails.
 PATIENCE_SECONDS = 400
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-CONTROLLER = "ray::TrainController"  # the title of Ray Train's controller, an actor on the driver's machine
+CONTROLLER = "ray::TrainController"  # process title of Ray Train's controller, an actor on the driver's machine
 
 WORKER = "ray::RayTrainWorker"
 
-# Ray gives a silent node up after about a minute, and so it does the head. Here nothing is far away.
+# Ray gives up a silent node, or head, after about a minute. On one machine it can decide sooner.
 SHORT_PATIENCE = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -38,10 +38,10 @@ SHORT_PATIENCE = {
 
 
 class RayCluster:
-    """Started as a person would, by `ray start`. Drivers run on the head; `laptop` is a machine without Ray."""
+    """A cluster started with `ray start`. Drivers run on the head; `laptop` is a machine without Ray."""
 
     def __init__(self, machines: Network, folder: Path, environment: Mapping[str, str], dashboard: bool) -> None:
-        """folder: a short path, because names of sockets have 107 characters at most. dashboard: which takes jobs."""
+        """folder: a short path, because socket names have 107 characters at most. dashboard: accept jobs."""
         self._machines, self._folder = machines, folder
         settings = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "GLOO_SOCKET_IFNAME": INTERFACE}
         self._environment = {**environment, **settings, **SHORT_PATIENCE, "NO_PROXY": "*"}
@@ -55,7 +55,7 @@ class RayCluster:
         self._wait_for(started, self.head)
 
     def provide(self, num_nodes: int) -> None:
-        """So many nodes, each with room for one worker: those that live, and new ones."""
+        """Keep the living nodes and add new ones up to this number, each with room for one worker."""
         self.nodes = [node for node in self.nodes if node.named("raylet")]
         added = [self._machines.add() for _ in range(num_nodes - len(self.nodes))]
         started = [self._ray_start(node, "--address", self._address, "--num-cpus", "1") for node in added]
@@ -64,8 +64,8 @@ class RayCluster:
         self.nodes += added
 
     def drain(self, node: Machine, seconds: int) -> None:
-        """Give notice, as a cloud does of a spot machine, that a node will be gone after so many seconds."""
-        # By itself the command would take the node of any raylet that it sees, and all of them share their process ids.
+        """Announce, as a cloud does for a spot machine, that a node will be gone after this many seconds."""
+        # Without a node id the command takes any raylet that it sees, and all machines share their process ids.
         named = next(part for part in node.named("raylet")[0].cmdline() if part.startswith("--node_id="))
         which = ["--address", self._address, "--node-id", named.removeprefix("--node_id=")]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
@@ -74,7 +74,7 @@ class RayCluster:
         self.nodes.remove(node)
 
     def num_logs_with(self, text: str) -> int:
-        """How many of Ray's own log files, of all machines, say so."""
+        """Number of Ray's log files, on all machines, that contain the text."""
         logs = [path for path in self._folder.rglob("*.log") if not path.is_symlink()]
         return sum(text in path.read_text(errors="replace") for path in logs)
 
@@ -92,7 +92,7 @@ class RayCluster:
     def start(
         self, command: list[str], log: Path, variables: Mapping[str, str] | None = None, where: Machine | None = None
     ) -> subprocess.Popen[bytes]:
-        """A command, such as `tercet train`: on the head, with this cluster as RAY_ADDRESS, or on the laptop."""
+        """Start a command such as `tercet train`, on the head with this cluster as RAY_ADDRESS, or on the laptop."""
         environment = {**self._environment, **(variables or {})}
         if where is None:
             environment["RAY_ADDRESS"] = self._address
@@ -100,24 +100,24 @@ class RayCluster:
         return self._drivers[-1]
 
     def end_drivers(self) -> None:
-        """Kill the commands that still run. Ray then ends what they started."""
+        """Kill the commands that still run. Ray then ends the processes that they started."""
         for driver in self._drivers:
             driver.kill()
             driver.wait(timeout=60)
 
     def switch_off(self) -> None:
-        """The head and all nodes, at once. The laptop stays."""
+        """Switch off the head and all nodes at once. The laptop stays."""
         for machine in (self.head, *self.nodes):
             machine.kill_all()
 
     def machine_of(self, pid: int) -> Machine:
-        """The node that a process runs on."""
+        """Return the node that a process runs on."""
         return next(node for node in self.nodes if pid in [process.pid for process in node.processes()])
 
 
 @contextmanager
 def ray_cluster(environment: Mapping[str, str], dashboard: bool = False) -> Iterator[RayCluster]:
-    """All of it is gone at the end, whatever happens. Raises CannotIsolate."""
+    """A cluster that is removed at the end, whatever happens. Raises CannotIsolate."""
     folder = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))
     try:
         with network() as machines:
@@ -128,7 +128,7 @@ def ray_cluster(environment: Mapping[str, str], dashboard: bool = False) -> Iter
 
 @dataclass(frozen=True)
 class Run:
-    """A run, and its command: on a head, or from a laptop as a job."""
+    """A run and its command: on the head, or from the laptop as a job."""
 
     run_id: str
     recipe: Path
@@ -140,7 +140,7 @@ class Run:
         return cluster.start(command, self.recipe.with_suffix(".log"), {VARIABLE: armed} if armed else {})
 
     def ends(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
-        """Exit code, and what was printed since the run began."""
+        """Return the exit code, and the output since the run began."""
         code = process.wait(timeout=PATIENCE_SECONDS)
         return code, self.recipe.with_suffix(".log").read_text()
 
@@ -150,7 +150,7 @@ class Run:
         return output
 
     def rank_0(self) -> int:
-        """The process id that the lease was taken with last."""
+        """Return the process id that holds the lease."""
         pid: int = json.loads((self.store / "runs" / self.run_id / "LEASE.json").read_text())["pid"]
         return pid
 

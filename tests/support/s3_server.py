@@ -46,19 +46,19 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "terc
 
 
 class CannotStart(RuntimeError):
-    """This machine cannot run the gateway; the message says why."""
+    """Raised if this machine cannot run the gateway; the message says why."""
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """What a test needs to know of a server."""
+    """Address and credentials of a server."""
 
     endpoint_url: str
     access_key: str = ACCESS_KEY
     secret_key: str = SECRET_KEY
 
     def new_bucket(self) -> str:
-        """Make an empty bucket; its `s3://` URI."""
+        """Make an empty bucket and return its `s3://` URI."""
         import boto3  # type: ignore[import-untyped]
 
         name = f"test-{uuid.uuid4().hex[:12]}"
@@ -90,7 +90,7 @@ def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 class Gateway:
-    """One monitor, one file-backed OSD and one gateway in a folder. Pids lie in it, so any process can stop them."""
+    """One monitor, one file-backed OSD and one gateway in a folder, with their pids, so any process can stop them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -98,7 +98,7 @@ class Gateway:
         self.ready = self.folder / "ready.json"
 
     def start(self, port: int | None = None, *, die_with_parent: bool = False) -> S3Server:
-        """Start, and return once it answers. CannotStart. `die_with_parent`: a killed parent leaves nothing running."""
+        """Start, and return once it answers. `die_with_parent`: end with the parent process. Raises CannotStart."""
         self.root = _programs()
         self.bound = ["setpriv", "--pdeathsig", "TERM", "--"] if die_with_parent and shutil.which("setpriv") else []
         first = not self.ready.exists()
@@ -128,7 +128,7 @@ class Gateway:
         return S3Server(endpoint)
 
     def stop(self) -> None:
-        """End the daemons that `start` started: asked first, killed after 5 s each."""
+        """End the daemons that `start` started: by SIGTERM, then by SIGKILL after 5 s each."""
         for name in ("rgw", "osd", "mon"):
             pid_file = self.folder / f"{name}.pid"
             if not pid_file.exists():
@@ -143,7 +143,7 @@ class Gateway:
             pid_file.unlink()
 
     def _runs(self, pid: int) -> bool:
-        """Is it alive, and still our daemon rather than a later process with its number?"""
+        """Whether the process lives and is still our daemon, rather than a later process with the same pid."""
         try:
             ours = str(self.conf).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty once it has ended
         except (FileNotFoundError, ProcessLookupError):
@@ -266,7 +266,7 @@ rgw_dynamic_resharding = false
 
 
 def _programs() -> Path:
-    """The root below which the gateway's programs lie: the system's, or a cache that is filled once. CannotStart."""
+    """Return the root of the gateway's programs: the system's, or a cache that is filled once. Raises CannotStart."""
     needed = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
     for root in (Path("/"), CACHE):
         if all((root / "usr/bin" / name).exists() for name in needed):
@@ -298,7 +298,7 @@ def _fetched() -> Path:
 
 
 def free_port() -> int:
-    """Not one that the system, or Ray to its workers, may give to somebody else before it is used."""
+    """Return a port that neither the system nor Ray hands out to another process before it is used."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -308,7 +308,7 @@ def free_port() -> int:
 
 @contextmanager
 def silent_address() -> Iterator[str]:
-    """`host:port` that nobody listens on, and nobody else can take meanwhile."""
+    """Reserve a `host:port` on which nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{bound.getsockname()[1]}"
@@ -319,7 +319,7 @@ def silent_address() -> Iterator[str]:
 
 @contextmanager
 def moto() -> Iterator[S3Server]:
-    """moto's server in a thread. It accepts any credentials and keeps nothing."""
+    """Run moto's server in a thread. It accepts any credentials and stores nothing on disk."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request, in the report of each failure
@@ -329,7 +329,7 @@ def moto() -> Iterator[S3Server]:
     app, one_at_a_time = wsgi.app, threading.Lock()
 
     def answer(environ: Any, start_response: Any) -> Any:
-        """moto looks whether a condition holds, and then writes: in threads, both of two could win."""
+        """moto checks a condition and then writes, so that in threads two conditional writes could both win."""
         with one_at_a_time:
             return app(environ, start_response)
 
@@ -348,7 +348,7 @@ REFUSALS = {"refuse": (503, ""), "forgotten": (404, "NoSuchUpload"), "expired": 
 
 
 class FaultyProxy:
-    """Stands before a real server and does to chosen requests what networks do. Everything else passes unchanged.
+    """A proxy that damages chosen requests to a real server as networks do. All other requests pass unchanged.
 
     fail("PUT", "lose_reply") queues one fault for the next request of that method:
 

@@ -1,4 +1,4 @@
-"""Which parameters of a test `make test` runs, and which are left to `make soak`."""
+"""Parameters of a test that only `make soak` runs."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 
 def in_soak(cases: Iterable[Any]) -> list[Any]:
-    """The cases of a parametrised test that `make soak` alone runs. A tuple is several arguments."""
+    """Mark cases of a parametrised test for `make soak` alone. A tuple holds several arguments."""
     return [pytest.param(*case if isinstance(case, tuple) else (case,), marks=pytest.mark.soak) for case in cases]

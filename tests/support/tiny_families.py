@@ -46,7 +46,7 @@ def _config(family: str, vocab_size: int, dropout: float) -> PretrainedConfig:
     if family == "electra":
         return ElectraConfig(**shared, **drops, embedding_size=HIDDEN)
     if family in ("roberta", "xlm-roberta", "camembert"):
-        # Positions begin after the number of the padding token.
+        # Position ids start after the id of the padding token.
         kind = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}[family]
         return kind(**shared, **drops, **{**special, "pad_token_id": 1})
     if family == "mpnet":

@@ -21,7 +21,7 @@ PARTNERS = [word[::-1] + "x" for word in WORDS]
 
 
 def triplets(num_rows: int = 240, seed: int = 0) -> list[dict[str, str]]:
-    """Rows with a group; every two rows share one, and no text occurs in two groups."""
+    """Rows with a group each: two rows share a group, and no text occurs in two groups."""
     order = random.Random(seed)
     rows: list[dict[str, str]] = []
     seen: set[tuple[int, ...]] = set()
@@ -43,18 +43,18 @@ def triplets(num_rows: int = 240, seed: int = 0) -> list[dict[str, str]]:
 
 
 def write_triplets(path: Path, num_rows: int = 240) -> Path:
-    """One JSON object a line."""
+    """Write triplets, one JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in triplets(num_rows)), encoding="utf-8")
     return path
 
 
 def all_texts() -> list[str]:
-    """Every word that a triplet may have."""
+    """All words that a triplet can contain."""
     return [*WORDS, *PARTNERS]
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> Any:
-    """WordPiece over the words of `texts`; any other word falls into its letters."""
+    """A WordPiece tokenizer of the words of `texts`; any other word is split into letters."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +107,7 @@ def tiny_bert(
 
 
 def _write_modules(folder: Path, dense_features: int | None, normalize: bool = False) -> None:
-    """Turn a transformers folder into a sentence-transformers one: what reads the tokens, what pools, what projects."""
+    """Turn a transformers folder into a sentence-transformers one: transformer, pooling, projection."""
     import torch
     from safetensors.torch import save_file
 
@@ -249,7 +249,7 @@ def tiny_stella(folder: Path) -> Path:
 
 
 def recipe(model: Path | str, storage: Path | str, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that learns the task. `sections` are laid over it, key by key; a `loss` replaces the whole section."""
+    """A recipe that learns the task. `sections` replace its keys one by one; a `loss` replaces the whole section."""
     document: dict[str, Any] = {
         "name": "tiny",
         "storage": {"uri": str(storage)},
@@ -266,6 +266,6 @@ def recipe(model: Path | str, storage: Path | str, /, **sections: dict[str, Any]
 
 
 def write_recipe(path: Path, model: Path | str, storage: Path | str, /, **sections: dict[str, Any]) -> Path:
-    """`recipe` as a YAML file."""
+    """Write `recipe` as a YAML file."""
     path.write_text(yaml.safe_dump(recipe(model, storage, **sections), sort_keys=False), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Waits with an end."""
+"""Bounded waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start the worker without Ray, as torchrun does, and look at what it left in storage."""
+"""Start workers without Ray, as torchrun does, and read what they left in storage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tercet.storage import open_storage
 
 
 def make_plan(recipe: Path, run_id: str, overrides: tuple[str, ...] = ()) -> TrainPlan:
-    """What `tercet plan` derives."""
+    """Derive the plan as `tercet plan` does."""
     return survey(load_config(recipe, overrides), run_id)[1]
 
 
 def write_plan(folder: Path, run_id: str, model: Path, store: Path, /, **sections: Any) -> Path:
-    """A recipe of tiny_model as a plan file."""
+    """Write the plan of a recipe of tiny_model to a file."""
     recipe = tiny_model.write_recipe(folder / f"{run_id}.yaml", model, store, **sections)
     path = folder / f"{run_id}.json"
     path.write_text(make_plan(recipe, run_id).model_dump_json(), encoding="utf-8")
@@ -44,14 +44,14 @@ def worker_of(*plans: Path) -> Forked:
 
 
 def held_worker(plan: Path, environment: Mapping[str, str], step: int, until: Path) -> AbstractContextManager[Process]:
-    """Waits before a step for that file to be there. A .held beside its plan says that it does."""
+    """A worker that waits before `step` until the file `until` exists. A .held file beside its plan is the sign."""
     armed = f"at=before_step step={step} do=hang once={plan.with_suffix('.held')} until={until}"
     return armed_worker(plan, environment, armed)
 
 
 @contextmanager
 def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iterator[Process]:
-    """Runs beside the test, and is killed at its end. What it prints is in a .log beside its plan."""
+    """A worker that runs beside the test and is killed at its end. Its output is in a .log file beside its plan."""
     with plan.with_suffix(".log").open("w") as log:
         process = start(worker_of(plan), {**environment, VARIABLE: armed}, plan.parent, log)
         try:
@@ -62,7 +62,7 @@ def armed_worker(plan: Path, environment: Mapping[str, str], armed: str) -> Iter
 
 
 def wait_until(condition: Callable[[], bool], process: Process, seconds: float = 240) -> None:
-    """As long as the process runs."""
+    """Wait for a condition. Fails if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}"
@@ -71,17 +71,17 @@ def wait_until(condition: Callable[[], bool], process: Process, seconds: float =
 
 
 def commits(store: Path, run_id: str) -> list[Commit]:
-    """Newest first."""
+    """Commits of a run, newest first."""
     return read_commits(open_storage(str(store)), run_id)
 
 
 def model_folder(store: Path, commit: Commit) -> Path:
-    """Where the files of a commit lie, in a storage that is a folder."""
+    """Folder of a commit's files, in a storage that is a local folder."""
     return store / commit.folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of every module of a SentenceTransformer folder."""
+    """Weights of every module of a SentenceTransformer folder, by name."""
     return {
         f"{path.parent.relative_to(folder)}/{name}": value
         for path in sorted(folder.rglob("model.safetensors"))
@@ -90,17 +90,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def final_weights(store: Path, run_id: str) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint."""
+    """Weights of the newest checkpoint."""
     return weights(model_folder(store, commits(store, run_id)[0]))
 
 
 def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """Over all weights; the names must be the same, and 0.0 means equal in every bit."""
+    """Largest difference over all weights; 0.0 means equal in every bit. The names must be the same."""
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
 def training_log(store: Path, run_id: str) -> dict[str, Any]:
-    """training.json of a run."""
+    """The training.json of a run."""
     log: dict[str, Any] = json.loads((store / "runs" / run_id / "training.json").read_text())
     return log

@@ -35,7 +35,7 @@ class BuildResult:
     """A finished build."""
 
     manifest: Manifest
-    """As stored. If `already_published`, it was written by an earlier build."""
+    """The stored manifest. If `already_published`, an earlier build wrote it."""
     already_published: bool
     """Whether storage already held a version with exactly these rows. Nothing was uploaded; HEAD points to it again."""
     bad_rows: dict[str, int]

@@ -36,17 +36,17 @@ texts_per_pass: list[int] = []
 
 
 def count(_: Any, inputs: tuple[Any, ...]) -> None:
-    """Before each forward pass."""
+    """Wait for all ranks before each forward pass."""
     texts_per_pass.append(len(inputs[0]["input_ids"]))
     if mode == "guarded":
-        # A rank with another number of passes meets somebody else's collective here, and both end with an error.
+        # A rank with another number of passes meets another rank's different collective here, and both fail.
         number = torch.tensor([len(texts_per_pass), -len(texts_per_pass)])
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         assert number.tolist() == [len(texts_per_pass), -len(texts_per_pass)], "the ranks are at different passes"
 
 
 def shard() -> None:
-    """Each BERT layer is gathered by itself, and what is left with the whole."""
+    """Shard each BERT layer as a unit of its own, and the remaining weights as one unit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -57,7 +57,7 @@ def shard() -> None:
 
 
 def train_a_step() -> None:
-    """Towards nothing sensible: only the weights must move."""
+    """Make a training step with a meaningless loss, so that the weights move."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model.train()
     features = model.preprocess(["bo da"])
@@ -66,7 +66,7 @@ def train_a_step() -> None:
 
 
 def measure(splits: dict[str, Dataset]) -> dict[str, Any]:
-    """Metrics and passes of one evaluation."""
+    """Return the metrics and forward passes of one evaluation."""
     texts_per_pass.clear()
     evaluator = make_evaluator(splits, "eval", BATCH_SIZE)
     metrics: dict[str, float] = {}
@@ -92,5 +92,5 @@ if mode == "sharded":
         results["trained"] = measure({split: Dataset.from_dict(columns) for split, columns in case.items()})
 Path(out, f"{rank}.json").write_text(json.dumps(results))
 torch.save(embeddings, Path(out, f"{rank}.pt"))
-dist.barrier()  # none takes its end of a connection away while another still uses it
+dist.barrier()  # no rank closes its end of a connection while another still uses it
 dist.destroy_process_group()

@@ -29,7 +29,7 @@ SIGTERM_SECONDS = 30  # torchrun's, between SIGTERM and SIGKILL
 
 
 def import_libraries() -> None:
-    """What each worker imports. Nothing here may start a thread: a fork would not have it."""
+    """Import what each worker imports. No import may start a thread, because a fork would not have it."""
     os.environ["DS_ACCELERATOR"], os.environ["DS_IGNORE_CUDA_DETECTION"] = "cpu", "1"  # read when it is imported
     from tercet.model import libraries
 
@@ -49,7 +49,7 @@ def import_libraries() -> None:
 
     assert threading.active_count() == 1, threading.enumerate()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    # pyarrow's allocator has one, and makes itself ready for a fork.
+    # pyarrow's allocator starts one, and prepares itself for a fork.
     assert [name for name in threads if name != "jemalloc_bg_thd"] == [threads[0]], threads
     assert not torch.distributed.is_initialized()
 
@@ -103,7 +103,7 @@ def _start(connection: socket.socket, request: dict[str, Any], descriptors: list
 
 
 def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets for a rank on the only machine of a run."""
+    """Return the variables that torchrun sets for a rank on a single machine."""
     here = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
     group = {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     elastic = {"RUN_ID": "forked", "RESTART_COUNT": 0, "MAX_RESTARTS": 0, "USE_AGENT_STORE": True}
@@ -112,7 +112,7 @@ def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def _watch(connection: socket.socket, pids: list[int]) -> int:
-    """Wait for all. After the first that fails, end the others as torchrun does. Nobody is left if the test is gone."""
+    """Wait for all ranks. After the first failure, or if the test is gone, end the others as torchrun does."""
     running = {os.pidfd_open(pid): pid for pid in pids}
     failed, patience = 0, None
     while running:
@@ -137,7 +137,7 @@ def _signal(running: dict[int, int], which: signal.Signals) -> None:
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> list[str]:
-    """Be what a new process would be: its output, folder, environment and random numbers."""
+    """Take on the output, folder, environment and random numbers of a new process."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in zip([nothing, *descriptors], (0, 1, 2), strict=True):

@@ -1,4 +1,4 @@
-"""What a person would write without tercet: SentenceTransformerTrainer, and a sampler that lists tercet's batches.
+"""A training without tercet: SentenceTransformerTrainer, and a sampler that lists tercet's batches.
 
 python plain_trainer.py MODEL STORE OUT
 """
@@ -37,7 +37,7 @@ def read_rows(store: Path, split: str) -> Dataset:
 
 
 class Batches(BatchSampler):
-    """Lists of rows, by epoch."""
+    """A batch sampler of given lists of rows, by epoch."""
 
     def __init__(self, rows: Dataset) -> None:
         numbers: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Batches(BatchSampler):
 
 
 def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str) -> None:
-    """Trains, and writes the model to OUT/loss_name."""
+    """Train, and write the model to OUT/loss_name."""
     model = SentenceTransformer(str(model_dir), device="cpu")
     if loss_name == "triplet":
         loss: Any = TripletLoss(model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.5)

@@ -1,4 +1,4 @@
-"""The worker with a number that is not finite planted at a step. Prints what ends it, on each rank.
+"""A worker in which a number that is not finite is planted at a step. Prints, on each rank, the error that ends it.
 
 python planted.py PLAN KIND STEP    KIND: loss, gradient, weight, embedding
 """
@@ -24,7 +24,7 @@ _, plan, kind, step = sys.argv
 
 class Planting(trainer.TercetTrainer):  # type: ignore[misc]
     def is_time(self) -> bool:
-        """In the step, and in the evaluation after it."""
+        """Whether this is the step, or the evaluation after it."""
         return bool(self.state.global_step + self.model.training >= int(step))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Two ranks whose weights are not the same, before tercet's guard. Run under torchrun; prints what the guard says."""
+"""Two ranks whose weights differ, under tercet's guard. Run under torchrun; prints the message of the guard."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The worker for several plans in turn: most of a tiny run is the start of the process.
+"""A worker for several plans in turn, because most of a tiny run is the start of the process.
 
 python several_plans.py PLAN...
 """

@@ -1,4 +1,4 @@
-"""A program for the tests of forks: prints what it sees, and ends as it is asked to.
+"""A program for the tests of forks: prints its surroundings, and ends as requested.
 
 python shows_itself.py CODE [WAITS]    CODE: the exit code of rank 1, or of the lone process; WAITS: rank 0 waits first
 """

@@ -1,4 +1,4 @@
-"""`tercet train` with its one worker in the driver's own process, which is quicker where Ray is not what is tested.
+"""`tercet train` with its one worker in the driver's process, which is faster for tests that are not about Ray.
 
 python train_without_ray.py train RECIPE ...
 """

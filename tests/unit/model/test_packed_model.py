@@ -407,7 +407,7 @@ def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
 
 
 def test_the_trial_of_a_kernel_within_a_recomputed_layer(as_on_a_gpu: Any) -> None:
-    """As in the first step of a resumed run, which has no evaluation before it."""
+    """The first step of a resumed run has no evaluation before it."""
     from torch.utils.checkpoint import checkpoint
 
     from tercet.model.grouped_attention import Layout
