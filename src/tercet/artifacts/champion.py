@@ -51,7 +51,7 @@ class Served(Document):
     name: str
     version: int
     generation: int
-    """The first generation in which it was."""
+    """A generation in which it was; usually the first."""
 
 
 def read_champion(storage: Storage, name: str) -> Champion | None:

@@ -268,7 +268,7 @@ def _index(storage: Storage, name: str) -> Index | None:
     except CorruptObject as error:
         logger.warning("every version of %s is read, because its index cannot be made: %s", name, error)
         return None
-    for champion in reversed(champions):  # the oldest first, because a mark names the first generation
+    for champion in reversed(champions):  # the oldest first: a mark is written once
         mark_served(storage, champion)
     index = Index(newest_version=max(numbers, default=0))
     storage.put(key, seal(index))

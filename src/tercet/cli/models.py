@@ -175,7 +175,11 @@ def _serve(storage: Storage, before: Champion | None, version: Version, champion
 
 
 def _line(champion: Champion) -> str:
-    what = {"gated": "promoted by the gate", "by hand": "promoted by hand, without the gate", "rollback": "rolled back"}
+    what = {
+        "gated": "promoted by the gate",
+        "by hand": "promoted by hand, without the gate",
+        "rollback": "restored by rollback",
+    }
     return (
         f"generation {champion.generation}: version {champion.version}  {_date(champion.unix_seconds)}  "
         f"{what[champion.kind]}, {champion.who}"

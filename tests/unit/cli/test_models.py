@@ -112,7 +112,7 @@ def test_rollback(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> 
         assert models(storage, "rollback", "faq", "--to", number, "--reason", "x") == 2
         assert f"version {number} of faq is not an earlier champion" in capsys.readouterr().err
     assert models(storage, "show", "faq") == 0
-    assert "rolled back" in capsys.readouterr().out
+    assert "restored by rollback" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
