@@ -76,7 +76,7 @@ def problem_of(
     from the positive, and both from each negative."""
     for column in columns:
         if column not in values:
-            return Problem("missing_column", f"the row has no column {column!r}")
+            return Problem("missing_column", f"the row has no {column}")
         value = values[column]
         if value is None:
             return Problem("null", f"{column} is null")
