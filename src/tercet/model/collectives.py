@@ -27,10 +27,10 @@ def gather(own: torch.Tensor) -> list[torch.Tensor]:
 
 def gather_objects(own: Any) -> list[Any]:
     """Return the objects of all ranks, in the order of ranks. They are pickled. Every rank must call it."""
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         return [own]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
     return gathered
 
 
@@ -38,8 +38,6 @@ def run_on_rank_0(work: Callable[[], Any]) -> Any:
     """Call `work` on rank 0 only, and return its result on every rank. Every rank must call it.
 
     A TercetError is raised on every rank. Any other error is raised on rank 0 alone."""
-    import torch.distributed as dist
-
     if not dist.is_initialized():
         return work()
     box: list[Any] = [None]
@@ -56,7 +54,5 @@ def run_on_rank_0(work: Callable[[], Any]) -> Any:
 
 def wait_for_all_ranks() -> None:
     """Return once every rank has called this."""
-    import torch.distributed as dist
-
     if dist.is_initialized():
         dist.barrier()
