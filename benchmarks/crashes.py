@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from support import tiny_model  # noqa: E402
 from support.commands import check, run_command  # noqa: E402
 from support.interrupted_run import CHECKPOINTS, NUM_STEPS, final_state, proof, settings  # noqa: E402
-from support.workers import training_log, worker_command, write_plan  # noqa: E402
+from support.workers import training_log, worker_of, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
 from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.failpoints import VARIABLE  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> None:
         expected = {}
         for num_workers in (1, 2):
             plan = write_plan(folder, f"whole-{num_workers}", model, store, **settings(num_workers))
-            check(run_command(worker_command(plan), environment, folder))
+            check(run_command(worker_of(plan).command, environment, folder))
             expected[num_workers] = final_state(store, f"whole-{num_workers}")
         for trial in range(arguments.trials):
             num_workers, run_id, said = rng.choice((1, 2)), f"trial-{trial}", []
@@ -80,11 +80,11 @@ def main() -> None:
                 place, step, rank = draw(rng, num_workers)
                 fired = folder / f"fired-{trial}-{number}"
                 armed = f"at={place} step={step} rank={rank} once={fired}"
-                run_command(worker_command(plan), {**environment, VARIABLE: armed}, folder)
+                run_command(worker_of(plan).command, {**environment, VARIABLE: armed}, folder)
                 num_kills += fired.exists()
                 said.append(f"{place} {step} rank {rank}" + ("" if fired.exists() else " (not reached)"))
             started = time.time()
-            check(run_command(worker_command(plan), environment, folder))
+            check(run_command(worker_of(plan).command, environment, folder))
             if (first_step := training_log(store, run_id)["first_step_unix_seconds"]) is not None:
                 restarts.append(first_step - started)
             equal = final_state(store, run_id) == expected[num_workers]

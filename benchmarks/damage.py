@@ -23,7 +23,7 @@ from support import tiny_model  # noqa: E402
 from support.commands import check, run_command  # noqa: E402
 from support.damage import DAMAGES, GOOD, OUTCOMES, Run, Trial, trial  # noqa: E402
 from support.interrupted_run import settings  # noqa: E402
-from support.workers import worker_command, write_plan  # noqa: E402
+from support.workers import worker_of, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
 from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.storage import open_storage  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> int:
         build_version([triplets], open_storage(str(folder / "made")), "tiny", IngestOptions(group="group"))
         plan = write_plan(folder, "damaged", model, folder / "made", **settings(2))
         own = {"TERCET_CACHE_DIR": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        check(run_command(worker_command(plan), {**os.environ, **own, "PYTHON": sys.executable}, folder))
+        check(run_command(worker_of(plan).command, {**os.environ, **own, "PYTHON": sys.executable}, folder))
         run = Run(folder / "run", folder / "made", "damaged", plan.with_suffix(".yaml"), triplets)
         rng, trials = random.Random(arguments.seed), []
         for number in range(arguments.trials):

@@ -34,7 +34,7 @@ from support import tiny_model  # noqa: E402
 from support.commands import check, run_command, tercet  # noqa: E402
 from support.interrupted_run import final_state, proof, settings  # noqa: E402
 from support.ray_cluster import CONTROLLER, WORKER, RayCluster, ray_cluster  # noqa: E402
-from support.workers import training_log, wait_until, worker_command, write_plan  # noqa: E402
+from support.workers import training_log, wait_until, worker_of, write_plan  # noqa: E402
 from tercet.data.build import build_version  # noqa: E402
 from tercet.data.ingest import IngestOptions  # noqa: E402
 from tercet.failpoints import VARIABLE  # noqa: E402
@@ -92,7 +92,7 @@ class Bench:
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         self._environment = {**os.environ, **own, "PATH": path, "PYTHON": sys.executable}
         plan = write_plan(folder, "whole", self._model, self._store, **settings(NUM_WORKERS))
-        check(run_command(worker_command(plan), self._environment, folder))
+        check(run_command(worker_of(plan).command, self._environment, folder))
         self._expected = final_state(self._store, "whole")
         self._cluster = self._new_cluster()
 
