@@ -36,10 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         if error.hint:
             print(f"  → {error.hint}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # from a local file; storage raises errors of its own
+        if arguments.call is _worker:  # from whatever the training has open, which a traceback names best
+            raise
+        if isinstance(error, BrokenPipeError):  # what read the output has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if arguments.debug or error.filename is None:
             raise
         print(f"tercet: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -90,6 +90,20 @@ def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         main(["schema"])
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), FileNotFoundError(2, "No such file", "shard")])
+def test_an_error_of_a_worker_is_never_taken_for_one_of_the_terminal(
+    error: OSError, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tercet.planning.survey.plan_of_file", lambda _: None)
+    monkeypatch.setattr("tercet.training.worker.notice_of_sigterm", lambda: None)
+    monkeypatch.setattr("tercet.training.worker.run_worker", fail)
+    with pytest.raises(type(error)):
+        main(["worker", str(tmp_path / "plan.json")])
+
+
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
