@@ -24,6 +24,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SIGTERM_SECONDS = 30  # torchrun's, between SIGTERM and SIGKILL
 
@@ -137,7 +139,9 @@ def _signal(running: dict[int, int], which: signal.Signals) -> None:
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> list[str]:
-    """Take on the output, folder, environment and random numbers of a new process."""
+    """Take on the output, folder, environment and random numbers of a new process.
+
+    Only the seed of hashes stays the server's: a set of strings has the same order in all forks."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in zip([nothing, *descriptors], (0, 1, 2), strict=True):
@@ -147,6 +151,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     random.seed()
+    numpy.random.seed()
     tempfile.tempdir = None  # TMPDIR may be another
     program: list[str] = request["program"]
     return program
