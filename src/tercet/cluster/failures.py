@@ -93,7 +93,7 @@ def describe(rank: int, error: Exception) -> str:
     return f"rank {rank}: {type(cause).__name__}: {' '.join(' '.join(lines).split())[:MAX_CHARACTERS]}"
 
 
-def as_tercet_error(errors: dict[int, Exception]) -> TercetError:
+def error_of_workers(errors: dict[int, Exception]) -> TercetError:
     """Return the error to raise for workers that failed too often: the first rank's own TercetError, else a
     TrainingError that lists what happened on each rank."""
     for _, error in sorted(errors.items()):

@@ -93,11 +93,11 @@ def _explain(error: Exception, plan: TrainPlan) -> TercetError:
     """Return the error to raise for what `Trainer.fit` raised."""
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-    from tercet.cluster.failures import as_tercet_error, cause_of
+    from tercet.cluster.failures import cause_of, error_of_workers
 
     workers, sizes = plan.config.workers, plan.world_sizes
     if isinstance(error, WorkerGroupError):
-        return as_tercet_error(error.worker_failures)
+        return error_of_workers(error.worker_failures)
     if isinstance(error, PreemptionError):
         return Preempted(
             f"machines were taken away more than {workers.max_preemptions} times",

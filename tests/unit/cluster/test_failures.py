@@ -32,7 +32,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from tercet.cluster import failures
-from tercet.cluster.failures import as_tercet_error, cause_of, describe, kind_of, most_telling
+from tercet.cluster.failures import cause_of, describe, error_of_workers, kind_of, most_telling
 from tercet.errors import AccessDenied, LeaseLost, OutOfMemory, StorageUnavailable, TrainingError
 
 PROCESS_DIED = (
@@ -171,8 +171,8 @@ def test_one_line_of_an_error(error: Exception, line: str) -> None:
 
 def test_the_error_to_raise() -> None:
     denied = AccessDenied("no key", hint="get one")
-    assert as_tercet_error({1: in_task(denied), 0: RuntimeError(GLOO_CLOSED)}) is denied
-    error = as_tercet_error({1: unanswered(died(PROCESS_DIED)), 0: RuntimeError(GLOO_CLOSED)})
+    assert error_of_workers({1: in_task(denied), 0: RuntimeError(GLOO_CLOSED)}) is denied
+    error = error_of_workers({1: unanswered(died(PROCESS_DIED)), 0: RuntimeError(GLOO_CLOSED)})
     assert type(error) is TrainingError
     _, first, second = error.message.splitlines()
     assert first.startswith("rank 0: RuntimeError: ")
