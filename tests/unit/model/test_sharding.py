@@ -145,7 +145,7 @@ def test_one_process_on_several_gpus_is_refused() -> None:
 
 @pytest.mark.parametrize(("mode", "num_workers"), [("ddp", 2), *((mode, 1) for mode in MODES)])
 def test_an_unwrapped_model_is_wrong_for_anything_else(mode: Parallelism, num_workers: int) -> None:
-    with pytest.raises(TrainingError, match=f"parallelism {mode} on {num_workers} workers.*trained as a lone model"):
+    with pytest.raises(TrainingError, match=f"parallelism {mode} on {num_workers} workers.*runs as a lone model"):
         check_wrapped(Model(), mode, num_workers)
 
 
@@ -184,7 +184,7 @@ def test_each_engine_is_recognized_as_its_own_mode_only(found: str, wanted: Para
     if found == wanted:
         check_wrapped(ENGINES[found], wanted, 2)
     else:
-        with pytest.raises(TrainingError, match=f"trained as {found}"):
+        with pytest.raises(TrainingError, match=f"runs as {found}"):
             check_wrapped(ENGINES[found], wanted, 2)
 
 
