@@ -94,8 +94,9 @@ def main() -> None:
                 f"{trial:>3}  {'equal' if equal else 'DIFFERENT'}  {num_workers} workers: {'; '.join(said)}", flush=True
             )
     print(f"\nseed {arguments.seed}: {num_equal} of {arguments.trials} runs equal after {num_kills} kills")
-    quantiles = statistics.quantiles(restarts, n=20) if len(restarts) > 1 else restarts * 19
-    print(f"from the command to the first step of the last start: p50 {quantiles[9]:.1f} s, p95 {quantiles[18]:.1f} s")
+    if len(restarts) > 1:  # of a run that was killed after its last step, the last start trains nothing
+        p50, p95 = (statistics.quantiles(restarts, n=20)[at] for at in (9, 18))
+        print(f"from the command to the first step of the last start: p50 {p50:.1f} s, p95 {p95:.1f} s")
 
 
 if __name__ == "__main__":
