@@ -12,6 +12,10 @@ import pytest
 from support.s3_server import CannotStart, Gateway, S3Server, moto, use
 from tercet.storage import Storage, open_storage
 
+# One thread for torch, which reads this when it is imported. Threads of several pytest processes wait for each other's
+# cores, and a tiny model has nothing to share out.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = ["support.fixtures"]
 
 
