@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--recipe", type=Path, default=example_path("demo"), help="another recipe (%(default)s)")
     demo.set_defaults(call=_demo)
     example = verbs.add_parser("recipe", parents=[common], help="print an example recipe to start from")
-    example.add_argument("name", nargs="?", default="demo", choices=example_names(), help="%(choices)s (%(default)s)")
+    example.add_argument(
+        "name", nargs="?", default="own_data", choices=example_names(), help="%(choices)s (%(default)s)"
+    )
     example.set_defaults(call=_recipe)
     schema = verbs.add_parser("schema", parents=[common], help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(call=_schema)

@@ -21,6 +21,7 @@ def plan_text(plan: TrainPlan) -> str:
         "data": f"{plan.config.dataset.name} {plan.dataset_version}: train {rows['train']:,}  eval {rows['eval']:,}  "
         f"test {rows['test']:,} rows; columns {', '.join(plan.columns)}",
         **({"mix": f"\n{'':13}".join(plan.shares)} if plan.shares else {}),
+        **({"rows": _rows(plan)} if training.max_train_rows is not None else {}),
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
         "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
@@ -41,6 +42,11 @@ def plan_text(plan: TrainPlan) -> str:
     if plan.memory_warning is not None:
         lines["warning"] = plan.memory_warning
     return "\n".join(f"{name:<13}{value}" for name, value in lines.items())
+
+
+def _rows(plan: TrainPlan) -> str:
+    limit = plan.config.training.max_train_rows
+    return f"{plan.num_train_rows:,} train rows a pass; training.max_train_rows uses {limit:,} of each dataset at most"
 
 
 def _steps(steps: tuple[int, ...]) -> str:

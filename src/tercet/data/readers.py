@@ -212,7 +212,9 @@ def _csv_rows(stream: IO[bytes], name: str, columns: Mapping[str, str], delimite
     header = [field.strip() for field in header]
     for column in columns.values():
         if header.count(column) != 1:
-            raise _no_column(f"{name}: the header has {header.count(column)} columns {column!r}", column, header)
+            count = header.count(column) or "no"
+            what = f"{name}: the header has {count} column{'s' if header.count(column) > 1 else ''} {column!r}"
+            raise _no_column(what, column, header)
     positions = {column: header.index(in_file) for column, in_file in columns.items()}
     for line, fields, raw, problem in records:
         if problem is None and not is_valid_unicode(raw):

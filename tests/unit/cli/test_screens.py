@@ -22,6 +22,12 @@ def test_every_line() -> None:
     assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each but the first with a checkpoint"
 
 
+def test_a_limit_of_train_rows_is_shown() -> None:
+    assert "rows" not in lines()
+    rows = lines(training={"max_train_rows": 1280})["rows"]
+    assert rows.endswith("train rows a pass; training.max_train_rows uses 1,280 of each dataset at most")
+
+
 def test_what_stays_in_storage() -> None:
     """A checkpoint of 1,000 weights is 4 KB, and 8 KB of Adam's moments."""
     assert lines()["storage"].startswith("11.7 KiB a checkpoint; the last 2 and the best kept: 27.3 KiB at most")

@@ -183,7 +183,7 @@ def test_a_flipped_bit_in_a_parquet_page_is_an_error(tmp_path: Path) -> None:
         ("r.parquet", _parquet(), "no column 'a'", "question, answer"),
         ("r.csv", b"", "no header", ""),
         ("r.csv", b'"a\nb', "no header", ""),
-        ("r.csv", b"anchr,A\n1,2\n", "0 columns 'a'", "Did you mean 'A'"),
+        ("r.csv", b"anchr,A\n1,2\n", "no column 'a'", "Did you mean 'A'"),
         ("r.csv", b"a,a\n1,2\n", "2 columns 'a'", ""),
         ("r.jsonl", b'{"aa": "1"}\n{"bb": "2"}\n', "no row has a column 'a'", "Did you mean 'aa'"),
         ("r.json", b'[{"aa": "1"}]', "no row has a column 'a'", "'aa'"),

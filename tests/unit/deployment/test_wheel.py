@@ -47,7 +47,7 @@ def test_an_example_recipe_is_printed_and_read(site: Path, tmp_path: Path) -> No
     (tmp_path / "my.yaml").write_text(printed.stdout)
     planned = tercet(site, tmp_path, "plan", "my.yaml")
     assert planned.returncode == DataError.exit_code, planned.stderr  # only the dataset is missing
-    assert "no dataset 'stdlib-docstrings'" in planned.stderr
+    assert "no dataset 'my-triplets'" in planned.stderr
 
 
 def test_the_demo_finds_its_recipe(site: Path, tmp_path: Path) -> None:
