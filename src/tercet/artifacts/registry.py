@@ -90,10 +90,10 @@ def register(storage: Storage, name: str, lineage: Lineage, who: str, decision: 
         raise ObjectNotFound(
             f"run {lineage.run_id} has no best model in {storage.uri}", hint="check that the run has finished"
         )
-    for version in versions_of(storage, name, lineage.run_id):
+    index = _index(storage, name)
+    for version in _published_versions(storage, name, lineage.run_id, index):
         if version.commit.files == commit.files:
             return version
-    index = _index(storage, name)
     newest = index.newest_version if index is not None else max(list_versions(storage, name), default=0)
     number, nonce = newest + 1, uuid.uuid4().hex
     while True:
@@ -243,8 +243,14 @@ def list_versions(storage: Storage, name: str) -> list[int]:
 
 def versions_of(storage: Storage, name: str, run_id: str) -> list[Version]:
     """Return the versions that were published from a run, the newest first. Raises CorruptObject."""
-    complete = _index(storage, name) is not None
-    numbers = _versions_of_run(storage, name, run_id)[0].numbers if complete else list_versions(storage, name)
+    return _published_versions(storage, name, run_id, _index(storage, name))
+
+
+def _published_versions(storage: Storage, name: str, run_id: str, index: Index | None) -> list[Version]:
+    if index is not None:
+        numbers = list(_versions_of_run(storage, name, run_id)[0].numbers)
+    else:
+        numbers = list_versions(storage, name)
     versions = []
     for number in sorted(numbers, reverse=True):
         key = layout.model_version_key(name, number)
