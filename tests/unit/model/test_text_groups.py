@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tercet.model.grouped_attention import PAIRS_PER_GROUP, Group, attention_groups, chunks
+from tercet.model.text_groups import PAIRS_PER_GROUP, Group, attention_groups, chunks
 from tercet.planning.packing import NUM_CHUNKS, Facts, choose
 
 BERT = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
