@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from tercet.config.recipe import Config
 from tercet.config.sections import Parallelism
+from tercet.errors import PlanError
 from tercet.planning.estimates import BUCKET_ELEMENTS
 from tercet.planning.parallelism import ZERO_STAGES, is_zero
 
@@ -48,21 +49,36 @@ DERIVED = {
 
 # The other settings that DeepSpeed 0.19 reads at the top level: a recipe may set them.
 FREE = {
-    *("zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "aio", "compile", "checkpoint"),
+    *("zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "compile", "checkpoint"),
     *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_python_gc", "log_level"),
     *("steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "timers"),
     *("comms_logger", "tensorboard", "wandb", "comet", "csv_monitor"),
 }
 
-_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+# Settings of DeepSpeed's file offloading, which tercet has no mode for. DeepSpeed would compile it with g++ on every
+# node when it is first used.
+OF_FILES = ("aio", "zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
+
+# Types of what DeepSpeed sends, adds up and holds, beside the weights.
+_TYPES = ("communication_data_type", "data_types.grad_accum_dtype", "data_types.buffer_dtype")
+_NAMES_OF_FP16 = ("fp16", "float16", "half", "torch.float16", "torch.half")
+
+_FP16_WITHOUT_DDP = {
+    # DeepSpeed 0.19.8 scales the loss, but clips by the norm of the scaled gradients, and after a step that overflows
+    # it never lowers the scale.
+    **dict.fromkeys(ZERO_STAGES, "DeepSpeed would clip scaled gradients, and skip every step after an overflow"),
+    "fsdp2": "its sharded gradients would need another gradient scaler than transformers has",
+}
 
 
 def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_and_micro_batch: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
     It has no `optimizer`: DeepSpeed's own would omit the parameters of the loss, and is compiled on first use on every
-    node. torch's fused AdamW works on a CPU too."""
+    node. torch's fused AdamW works on a CPU too. Raises PlanError for fp16."""
     training, workers = config.training, config.workers
+    for problem, hint in fp16_problems(training.precision, parallelism):
+        raise PlanError(problem, hint=hint)
     on_gpu = workers.use_gpu is True
     zero: dict[str, Any] = {
         "stage": ZERO_STAGES[parallelism],
@@ -88,9 +104,9 @@ def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_a
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if training.precision in _AUTOCAST:
+    if training.precision == "bf16":
         # fp32 weights with autocast, as in the other modes. DeepSpeed's `bf16` would train and save bf16 weights.
-        settings["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[training.precision]}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return _merged(settings, workers.deepspeed)
 
 
@@ -115,6 +131,21 @@ def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cpu" if use_cpu else "cuda", "DS_IGNORE_CUDA_DETECTION": "1"}
 
 
+def fp16_problems(precision: str, parallelism: str) -> list[tuple[str, str]]:
+    """Return the problem of fp16 with any mode but ddp, with a hint; an empty list if there is none.
+
+    Both arguments are values of the recipe, so either may be `auto`."""
+    if precision != "fp16" or parallelism not in _FP16_WITHOUT_DDP:
+        return []
+    return [
+        (
+            f"training.precision=fp16 cannot be used with workers.parallelism={parallelism}: "
+            f"{_FP16_WITHOUT_DDP[parallelism]}",
+            "choose training.precision: bf16, or workers.parallelism: ddp",
+        )
+    ]
+
+
 def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
     """Return problems of `workers.deepspeed` as pairs of problem and hint.
 
@@ -127,7 +158,21 @@ def override_problems(overrides: dict[str, Any]) -> list[tuple[str, str]]:
         for name, source in DERIVED.items()
         if _has(overrides, name)
     ]
-    known = FREE | {name for name in DERIVED if "." not in name}
+    problems += [
+        (f"workers.deepspeed: `{name}` is for offloading to files, which tercet does not do", "remove it")
+        for name in OF_FILES
+        if _value(overrides, name) is not None
+    ]
+    problems += [
+        (
+            f"workers.deepspeed: `{name}`={_value(overrides, name)} cannot be used: without a scaled loss, fp16 loses "
+            "small gradients and overflows at large ones",
+            "choose bf16 or fp32",
+        )
+        for name in _TYPES
+        if str(_value(overrides, name)).lower() in _NAMES_OF_FP16
+    ]
+    known = FREE | {name for name in (*DERIVED, *OF_FILES) if "." not in name}
     problems += [_unknown(name, known) for name in overrides if name not in known]
     zero = overrides.get("zero_optimization", {})
     return problems + (_zero_problems(zero) if isinstance(zero, dict) and zero else [])
@@ -170,6 +215,14 @@ def _has(settings: dict[str, Any], dotted: str) -> bool:
             return False
         value = value[part]
     return True
+
+
+def _value(settings: dict[str, Any], dotted: str) -> Any:
+    """Return a setting, or None if it is not given."""
+    value: Any = settings
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

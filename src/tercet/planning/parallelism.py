@@ -34,6 +34,8 @@ def choose(
         alone = workers.num_workers == 1 and workers.parallelism in ("zero1", "zero2", "zero3")
         return workers.parallelism, "as the recipe says" + ("; with one worker nothing is sharded" if alone else "")
     unused = "; workers.deepspeed is not used" if workers.deepspeed else ""
+    if config.training.precision == "fp16" and (facts is None or memory_bytes_available is None):
+        return "ddp", f"auto: training.precision=fp16 works with no other mode{unused}"
     if facts is None:
         return "ddp", (
             "auto: the memory that the model needs is unknown until its files are on this machine; "
@@ -46,7 +48,7 @@ def choose(
         )
     has = size_text(memory_bytes_available)
     too_large: list[str] = []
-    for parallelism in _candidates(workers):
+    for parallelism in _candidates(config):
         memory = memory_of(
             facts,
             parallelism,
@@ -73,8 +75,12 @@ def choose(
     )
 
 
-def _candidates(workers: WorkersConfig) -> list[Parallelism]:
-    """Return modes from the least communication to the least memory. A CPU worker has no other memory to offload to."""
+def _candidates(config: Config) -> list[Parallelism]:
+    """Return modes from the least communication to the least memory. A CPU worker has no other memory to offload to,
+    and fp16 works with ddp only."""
+    workers = config.workers
+    if config.training.precision == "fp16":
+        return ["ddp"]
     sharded: list[Parallelism] = ["zero2", "zero3"] if workers.num_workers > 1 else []
     offload: list[Parallelism] = [] if workers.use_gpu is False else ["zero3_offload"]
     return ["ddp", *sharded, *offload]
@@ -99,6 +105,7 @@ def _what_helps(config: Config) -> str:
         "smaller micro-batches (raise training.gradient_accumulation_steps)": rows > 1,
         "training.gradient_checkpointing: true": not training.gradient_checkpointing,
         "training.precision: bf16": not is_16_bit(training),
+        "training.precision: bf16, which every mode can use": training.precision == "fp16",
         "model.lora": config.model.lora is None,
     }
     return "any of these helps: " + ", ".join(way for way, is_open in ways.items() if is_open)

@@ -7,7 +7,7 @@ from tercet.config.sections import Parallelism
 from tercet.data.manifest import Manifest
 from tercet.data.order import num_steps_per_epoch
 from tercet.planning.dataset_plan import PlannedDataset
-from tercet.planning.engine_settings import override_problems
+from tercet.planning.engine_settings import fp16_problems, override_problems
 from tercet.planning.parallelism import shards_weights
 
 
@@ -80,10 +80,7 @@ def worker_problems(config: Config) -> list[tuple[str, str]]:
                 "raise workers.num_workers, or choose ddp, or zero3_offload if the model does not fit",
             )
         )
-    if training.precision == "fp16" and workers.parallelism == "fsdp2":
-        problems.append(
-            ("training.precision=fp16 cannot be used with workers.parallelism=fsdp2", "choose bf16, or zero3")
-        )
+    problems += fp16_problems(training.precision, workers.parallelism)
     if training.precision in ("tf32", "fp16") and workers.use_gpu is False:
         problems.append(
             (

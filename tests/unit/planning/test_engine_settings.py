@@ -13,9 +13,11 @@ import pytest
 
 from support import builders
 from tercet.config.sections import Parallelism
+from tercet.errors import PlanError
 from tercet.planning.engine_settings import (
     DERIVED,
     FREE,
+    OF_FILES,
     deepspeed_settings,
     environment,
     fsdp_settings,
@@ -75,13 +77,42 @@ def test_the_batches_multiply_to_the_global_one() -> None:
         ("fp32", None),
         ("tf32", None),
         ("bf16", {"enabled": True, "dtype": "bfloat16"}),
-        ("fp16", {"enabled": True, "dtype": "float16"}),
     ],
 )
 def test_16_bits_are_autocast_over_fp32_weights(precision: str, autocast: dict[str, Any] | None) -> None:
     derived = settings("zero3", {"precision": precision})
     assert derived.get("torch_autocast") == autocast
     assert not {"bf16", "fp16", "optimizer", "scheduler"} & derived.keys()
+
+
+@pytest.mark.parametrize("mode", ZERO_STAGES)
+def test_fp16_gets_no_settings(mode: Parallelism) -> None:
+    """A stored plan reaches the worker without the checks of a recipe."""
+    with pytest.raises(PlanError, match=f"fp16 cannot be used with workers.parallelism={mode}: DeepSpeed"):
+        settings(mode, {"precision": "fp16"})
+
+
+@pytest.mark.parametrize("value", ["fp16", "FP16", "float16", "half", "torch.float16"])
+@pytest.mark.parametrize("name", ["communication_data_type", "data_types.grad_accum_dtype", "data_types.buffer_dtype"])
+def test_fp16_by_other_names(name: str, value: str) -> None:
+    [(problem, hint)] = override_problems(nested(name, value))
+    assert problem.startswith(f"workers.deepspeed: `{name}`={value} cannot be used")
+    assert hint == "choose bf16 or fp32"
+    assert override_problems(nested(name, "bf16")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("aio", {"block_size": 1}),
+        ("zero_optimization.offload_optimizer.nvme_path", "/mnt"),
+        ("zero_optimization.offload_param.nvme_path", "/mnt"),
+    ],
+)
+def test_offloading_to_files(name: str, value: Any) -> None:
+    [(problem, hint)] = override_problems(nested(name, value))
+    assert f"`{name}` is for offloading to files" in problem
+    assert hint == "remove it"
 
 
 def test_overrides_change_only_what_they_name() -> None:
@@ -239,7 +270,7 @@ def test_deepspeed_reads_the_settings_as_intended() -> None:
     assert read[:-1] == [[ZERO_STAGES[mode], device.get(mode, "None"), BUCKET_ELEMENTS, *bf16] for mode in modes]
     assert read[-1][3] is False
     # The list of names is complete: it is the one that DeepSpeed itself asks for.
-    of_tercet = FREE | {name for name in DERIVED if "." not in name}
+    of_tercet = FREE | {name for name in (*DERIVED, *OF_FILES) if "." not in name}
     assert set(asked) - OF_NO_USE == of_tercet
 
 

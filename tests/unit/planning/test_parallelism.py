@@ -107,6 +107,17 @@ def test_nothing_fits() -> None:
     assert caught.value.hint == "any of these helps: more workers"
 
 
+def test_fp16_is_never_sharded() -> None:
+    fp16 = {"precision": "fp16"}
+    assert chosen(2500e6, training=fp16)[0] == "ddp"
+    with pytest.raises(PlanError) as caught:
+        chosen(1900e6, training=fp16)
+    assert "zero" not in caught.value.message
+    assert "training.precision: bf16, which every mode can use" in caught.value.hint
+    for arguments in ((None,), (1e12, None)):
+        assert chosen(*arguments, training=fp16)[1] == "auto: training.precision=fp16 works with no other mode"
+
+
 def test_a_cpu_worker_has_nowhere_to_offload_to() -> None:
     assert chosen(1310e6, workers={"num_workers": 2, "use_gpu": False})[0] == "zero3"
     with pytest.raises(PlanError) as caught:

@@ -165,6 +165,16 @@ def test_a_precision_that_needs_a_gpu(precision: str) -> None:
     assert plan(training={"precision": "bf16"}, workers={"use_gpu": False}).config.training.precision == "bf16"
 
 
+@pytest.mark.parametrize("parallelism", ["zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_fp16_works_with_ddp_only(parallelism: str) -> None:
+    training = {"precision": "fp16"}
+    error = refused(training=training, workers={"num_workers": 2, "parallelism": parallelism})
+    assert error.message.startswith(f"training.precision=fp16 cannot be used with workers.parallelism={parallelism}: ")
+    assert error.hint == "choose training.precision: bf16, or workers.parallelism: ddp"
+    for allowed in ("ddp", "auto"):
+        assert plan(training=training, workers={"num_workers": 2, "parallelism": allowed}).parallelism == "ddp"
+
+
 def test_a_batch_that_cannot_be_shared() -> None:
     error = refused(workers={"num_workers": 4}, training={"gradient_accumulation_steps": 2})
     assert "global_batch_size=10 cannot be shared by 4 workers × 2 accumulation steps" in error.message  # noqa: RUF001
