@@ -108,11 +108,14 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
 
 
 def load_reloaded(plan: TrainPlan, storage: Storage, commit: Commit | None, folder: Path) -> SentenceTransformer:
-    """Load the recipe's base model (commit None), or a committed one, which is downloaded to `folder` and verified."""
+    """Load the recipe's base model (commit None), or a committed one, which is downloaded to `folder` and verified.
+
+    It computes on the GPU of this process, or on the CPU where the plan uses none."""
+    from tercet.model.devices import own_device
     from tercet.model.encoder import load_model, reloaded
     from tercet.model.packed_model import prepare
 
-    config = plan.config.model
-    model = load_model(reloaded(config, storage, commit, folder) if commit else config)
-    prepare(model, plan.config.workers.packing)
+    config, workers = plan.config.model, plan.config.workers
+    model = load_model(reloaded(config, storage, commit, folder) if commit else config, own_device(workers))
+    prepare(model, workers.packing)
     return model

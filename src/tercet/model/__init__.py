@@ -1,6 +1,7 @@
 """Loads the model, packs its inputs, shards it, and computes its loss.
 
 - `libraries`: imports the machine-learning libraries and silences their notices
+- `devices`: the device on which a process computes
 - `collectives`: communication among the ranks of a process group
 - `sharding`: checks how weights are distributed over ranks, and gathers them
 - `lora`: adds an adapter beside frozen weights, and merges it to publish

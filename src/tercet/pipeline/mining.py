@@ -148,6 +148,7 @@ def mine_pool(
     import_quietly()
     from sentence_transformers.util import mine_hard_negatives
 
+    from tercet.model.devices import own_device
     from tercet.model.encoder import load_model, reloaded
 
     storage = open_storage(config.storage.uri, config.storage.endpoint_url)
@@ -156,7 +157,7 @@ def mine_pool(
     rows = split.select(range(pool.first_row, pool.first_row + pool.num_rows))
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         start = reloaded(config.model, storage, commit, Path(folder)) if commit else config.model
-        model = load_model(start)
+        model = load_model(start, own_device(config.workers))
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be switched off
             mined = mine_hard_negatives(
                 rows.select_columns(["anchor", "positive"]),

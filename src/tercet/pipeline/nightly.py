@@ -232,8 +232,9 @@ def _measured(storage: Storage, plan: TrainPlan, requests: list[Request]) -> dic
     missing = [request for request in requests if read_measured(storage, plan.run_id, request) is None]
     if missing:
         session.start_ray(plan.config.workers)
+        plan = plan.model_copy(update={"config": session.with_devices(plan.config)})
         tasks = {request.role.key: partial(measure, plan, request) for request in missing}
-        session.in_fresh_processes(session.with_devices(plan.config).workers, tasks)
+        session.in_fresh_processes(plan.config.workers, tasks)
     models = {request.role: read_measured(storage, plan.run_id, request) for request in requests}
     return {role: model for role, model in models.items() if model is not None}
 

@@ -22,9 +22,9 @@ from tercet.training.choices import choose_once
 
 def use_cpu(plan: TrainPlan) -> bool:
     """Return whether this process trains on the CPU."""
-    import torch
+    from tercet.model.devices import own_device
 
-    return plan.config.workers.use_gpu is False or not torch.cuda.is_available()
+    return own_device(plan.config.workers) == "cpu"
 
 
 def gathers(plan: TrainPlan) -> bool:
