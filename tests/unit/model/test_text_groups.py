@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from support.reference_groups import slow_attention_groups, slow_chunks
 from tercet.model.text_groups import PAIRS_PER_GROUP, Group, attention_groups, chunks
 from tercet.planning.packing import NUM_CHUNKS, Facts, choose
 
@@ -52,6 +54,33 @@ def test_no_cut_into_the_same_number_of_chunks_pads_less(lengths: list[int]) -> 
     others = [groups for groups in all_cuts(lengths) if len(groups) == min(NUM_CHUNKS, len(lengths))]
     assert found in others
     assert padded_tokens(found) == min(map(padded_tokens, others))
+
+
+def lengths_of_batches() -> list[list[int]]:
+    """Few texts and many, few different lengths and many: equally cheap cuts are frequent among small numbers."""
+    draw = random.Random(1)
+    small = [
+        sorted(draw.choices(range(1, draw.choice([2, 3, 4, 6, 12, 100])), k=draw.randint(1, 14))) for _ in range(1500)
+    ]
+    large = [sorted(draw.choices(range(1, draw.choice([5, 60, 512])), k=draw.randint(15, 400))) for _ in range(30)]
+    return [*small, *large, [*range(1, 900)], [5] * 300 + [6] * 300]
+
+
+def test_the_cuts_are_those_of_a_search_over_all_texts() -> None:
+    for lengths in lengths_of_batches():
+        assert chunks(lengths) == slow_chunks(lengths)
+        assert attention_groups(lengths) == slow_attention_groups(lengths)
+
+
+def test_thousands_of_texts_are_cut_in_little_time() -> None:
+    """Within a step each text costs less than its tokens. Counted in CPU seconds, with room for a slow machine."""
+    draw = random.Random(2)
+    lengths = sorted(draw.choices(range(3, 512), k=3072))
+    began = time.process_time()
+    for _ in range(5):
+        chunks(lengths)
+        attention_groups(lengths)
+    assert time.process_time() - began < 5 * 0.02
 
 
 def test_similar_lengths_share_a_group_and_others_do_not() -> None:
