@@ -1,8 +1,8 @@
 """Cuts texts, sorted by length, into groups of similar length.
 
-`attention_groups` are the batches of attention matrices of a row; `chunks` are the padded chunks of a batch. Both search
-over the different lengths, of which there are few, and not over the texts. Costs are whole numbers, so that equally
-cheap cuts are recognized: of these, the one with the earlier texts in the later group wins.
+`attention_groups` are the batches of attention matrices of a row; `chunks` are the padded chunks of a batch. Both
+search over the different lengths, of which there are few, and not over the texts. Costs are whole numbers, so equally
+cheap cuts compare as equal: the one whose last group begins earliest is chosen.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Group(NamedTuple):
 def attention_groups(lengths: Sequence[int]) -> tuple[Group, ...]:
     """Cut ascending lengths into groups of texts that share a batch of matrices, at the lowest cost.
 
-    A group that begins after `start` texts costs `best[start] + (stop - start) * width ** 2`: for each start a line over
-    `width ** 2`, and the steeper lines begin earlier. `lines` are the starts whose line is the lowest somewhere, in the
-    order in which they become it (the convex hull trick)."""
+    Up to a group of `width` tokens, from text `start` to `stop`, all groups cost `best[start] + PAIRS_PER_GROUP +
+    (stop - start) * width ** 2`: for each start, a line over `width ** 2`. `lines` holds the starts whose lines are the
+    lowest somewhere, by the width at which they become the lowest (the convex hull trick)."""
     widths, ends = _runs(lengths)
     best, start_of = [0], [0]
     lines, lowest = [0], 0
@@ -78,9 +78,9 @@ def chunks(lengths: Sequence[int]) -> tuple[Group, ...]:
     The number of chunks depends only on the number of texts: where weights are sharded, all ranks must run the same
     number of forward passes.
 
-    The last chunk of the first `stop` texts begins where `tokens[start] - start * width` is least, `tokens` being those
-    of one chunk fewer: at the same text for all stops of one width. That is the first text of a length. Only where there
-    are too few texts before it, it is within the texts of equal length."""
+    Where the last chunk begins depends only on its width. It is the `start` with the least `tokens[start] - start *
+    width`, where `tokens` counts those of all chunks before it: the first text of some length, except among the first
+    few texts, where an earlier chunk needs texts of the same length."""
     num = len(lengths)
     own, own_ends = _runs(lengths)
     widths, ends = np.array(own), np.array(own_ends)
