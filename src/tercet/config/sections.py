@@ -194,8 +194,8 @@ class WorkersConfig(Section):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed settings, by DeepSpeed's own names; they override those that tercet derives."""
     memory_gib_per_worker: PositiveFloat | None = None
-    """Memory of one worker, or of its GPU, for `parallelism: auto`. Defaults to a CPU worker's share of this machine;
-    for GPUs it is unknown by default, and assumed to be enough."""
+    """Memory of one worker, or of its GPU, for `parallelism: auto`. Defaults to a CPU worker's share of this machine,
+    or to the memory of its smallest GPU; where neither is known, it is assumed to be enough."""
     packing: Literal["auto", "packed", "chunked", "plain"] = "auto"
     """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of
     similar lengths (chunked), or column by column, as in sentence-transformers (plain). The loss is the same except for

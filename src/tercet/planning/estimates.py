@@ -7,11 +7,13 @@ torch 2.13 and DeepSpeed 0.19 keep are taken from their sources; docs/parallelis
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from tercet.config.recipe import Config, rows_per_rank_and_micro_batch
 from tercet.config.sections import LoraConfig, Parallelism, TrainingConfig, WorkersConfig
 from tercet.data.manifest import Manifest
 from tercet.planning.model_files import ModelFacts
+from tercet.planning.packing import NUM_CHUNKS, Packing
 from tercet.storage.documents import Frozen
 
 # Weights and gradients are fp32 in every mode; Adam keeps two fp32 moments (ZeRO, section 3.1).
@@ -19,11 +21,19 @@ WEIGHT_BYTES = GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 # Under autocast, a matrix product keeps a 16-bit copy of its weight for the backward pass.
 AUTOCAST_COPY_BYTES = 2
-# Activations of a layer in 16 bits are about 34 bytes per token and hidden unit (Korthikanti, equation 2), without the
-# attention term, which is small for short texts and absent if attention is fused; fp32 doubles it. The layer's input is
-# 2 of the 34, and is all that gradient checkpointing keeps (section 5).
-ACTIVATION_BYTES_16_BIT = 34
-LAYER_INPUT_BYTES_16_BIT = 2
+# Activations of a layer per token and hidden unit, without the attention term. Counted on all-MiniLM-L6-v2 (torch 2.13,
+# docs/parallelism.md). Korthikanti's equation 2 has 34 and 68: it omits what autocast keeps in fp32.
+ACTIVATION_BYTES_16_BIT, ACTIVATION_BYTES_32_BIT = 51, 74
+# The input of a layer, which is all that gradient checkpointing keeps of it (Korthikanti, section 5). Counted in the
+# same way: the residual stream stays fp32 under autocast.
+LAYER_INPUT_BYTES = 4
+# Attention weights and their dropout masks, for each head and pair of tokens. GroupedAttention keeps one number of the
+# activations' type for each (grouped_attention.py); torch's own attention on a CPU kept 12 bytes (counted as above).
+# Attention kernels on a GPU that compute the weights again keep none.
+GROUPED_BYTES_16_BIT, GROUPED_BYTES_32_BIT, PADDED_CPU_BYTES = 4, 8, 12
+# A GPU holds the CUDA context, the libraries' workspaces and NCCL's buffers beside the tensors. Estimated: 0.5 to 1 GiB
+# for the first two, and 4 MiB for each of NCCL's channels and peers. Not measured by tercet.
+GPU_OVERHEAD_BYTES = 3 * 2**29
 # DeepSpeed allocates its communication bucket (`reduce_bucket_size`) as a whole: the default of 5e8 would be 1.9 GiB in
 # fp32 even for the smallest model. There are two if communication overlaps the backward pass.
 BUCKET_ELEMENTS = 25_000_000
@@ -48,13 +58,16 @@ class Memory(Frozen):
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    overhead_bytes: int = 0
+    """See Kept."""
     host_bytes: int = 0
     """Offloaded weights and optimizer state; 0 without offloading."""
 
     @property
     def total_bytes(self) -> int:
         """Bytes on the device."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        state = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return state + self.activations_bytes + self.overhead_bytes
 
     def needed_bytes(self, workers: WorkersConfig) -> int:
         """Return the bytes to compare with a worker's memory; for CPU workers, device and host memory are one."""
@@ -67,6 +80,7 @@ class Memory(Frozen):
             "gradients": self.gradients_bytes,
             "optimizer": self.optimizer_bytes,
             "activations": self.activations_bytes,
+            **({"CUDA": self.overhead_bytes} if self.overhead_bytes else {}),
         }
         shown = " + ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
         host = f"; host memory {size_text(self.host_bytes)}" if self.host_bytes else ""
@@ -89,18 +103,29 @@ def checkpoint_bytes(facts: ModelFacts, lora: LoraConfig | None) -> int:
     return WEIGHT_BYTES * facts.num_parameters + ADAM_BYTES * num_trainable_parameters(facts, lora)
 
 
+class Kept(NamedTuple):
+    """What a worker keeps at a time for a backward pass, and beside all tensors."""
+
+    num_tokens: float
+    """Tokens whose activations are kept."""
+    attention_bytes: float = 0.0
+    """Attention weights and their dropout masks, for one head of one layer."""
+    num_passes: int = 1
+    """Forward passes, each of which keeps 16-bit copies of the weights of its own."""
+    overhead_bytes: int = 0
+    """CUDA context and the libraries' buffers; 0 on a CPU."""
+
+
 def memory_of(
     facts: ModelFacts,
     parallelism: Parallelism,
     num_workers: int,
-    num_tokens: float,
+    kept: Kept,
     training: TrainingConfig | None = None,
     lora: LoraConfig | None = None,
     loss_is_cached: bool = False,
 ) -> Memory:
-    """Estimate the memory of one of `num_workers` workers.
-
-    num_tokens: tokens whose activations a worker keeps at a time for a backward pass."""
+    """Estimate the memory of one of `num_workers` workers."""
     training = training or TrainingConfig()
     trained = num_trainable_parameters(facts, lora)
     total = facts.num_parameters + (trained if lora else 0)
@@ -142,13 +167,16 @@ def memory_of(
     if is_16_bit(training) and parallelism in ("ddp", "zero1", "zero2"):
         # The sharded modes gather a unit in 16 bits, and free it. Autocast caches copies of trained weights but not of
         # frozen ones, so that with gradient checkpointing only one layer's copies remain.
+        # Each forward pass casts again. With gradient checkpointing, the copies of one pass are freed at its end.
         one_layer = lora is not None and training.gradient_checkpointing
-        weights += AUTOCAST_COPY_BYTES * (layer if one_layer else facts.num_parameters - facts.num_embedding_parameters)
+        copied = layer if one_layer else facts.num_parameters - facts.num_embedding_parameters
+        weights += AUTOCAST_COPY_BYTES * copied * (1 if training.gradient_checkpointing else kept.num_passes)
     return Memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
-        activations_bytes=_activations_bytes(facts, num_tokens, training),
+        activations_bytes=_activations_bytes(facts, kept, training),
+        overhead_bytes=kept.overhead_bytes,
         host_bytes=host,
     )
 
@@ -158,18 +186,21 @@ def is_16_bit(training: TrainingConfig) -> bool:
     return training.precision in ("bf16", "fp16")
 
 
-def _activations_bytes(facts: ModelFacts, num_tokens: float, training: TrainingConfig) -> int:
-    of_a_layer = num_tokens * facts.hidden_size * (1 if is_16_bit(training) else 2)
+def _activations_bytes(facts: ModelFacts, kept: Kept, training: TrainingConfig) -> int:
+    each = ACTIVATION_BYTES_16_BIT if is_16_bit(training) else ACTIVATION_BYTES_32_BIT
+    elements, attention = kept.num_tokens * facts.hidden_size, kept.attention_bytes * facts.num_heads
     if training.gradient_checkpointing:
-        return math.ceil(of_a_layer * (LAYER_INPUT_BYTES_16_BIT * facts.num_layers + ACTIVATION_BYTES_16_BIT))
-    return math.ceil(of_a_layer * ACTIVATION_BYTES_16_BIT * facts.num_layers)
+        return math.ceil(elements * (LAYER_INPUT_BYTES * facts.num_layers + each) + attention)
+    return math.ceil((elements * each + attention) * facts.num_layers)
 
 
-def available_bytes(workers: WorkersConfig, share_of_this_machine: int | None) -> int | None:
-    """Return the memory of one worker: from the recipe, else a CPU worker's share of this machine, else None."""
+def available_bytes(workers: WorkersConfig, share_of_this_machine: int | None, gpu_bytes: int | None) -> int | None:
+    """Return the memory of one worker: from the recipe, else a CPU worker's share of this machine or a GPU's memory.
+
+    None where neither is known, and with `use_gpu: auto` where there is no GPU to ask."""
     if workers.memory_gib_per_worker is not None:
         return int(workers.memory_gib_per_worker * 2**30)
-    return share_of_this_machine if workers.use_gpu is False else None
+    return share_of_this_machine if workers.use_gpu is False else gpu_bytes
 
 
 def fits(memory: Memory, workers: WorkersConfig, memory_bytes_available: int) -> bool:
@@ -192,15 +223,37 @@ def tokens_per_text(config: Config, manifest: Manifest, facts: ModelFacts | None
     return [min(mean, limit) for mean in means]
 
 
-def tokens_kept(config: Config, manifest: Manifest, facts: ModelFacts | None) -> float:
-    """Return the tokens whose activations a worker keeps at a time: a micro-batch, or a mini-batch of a cached loss."""
-    rows_per_micro_batch = rows_per_rank_and_micro_batch(config)
+def kept_for_backward(config: Config, manifest: Manifest, facts: ModelFacts | None, packing: Packing) -> Kept:
+    """Return what a worker keeps at a time for a backward pass: of a micro-batch, or a mini-batch of a cached loss."""
+    rows = rows_per_rank_and_micro_batch(config)
     means = tokens_per_text(config, manifest, facts)
-    kept = rows_per_micro_batch * sum(means)
-    if not config.loss.is_cached:
-        return kept
-    num_texts = min(getattr(config.loss, "mini_batch_size", rows_per_micro_batch), rows_per_micro_batch)
-    return min(getattr(config.loss, "mini_batch_num_tokens", None) or num_texts * max(means), kept)
+    num_tokens = rows * sum(means)
+    if config.loss.is_cached:
+        num_texts = min(getattr(config.loss, "mini_batch_size", rows), rows)
+        limit = getattr(config.loss, "mini_batch_num_tokens", None) or num_texts * max(means)
+        num_tokens = min(limit, num_tokens)
+    num_passes = 1
+    if not config.loss.is_cached and packing != "packed":
+        num_passes = NUM_CHUNKS if packing == "chunked" else len(means)
+    return Kept(num_tokens, _attention_bytes(config, manifest, means, num_tokens, packing), num_passes)
+
+
+def _attention_bytes(
+    config: Config, manifest: Manifest, means: list[float], num_tokens: float, packing: Packing
+) -> float:
+    """Estimate the bytes of attention weights and masks that one head of one layer keeps."""
+    if packing == "packed":
+        each = GROUPED_BYTES_16_BIT if is_16_bit(config.training) else GROUPED_BYTES_32_BIT
+    elif config.workers.use_gpu is False:
+        each = PADDED_CPU_BYTES
+    else:
+        return 0.0
+    # Lengths vary: the square of one that is distributed exponentially is twice the squared mean, on average.
+    longest = [
+        manifest.text_statistics[column].max_chars / CHARACTERS_PER_TOKEN + 2 for column in manifest.text_columns
+    ]
+    pairs = sum(mean * min(2 * mean, most) for mean, most in zip(means, longest, strict=True))
+    return each * pairs * num_tokens / sum(means)
 
 
 def training_seconds(config: Config, facts: ModelFacts | None, num_tokens: float) -> float | None:

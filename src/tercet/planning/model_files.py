@@ -30,6 +30,8 @@ class ModelFacts:
     num_layers: int
     hidden_size: int
     max_seq_length: int | None
+    num_heads: int = 0
+    """Heads of attention; 0 where the configuration does not say."""
 
 
 def locate(model: ModelConfig) -> Path | None:
@@ -123,6 +125,7 @@ def _read_facts(folder: Path) -> ModelFacts | None:
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=int(config["hidden_size"]),
             max_seq_length=max_seq_length or config.get("max_position_embeddings"),
+            num_heads=int(config.get("num_attention_heads") or 0),
         )
     except KeyError:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tercet.config.recipe import Config
 from tercet.config.sections import Parallelism, WorkersConfig
 from tercet.errors import PlanError
-from tercet.planning.estimates import SHARE_OF_MEMORY, fits, is_16_bit, memory_of, size_text
+from tercet.planning.estimates import SHARE_OF_MEMORY, Kept, fits, is_16_bit, memory_of, size_text
 from tercet.planning.model_files import ModelFacts
 
 ZERO_STAGES: dict[Parallelism, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
@@ -22,12 +22,12 @@ def shards_weights(parallelism: Parallelism) -> bool:
 
 
 def choose(
-    config: Config, facts: ModelFacts | None, num_tokens: float, memory_bytes_available: int | None
+    config: Config, facts: ModelFacts | None, kept: Kept, memory_bytes_available: int | None
 ) -> tuple[Parallelism, str]:
     """Return the parallelism of a run, and the reason. A mode named in the recipe is always used; for `auto`, the mode
     with the least communication among those that fit.
 
-    num_tokens: tokens whose activations a worker keeps. memory_bytes_available: of one worker, None when unknown.
+    memory_bytes_available: of one worker, None when unknown.
     Raises PlanError if the memory is known and no mode fits."""
     workers = config.workers
     if workers.parallelism != "auto":
@@ -53,7 +53,7 @@ def choose(
             facts,
             parallelism,
             workers.num_workers,
-            num_tokens,
+            kept,
             config.training,
             config.model.lora,
             config.loss.is_cached,

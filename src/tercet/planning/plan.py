@@ -20,14 +20,16 @@ from tercet.errors import PlanError
 from tercet.planning import packing
 from tercet.planning.dataset_plan import FoundDataset, PlannedDataset, plan_dataset
 from tercet.planning.estimates import (
+    GPU_OVERHEAD_BYTES,
     SHARE_OF_MEMORY,
+    Kept,
     Memory,
     available_bytes,
     checkpoint_bytes,
     fits,
+    kept_for_backward,
     memory_of,
     size_text,
-    tokens_kept,
     tokens_per_text,
     training_seconds,
 )
@@ -217,6 +219,8 @@ class Findings:
     packing: packing.Facts | None = None
     cpu_worker_bytes: int | None = None
     """A CPU worker's share of this machine's memory; None when unknown."""
+    gpu_bytes: int | None = None
+    """Memory of a GPU of the workers; None when unknown, or if they use none."""
     champion: PlannedChampion | None = None
     engine: int = ENGINE
     """Engine of the run: that of its stored plan if it was started before."""
@@ -261,11 +265,11 @@ def make_plan(config: Config, findings: Findings) -> TrainPlan:
     if sizes:
         config = on_world(config, max([size for size in sizes if size <= config.workers.num_workers], default=sizes[0]))
         tightest = on_world(config, sizes[0])  # with the fewest workers, each holds the most
-    num_tokens = max(tokens_kept(tightest, dataset.manifest, findings.model) for dataset in findings.datasets)
-    memory_bytes = available_bytes(tightest.workers, findings.cpu_worker_bytes)
+    most_kept = _most_kept(tightest, findings)
+    memory_bytes = available_bytes(tightest.workers, findings.cpu_worker_bytes, findings.gpu_bytes)
     counts = count(config, findings.datasets)
-    mode = check(tightest, findings, counts, num_tokens, memory_bytes)
-    costs = estimate(config, tightest, findings, counts, mode, num_tokens)
+    mode = check(tightest, findings, counts, most_kept, memory_bytes)
+    costs = estimate(config, tightest, findings, counts, mode, most_kept)
     measured = findings.datasets[0].manifest
     return TrainPlan(
         run_id=findings.run_id,
@@ -311,16 +315,16 @@ def count(config: Config, datasets: Sequence[FoundDataset]) -> Counts:
     )
 
 
-def check(config: Config, findings: Findings, counts: Counts, num_tokens: float, memory_bytes: int | None) -> Mode:
+def check(config: Config, findings: Findings, counts: Counts, kept: Kept, memory_bytes: int | None) -> Mode:
     """Choose the parallelism and check everything else. `config` has the fewest workers that the recipe allows.
 
-    num_tokens: tokens whose activations a worker keeps. memory_bytes: what a worker has, None when unknown.
+    kept: what a worker keeps for a backward pass. memory_bytes: what a worker has, None when unknown.
     Raises PlanError with all problems, one a line."""
     problems = data_problems(config, findings.datasets[0].manifest) + worker_problems(config)
     problems += [problem for dataset in counts.datasets for problem in dataset_problems(config, dataset)]
     mode = None
     try:
-        mode = Mode(*choose(config, findings.model, num_tokens, memory_bytes))
+        mode = Mode(*choose(config, findings.model, kept, memory_bytes))
     except PlanError as error:
         problems.append((error.message, error.hint))
     else:
@@ -330,10 +334,17 @@ def check(config: Config, findings: Findings, counts: Counts, num_tokens: float,
     return mode
 
 
-def estimate(
-    config: Config, tightest: Config, findings: Findings, counts: Counts, mode: Mode, num_tokens: float
-) -> Costs:
-    """Estimate size and time. Memory is that of a worker of `tightest`, which keeps the activations of `num_tokens`."""
+def _most_kept(config: Config, findings: Findings) -> Kept:
+    """Return what a worker keeps for a backward pass, with the dataset of the longest texts."""
+    facts = findings.packing
+    way = "plain" if facts is None else packing.choose(config.workers.packing, facts)[0]
+    on_gpu = config.workers.use_gpu is True or (config.workers.use_gpu == "auto" and findings.gpu_bytes is not None)
+    kept = max(kept_for_backward(config, dataset.manifest, findings.model, way) for dataset in findings.datasets)
+    return kept._replace(overhead_bytes=GPU_OVERHEAD_BYTES if on_gpu else 0)
+
+
+def estimate(config: Config, tightest: Config, findings: Findings, counts: Counts, mode: Mode, kept: Kept) -> Costs:
+    """Estimate size and time. Memory is that of a worker of `tightest`."""
     facts, training, lora = findings.model, config.training, config.model.lora
     if facts is None:
         return Costs(checkpoint_bytes=None, memory=None, training_seconds=None)
@@ -345,7 +356,7 @@ def estimate(
     tokens_per_epoch = sum(num_rows * tokens_per_row for num_rows, tokens_per_row in rows_and_tokens)
     return Costs(
         checkpoint_bytes=checkpoint_bytes(facts, lora),
-        memory=memory_of(facts, mode.parallelism, num_workers, num_tokens, training, lora, is_cached),
+        memory=memory_of(facts, mode.parallelism, num_workers, kept, training, lora, is_cached),
         training_seconds=training_seconds(config, facts, tokens_per_epoch * training.num_epochs),
     )
 

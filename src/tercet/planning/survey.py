@@ -20,6 +20,7 @@ from tercet.config.sections import DatasetConfig
 from tercet.data.manifest import Manifest
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError, CorruptObject, ObjectNotFound, PlanError, first_line
+from tercet.planning import gpus
 from tercet.planning.dataset_plan import FoundDataset
 from tercet.planning.model_files import locate, read_facts
 from tercet.planning.packing import read_packing_facts
@@ -33,14 +34,20 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 RESUMED_FOR_DAYS = 7  # after its start; an older run is resumed by its --run-id only
 
 
-def survey(config: Config, run_id: str | None = None, today: datetime.date | None = None) -> tuple[Storage, TrainPlan]:
+def survey(
+    config: Config,
+    run_id: str | None = None,
+    today: datetime.date | None = None,
+    gpu_bytes: int | None = None,
+) -> tuple[Storage, TrainPlan]:
     """Read storage and derive the plan of a run: run `run_id`, or the run that starts on the UTC date `today`.
 
     Without both, it is the unfinished run of this recipe and data (see `find_run`), or else a new one. A run that was
     started before keeps its engine and its champion.
 
-    The memory of a CPU worker is taken to be an equal share of this machine's. That is right for a Ray cluster of this
-    machine alone; on other clusters it is a guess, and `workers.memory_gib_per_worker` replaces it.
+    The memory of a CPU worker is taken to be an equal share of this machine's, and that of a GPU to be `gpu_bytes`, or
+    that of this machine's smallest. That is right for a Ray cluster of this machine alone; on other clusters it is a
+    guess, and `workers.memory_gib_per_worker` replaces it.
 
     Raises ConfigError for an impossible run id, or one that belongs to another recipe or other data; PlanError if the
     plan cannot work, or this tercet cannot resume the run; CorruptObject if the run's plan is damaged."""
@@ -71,6 +78,7 @@ def survey(config: Config, run_id: str | None = None, today: datetime.date | Non
         model=read_facts(model_dir) if model_dir else None,
         packing=read_packing_facts(config, model_dir),
         cpu_worker_bytes=_bytes_per_worker(config.workers.num_workers),
+        gpu_bytes=None if config.workers.use_gpu is False else gpu_bytes or gpus.bytes_of_this_machine(),
         champion=champion,
         engine=ENGINE if earlier is None else earlier.engine,
     )

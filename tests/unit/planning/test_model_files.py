@@ -88,6 +88,7 @@ def test_the_demo_model_is_the_one_its_recipe_pins() -> None:
         num_layers=6,
         hidden_size=384,
         max_seq_length=256,
+        num_heads=12,
     )
 
 

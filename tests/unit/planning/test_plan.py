@@ -56,7 +56,7 @@ def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
     assert known.checkpoint_bytes == 12 * 1000
     # Three texts of 40 / 4 + 2 tokens a row, 10 rows, 2 layers of width 16.
     assert known.memory is not None
-    assert known.memory.total_bytes == 16 * 1000 + 10 * 36 * 2 * 16 * 68
+    assert known.memory.total_bytes == 16 * 1000 + 10 * 36 * 2 * 16 * 74
     assert known.training_seconds == pytest.approx(6 * 600 * 20 * 10 * 36 / 30e9)
     unknown = plan_of(config(), manifest(), model=None)
     assert (unknown.checkpoint_bytes, unknown.memory, unknown.training_seconds) == (None, None, None)
@@ -66,14 +66,14 @@ def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
 def test_longer_texts_are_cut() -> None:
     cut = plan(model={"max_seq_length": 4}, workers={"use_gpu": False})
     assert cut.memory is not None
-    assert cut.memory.activations_bytes == 10 * 12 * 2 * 16 * 68
+    assert cut.memory.activations_bytes == 10 * 12 * 2 * 16 * 74
 
 
 def test_micro_batches_and_the_mini_batches_of_a_cached_loss_decide_the_activations() -> None:
     def activations(**sections: Any) -> float:
         memory = plan(**sections).memory
         assert memory is not None
-        return memory.activations_bytes / (2 * 16 * 68)
+        return memory.activations_bytes / (2 * 16 * 74)
 
     assert activations() == 10 * 36
     assert activations(training={"gradient_accumulation_steps": 5}) == 2 * 36
