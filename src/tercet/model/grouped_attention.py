@@ -21,6 +21,17 @@ from tercet.model.text_groups import attention_groups
 MASKED_SCORE = -3e4
 
 
+class Reach(NamedTuple):
+    """How many tokens before and after itself a token attends to. None: all of its text."""
+
+    before: int | None = None
+    after: int | None = None
+
+    def within(self, width: int) -> Reach:
+        """Return the same reach for a text of `width` tokens, without limits that exclude none of them."""
+        return Reach(*(None if limit is None or limit >= width - 1 else limit for limit in self))
+
+
 class Block(NamedTuple):
     """A group of texts as one batch of attention matrices."""
 
@@ -59,16 +70,16 @@ class Layout:
         the bounds of texts, where that can do what is asked; None: if a trial shows that it is right here."""
         self.max_length, self.by_bounds = lengths[-1], by_bounds
         self._lengths, self._device = lengths, device
-        self._matrices: Matrices | None = None
+        self._matrices: dict[int, Matrices] = {}
         self._cu_seq_lens: torch.Tensor | None = None
         self._splits: dict[int, tuple[Layout | None, Layout | None]] = {}
-        self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, Reach, torch.dtype], torch.Tensor | None] = {}
 
     def matrices(self, num_heads: int) -> Matrices:
-        """Return the indices for attention as matrices. Made once: all layers have the same number of heads."""
-        if self._matrices is None:
-            self._matrices = _matrices(self._lengths, num_heads, self._device)
-        return self._matrices
+        """Return the indices for attention as matrices. Made once for all layers with this number of heads."""
+        if num_heads not in self._matrices:
+            self._matrices[num_heads] = _matrices(self._lengths, num_heads, self._device)
+        return self._matrices[num_heads]
 
     def split(self, width: int) -> tuple[Layout | None, Layout | None]:
         """Return the texts with fewer than `width` tokens, and the others; None for no texts. Made once."""
@@ -84,13 +95,13 @@ class Layout:
         """Tokens of all texts."""
         return sum(self._lengths)
 
-    def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return what is added to the scores of a block: broadcasts to (num_texts, num_heads, width, width), or None.
+    def mask(self, block: Block, reach: Reach, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the terms added to the scores of a block: broadcasts to (num_texts, num_heads, width, width), or None.
 
         Made once: each layer keeps it for the backward pass."""
-        key = (block.start, window, dtype)
+        key = (block.start, reach, dtype)
         if key not in self._masks:
-            added = _biases(block, None, window, self._device)
+            added = _biases(block, None, reach, self._device)
             self._masks[key] = sum(added[1:], added[0]).to(dtype) if added else None
         return self._masks[key]
 
@@ -138,12 +149,13 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
         layout: Layout,
         scaling: float,
         dropout: float,
-        window: int | None,
+        reach: Reach,
     ) -> torch.Tensor:
-        """Return the attention of each token to its own text: shape (num_tokens, num_heads, head_width), as the inputs.
+        """Return the attention of each token to its own text: shape (num_tokens, num_heads, value_width).
 
+        query, key: shape (num_tokens, num_heads, head_width). value: shape (num_tokens, num_heads, value_width).
         bias: shape (num_heads, max_length, max_length), added to the scores. scaling: factor of the scores. dropout:
-        probability for each attention weight. window: tokens attend to those less than this many places away."""
+        probability for each attention weight."""
         num_heads = query.shape[1]
         matrices = layout.matrices(num_heads)
         rows = [_gather(x, matrices) for x in (query, key, value)]
@@ -153,7 +165,7 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             q, k, v, out = (_block_matrices(x, block, num_heads) for x in (*rows, output))
             scores = torch.bmm(q, k.mT).mul_(scaling)
             scores_of_texts = scores.view(block.num_texts, num_heads, block.width, block.width)
-            for added in _biases(block, bias, window, scores.device):
+            for added in _biases(block, bias, reach, scores.device):
                 scores_of_texts += added
             weights = torch.ops.aten._softmax(scores, -1, False)
             saved.append(weights)
@@ -163,7 +175,7 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             torch.bmm(weights, v, out=out)
         ctx.save_for_backward(*rows, *saved)
         ctx.layout, ctx.scaling, ctx.has_dropout, ctx.has_bias = layout, scaling, bool(dropout), bias is not None
-        return output.index_select(0, matrices.back).view(query.shape)
+        return output.index_select(0, matrices.back).view(value.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -174,7 +186,7 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
         saved = iter(others)
         grad_output = _gather(gradient, matrices).index_fill_(0, matrices.padding, 0.0)
         grad_bias = gradient.new_zeros(num_heads, longest, longest) if ctx.has_bias else None
-        grad_rows = [torch.empty_like(query) for _ in range(3)]
+        grad_rows = [torch.empty_like(x) for x in (query, key, value)]
         for block in matrices.blocks:
             rows = (query, key, value, grad_output, *grad_rows)
             q, k, v, g, grad_q, grad_k, grad_v = (_block_matrices(x, block, num_heads) for x in rows)
@@ -191,7 +203,8 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             grad_scores.mul_(ctx.scaling)
             torch.bmm(grad_scores, k, out=grad_q)
             torch.bmm(grad_scores.mT, q, out=grad_k)
-        return (*(x.index_select(0, matrices.back).view(gradient.shape) for x in grad_rows), grad_bias, *(None,) * 4)
+        gradients = (x.index_select(0, matrices.back).view(-1, num_heads, x.shape[-1]) for x in grad_rows)
+        return (*gradients, grad_bias, *(None,) * 4)
 
 
 def attend_by_kernel(
@@ -200,20 +213,21 @@ def attend_by_kernel(
     value: torch.Tensor,
     layout: Layout,
     scaling: float,
-    window: int | None,
+    reach: Reach,
     dropout: float,
 ) -> torch.Tensor:
-    """Return what `GroupedAttention` returns without a bias, computed by torch's scaled_dot_product_attention.
-
-    query, key, value and result: shape (num_tokens, num_heads, head_width)."""
+    """Return what `GroupedAttention` returns without a bias, computed by torch's scaled_dot_product_attention."""
     num_heads = query.shape[1]
     matrices = layout.matrices(num_heads)
     rows = [_gather(x, matrices) for x in (query, key, value)]
     outputs = []
     for block in matrices.blocks:
         q, k, v = (_block_matrices(x, block, num_heads).unflatten(0, (-1, num_heads)) for x in rows)
-        mask = layout.mask(block, window, query.dtype)
-        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        is_causal = reach.within(block.width) == Reach(after=0)  # needs no mask: no real token is before padding
+        mask = None if is_causal else layout.mask(block, reach, query.dtype)
+        output = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
+        )
         outputs.append(output.reshape(-1, value.shape[-1]))
     return torch.cat(outputs).index_select(0, matrices.back).view(value.shape)
 
@@ -229,13 +243,19 @@ def _block_matrices(rows: torch.Tensor, block: Block, num_heads: int) -> torch.T
     return own.view(-1, block.width, rows.shape[-1])
 
 
-def _biases(block: Block, bias: torch.Tensor | None, window: int | None, device: torch.device) -> list[torch.Tensor]:
+def _biases(block: Block, bias: torch.Tensor | None, reach: Reach, device: torch.device) -> list[torch.Tensor]:
     """Return what is added to the scores of a block; each broadcasts to (num_texts, num_heads, width, width)."""
     added = [] if block.bias is None else [block.bias]
     if bias is not None:
         added.append(bias[:, : block.width, : block.width])
-    if window is not None and block.width > window:
+    before, after = reach.within(block.width)
+    if before is not None or after is not None:
         place = torch.arange(block.width, device=device)
-        too_far = (place[:, None] - place).abs() >= window
+        ahead = place - place[:, None]
+        too_far = torch.zeros_like(ahead, dtype=torch.bool)
+        if before is not None:
+            too_far |= ahead < -before
+        if after is not None:
+            too_far |= ahead > after
         added.append(torch.zeros(too_far.shape, device=device).masked_fill_(too_far, -torch.inf))
     return added

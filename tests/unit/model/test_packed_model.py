@@ -295,8 +295,9 @@ def test_dropout_of_attention() -> None:
 def long_rows(by_kernel: bool, window: int | None, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
     """Return the output of attention over a row with long texts and the gradients of query, key and value; and how many
     bytes are kept for the backward pass."""
-    from tercet.model.grouped_attention import GroupedAttention, Layout, attend_by_kernel
+    from tercet.model.grouped_attention import GroupedAttention, Layout, Reach, attend_by_kernel
 
+    reach = Reach() if window is None else Reach(window - 1, window - 1)
     lengths, draw, kept = [1, 4, 5, 40, 512], torch.Generator().manual_seed(0), {}
     layout = Layout(lengths, torch.device("cpu"))
     rows = [torch.randn(sum(lengths), 2, 8, generator=draw).to(dtype).requires_grad_() for _ in range(3)]
@@ -308,9 +309,9 @@ def long_rows(by_kernel: bool, window: int | None, dtype: torch.dtype) -> tuple[
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if by_kernel:
-            output = attend_by_kernel(*rows, layout, 0.3, window, 0.0)
+            output = attend_by_kernel(*rows, layout, 0.3, reach, 0.0)
         else:
-            output = GroupedAttention.apply(*rows, None, layout, 0.3, 0.0, window)
+            output = GroupedAttention.apply(*rows, None, layout, 0.3, 0.0, reach)
     return [output.detach(), *torch.autograd.grad(output.square().sum(), rows)], sum(kept.values())
 
 
@@ -421,14 +422,21 @@ def test_the_trial_of_a_kernel_within_a_recomputed_layer(as_on_a_gpu: Any) -> No
 
 
 def test_when_attention_by_bounds_is_used() -> None:
+    from tercet.model.grouped_attention import Reach
     from tercet.model.packed_attention import _knows_bounds
 
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
-    assert _knows_bounds(on_gpu, 0.0, None)
-    assert not _knows_bounds(on_gpu, 0.1, None)
-    assert not _knows_bounds(on_gpu, 0.0, torch.zeros(1))
-    assert not _knows_bounds(SimpleNamespace(is_cuda=True, dtype=torch.float32), 0.0, None)
-    assert not _knows_bounds(SimpleNamespace(is_cuda=False, dtype=torch.bfloat16), 0.0, None)
+    def row(is_cuda: bool = True, dtype: torch.dtype = torch.bfloat16, num_heads: int = 4) -> Any:
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(9, num_heads, 8))
+
+    everything = Reach()
+    assert _knows_bounds(row(), row(), 0.0, None, everything)
+    assert _knows_bounds(row(), row(), 0.0, None, Reach(3, 3))
+    assert not _knows_bounds(row(), row(), 0.1, None, everything)
+    assert not _knows_bounds(row(), row(), 0.0, torch.zeros(1), everything)
+    assert not _knows_bounds(row(), row(), 0.0, None, Reach(None, 0))
+    assert not _knows_bounds(row(), row(num_heads=2), 0.0, None, everything)
+    for other in (row(dtype=torch.float32), row(is_cuda=False)):
+        assert not _knows_bounds(other, other, 0.0, None, everything)
 
 
 @pytest.mark.parametrize("by_bounds", [True, False])
