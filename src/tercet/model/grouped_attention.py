@@ -65,13 +65,20 @@ class Matrices(NamedTuple):
 class Layout:
     """The lengths of the texts in a row, shortest first, and what is derived from them for attention."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, by_bounds: bool | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        by_bounds: bool | None = None,
+        cu_seq_lens: torch.Tensor | None = None,
+    ) -> None:
         """lengths: tokens of each text, ascending, 1 or more. by_bounds: whether attention uses the kernel that knows
-        the bounds of texts, where that can do what is asked; None: if a trial shows that it is right here."""
+        the bounds of texts, where that can do what is asked; None: if a trial shows that it is right here. cu_seq_lens:
+        the bounds, if they are on the device already."""
         self.max_length, self.by_bounds = lengths[-1], by_bounds
         self._lengths, self._device = lengths, device
         self._matrices: dict[int, Matrices] = {}
-        self._cu_seq_lens: torch.Tensor | None = None
+        self._cu_seq_lens = cu_seq_lens
         self._splits: dict[int, tuple[Layout | None, Layout | None]] = {}
         self._masks: dict[tuple[int, Reach, torch.dtype], torch.Tensor | None] = {}
 

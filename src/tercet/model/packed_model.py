@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import DataCollatorWithFlattening
 
 from tercet.model.dropout import use_fast_cpu_dropout
 from tercet.model.grouped_attention import Layout
 from tercet.model.loss import Features, loss_of
 from tercet.model.packed_attention import PACKED_ATTENTION, SIXTEEN_BITS, attend, bounds_obstacle
-from tercet.model.row import forward_row, one_row, padded_chunks
+from tercet.model.row import ChunkBatch, RowBatch, RowCollator, chunk_batch, forward_row, row_batch
 from tercet.planning import packing
 from tercet.planning.packing import Facts, Packing
 
@@ -34,6 +33,8 @@ class Forward(NamedTuple):
     reason: str
     is_cached: bool = False
     drops_prompts: bool = False
+    position_offset: int = 0
+    """The number of a text's first position."""
 
     @property
     def is_together(self) -> bool:
@@ -49,12 +50,13 @@ class Forward(NamedTuple):
 
     def embed(self, model: Any, columns: list[Features]) -> list[torch.Tensor]:
         """Return the embeddings of each column, shape (num_texts, width), in as few forward passes as possible."""
+        return self.batch(columns).to(columns[0]["input_ids"].device).embed(model)
+
+    def batch(self, columns: list[Features]) -> RowBatch | ChunkBatch:
+        """Return the columns of a batch as the forward pass takes them. It can be made ahead, in a thread."""
         if self.packing == "packed":
-            embeddings = model(one_row(columns, self.drops_prompts))["sentence_embedding"]
-            return list(embeddings.split([len(features["cu_seq_lens_q"]) - 1 for features in columns]))
-        parts, order = padded_chunks(columns)
-        embeddings = torch.cat([model(part)["sentence_embedding"] for part in parts])
-        return list(embeddings[order.argsort()].split([len(features["input_ids"]) for features in columns]))
+            return row_batch(columns, self.drops_prompts, self.position_offset)
+        return chunk_batch(columns)
 
 
 def prepare(
@@ -73,7 +75,8 @@ def prepare(
     if chosen == "packed":
         for each in (model, *([guide] if guide is not None else [])):
             take_rows(each, by_bounds)
-    return Forward(chosen, reason, is_cached, facts.drops_prompts)
+    position_offset = model[0].position_offset if chosen == "packed" else 0
+    return Forward(chosen, reason, is_cached, facts.drops_prompts, position_offset)
 
 
 def choose_packing(
@@ -137,8 +140,10 @@ def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None
     else:
         encoder.set_attn_implementation(PACKED_ATTENTION)
     use_fast_cpu_dropout(encoder)
-    transformer.data_collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    transformer._flatten_position_offset = transformer._infer_flatten_position_offset()
+    transformer.data_collator = RowCollator()
+    # The features have no position ids, to which sentence-transformers would add it.
+    transformer._flatten_position_offset = 0
+    transformer.position_offset = transformer._infer_flatten_position_offset()
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= ROW_KEYS
     transformer.can_flatten_inputs = True

@@ -20,7 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from tercet.config.sections import Parallelism
 from tercet.data.order import RankBatches
 from tercet.failpoints import crash_point
+from tercet.model.loss import loss_of
 from tercet.model.packed_model import Forward
+from tercet.model.row import ChunkBatch, RowBatch
 from tercet.model.sharding import check_recomputes, check_saved, check_wrapped, full_weights, unit_classes
 from tercet.planning.parallelism import is_zero
 from tercet.training import optimizer_state
@@ -103,9 +105,25 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return EpochLoader(
             self.train_dataset,
             batch_sampler=self._batches,
-            collate_fn=self.data_collator,
+            collate_fn=self._collate,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a micro-batch as the forward pass takes it, so that a step has nothing left to prepare."""
+        inputs: dict[str, Any] = self.data_collator(rows)
+        if not self._forward.is_together or self._loss_reads_texts:
+            return inputs
+        columns, labels = self.collect_features(inputs)
+        return {"batch": self._forward.batch(columns), "label": labels}
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Extends `Trainer._prepare_input`, which waits for each copy to a GPU."""
+        if isinstance(data, RowBatch | ChunkBatch):
+            return data.to(self.args.device)
+        if isinstance(data, torch.Tensor) and not data.is_floating_point():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
         """Extends `Trainer.get_batch_samples`: the next step's batches are made while this one runs."""
@@ -157,8 +175,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         still calls the model for each of its mini-batches."""
         if not self._forward.is_together:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        features, labels = self.collect_features(inputs)
-        loss = self._forward.loss(self.loss, model, features, labels)
+        if "batch" in inputs:
+            embeddings = inputs["batch"].embed(model)
+            loss = loss_of(self.loss, [{} for _ in embeddings], embeddings, inputs["label"])
+        else:
+            features, labels = self.collect_features(inputs)
+            loss = self._forward.loss(self.loss, model, features, labels)
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
