@@ -1,5 +1,7 @@
 """Metrics, results row by row, statistics, the gate.
 
+- `encodings`: embeddings of the texts of one evaluation, shared by its evaluators and its ranks
+- `nearest`: the nearest texts of each query, in blocks of bounded memory
 - `evaluators`: the evaluators of sentence-transformers, sharing one encoding, and the loss of a split
 - `evaluate`: metrics of a model on a frozen split
 - `row_results`: results of a model on each row of a split; nDCG and MRR of a ranked list

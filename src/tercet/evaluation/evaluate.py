@@ -67,7 +67,8 @@ def make_evaluator(
     encoded at a time. keep_hits: keep what each query found, for results row by row.
 
     In a process group, every rank must call the evaluator, and every rank gets the same metrics."""
-    from tercet.evaluation.evaluators import Encodings, RetrievalEvaluator, SplitEvaluator, TripletsEvaluator
+    from tercet.evaluation.encodings import Encodings
+    from tercet.evaluation.evaluators import RetrievalEvaluator, SplitEvaluator, TripletsEvaluator
 
     rows, encodings = splits[split], Encodings()
     negatives = [name for name in rows.column_names if name == "negative" or name.startswith("negative_")]

@@ -11,7 +11,7 @@ every rank makes the same number of passes, and ends with the same embeddings an
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,83 +28,16 @@ from torch.distributed.fsdp import FSDPModule
 from tercet.config.losses import GuidedLossConfig, LossConfig
 from tercet.config.sections import role_of
 from tercet.errors import NonFiniteError
+from tercet.evaluation.encodings import NOT_FINITE_HINT, Encodings, num_sharing_ranks
+from tercet.evaluation.nearest import Hit, Hits, nearest
 from tercet.model.collectives import gather
 from tercet.model.loss import loss_value, make_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EXAMPLE_CHARS = 80
-NOT_FINITE_HINT = "lower training.learning_rate, raise training.warmup_ratio, or look for broken rows"
-
-Hit = dict[str, Any]  # corpus_id and score
-
-
-class Encodings:
-    """Embeddings of the texts of one evaluation, by role (query or document: a model may have a prompt for each)."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], int] = {}
-        self._embeddings: list[torch.Tensor] = []
-        self.num_encoded, self.seconds = 0, 0.0
-        """Number of texts encoded so far, and the time it took; `clear` resets neither."""
-
-    def clear(self) -> None:
-        """Forget all embeddings, because the model may change."""
-        self._rows.clear()
-        self._embeddings.clear()
-
-    def check(self, step: int) -> None:
-        """Raise NonFiniteError if an embedding is NaN or Inf. The evaluators would take it for merely far away."""
-        wrong = ~torch.cat(self._embeddings).isfinite().all(dim=1)
-        if wrong.any():
-            text = next(text for (_, text), row in self._rows.items() if wrong[row])
-            raise NonFiniteError(
-                f"evaluation{f' at step {step}' if step >= 0 else ''}: the embeddings of {int(wrong.sum())} of "
-                f"{len(wrong)} texts are NaN or Inf, such as that of {text[:EXAMPLE_CHARS]!r}",
-                hint=NOT_FINITE_HINT,
-            )
-
-    def of(self, model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
-        """Return the embeddings of texts, fp32, of shape (len(texts), embedding width).
-
-        Only texts not seen before are encoded; all ranks share that work."""
-        new = [text for text in dict.fromkeys(texts) if (role, text) not in self._rows]
-        if new:
-            start, began = sum(len(block) for block in self._embeddings), time.monotonic()
-            self._embeddings.append(_encode(model, new, role, batch_size))
-            self.num_encoded, self.seconds = self.num_encoded + len(new), self.seconds + time.monotonic() - began
-            self._rows.update({(role, text): start + index for index, text in enumerate(new)})
-        self._embeddings = [torch.cat(self._embeddings)]
-        return self._embeddings[0][[self._rows[role, text] for text in texts]]
-
-
-def num_sharing_ranks(model: Any) -> int:
-    """Number of ranks that run this evaluation together: 1 without a process group.
-
-    Also 1 inside sentence-transformers' `distributed_evaluation`: there one rank runs the evaluator, and the others
-    only encode the slices of texts that it sends them, so they would never join a collective here."""
-    if not (dist.is_available() and dist.is_initialized()) or model._distributed_inference is not None:
-        return 1
-    return int(dist.get_world_size())
-
-
-def _encode(model: Any, texts: list[str], role: str, batch_size: int) -> torch.Tensor:
-    """Encode texts on all ranks together: fp32, of shape (len(texts), embedding width), the same bits on every rank.
-
-    The texts are dealt to the ranks like cards, longest first, so that batches that run at the same time are about
-    equally long. Ranks that are one text short encode the shortest one again, and the result is dropped."""
-    encode = model.encode_query if role == "query" else model.encode_document
-    num_ranks = num_sharing_ranks(model)
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # stable, so the same on every rank
-    texts_per_rank = math.ceil(len(texts) / num_ranks)
-    dealt = order + [order[-1]] * (texts_per_rank * num_ranks - len(texts))
-    own = texts if num_ranks == 1 else [texts[index] for index in dealt[dist.get_rank() :: num_ranks]]
-    embeddings = encode(own, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float()
-    if num_ranks == 1:
-        return embeddings
-    place = {index: (turn % num_ranks) * texts_per_rank + turn // num_ranks for turn, index in enumerate(order)}
-    return torch.cat(gather(embeddings))[[place[index] for index in range(len(texts))]]
+MAX_K = 10
+"""Length of the ranked lists that the metrics read."""
 
 
 def _pass_without_inference_mode(model: Any) -> None:
@@ -121,7 +54,7 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
     """Retrieval with cosine similarity.
 
     Replaces two methods of `InformationRetrievalEvaluator`: `embed_inputs`, which encodes every text again, and
-    `compute_all_metrics`, which compares every query with the corpus on every rank."""
+    `compute_all_metrics`, which compares all queries with the corpus at once, and on every rank."""
 
     queries_ids: list[str]
     queries: list[str]
@@ -142,45 +75,46 @@ class RetrievalEvaluator(InformationRetrievalEvaluator):  # type: ignore[misc]
             queries=queries,
             corpus=corpus,
             relevant_docs=relevant_ids,
-            mrr_at_k=[10],
-            ndcg_at_k=[10],
+            mrr_at_k=[MAX_K],
+            ndcg_at_k=[MAX_K],
             accuracy_at_k=[1],
-            precision_recall_at_k=[10],
-            map_at_k=[10],
+            precision_recall_at_k=[MAX_K],
+            map_at_k=[MAX_K],
             batch_size=batch_size,
             write_csv=False,
             score_functions={"cosine": cos_sim},
         )
         self.encodings, self._keep_hits = encodings, keep_hits
-        self.hits: list[list[Hit]] = []
+        self.hits: Sequence[list[Hit]] = []
         """Hits of each query in the last evaluation, if they are kept; with several ranks, of this rank's queries."""
 
-    def compute_metrics(self, queries_result_list: list[list[Hit]]) -> dict[str, dict[int, float]]:
-        """Return means over queries, by name and k."""
-        if self._keep_hits:
-            self.hits = queries_result_list
-        metrics: dict[str, dict[int, float]] = super().compute_metrics(queries_result_list)
-        return metrics
-
-    def compute_all_metrics(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[int, float]]]:
+    def compute_all_metrics(self, model: Any, *_: Any, **__: Any) -> dict[str, dict[str, dict[int, float]]]:
         """Return metrics by score function, name and k. Each is a mean over queries, so ranks share the queries."""
         num_ranks = num_sharing_ranks(model)
-        scores: dict[str, dict[str, dict[int, float]]]
-        if num_ranks == 1:
-            scores = super().compute_all_metrics(model, *args, **kwargs)
-            return scores
-        # Before the queries are shared: every rank must ask for the same texts. The corpus stays whole.
-        device = self.embed_inputs(model, self.queries, "query").device
-        everything: tuple[list[str], list[str]] = self.queries_ids, self.queries
-        own = slice(dist.get_rank(), None, num_ranks)
-        num_own = len(everything[0][own])
+        own = slice(dist.get_rank() if num_ranks > 1 else 0, None, num_ranks)
+        everything, num_own = (self.queries_ids, self.queries), len(self.queries[own])
+        if num_own == 0:  # a rank without a query of its own takes the first one, with weight 0
+            own = slice(1)
+        # All queries, before they are shared: every rank must ask for the same texts. The corpus stays whole.
+        queries = self.embed_inputs(model, self.queries, "query")
+        hits = Hits(
+            nearest(
+                queries[own],
+                len(self.corpus),
+                lambda texts: self.embed_inputs(model, self.corpus[texts]),
+                self.get_corpus_id_ranks(),
+                MAX_K,
+            ),
+            sorted(self.corpus_ids),
+        )
+        if self._keep_hits:
+            self.hits = hits
         try:
-            # A rank without a query of its own takes the first one, with weight 0.
-            self.queries_ids, self.queries = (values[own] or values[:1] for values in everything)
-            scores = super().compute_all_metrics(model, *args, **kwargs)
+            self.queries_ids, self.queries = (values[own] for values in everything)
+            scores = {"cosine": self.compute_metrics(hits)}
         finally:
             self.queries_ids, self.queries = everything
-        return _mean_over_ranks(scores, num_own, device)
+        return scores if num_ranks == 1 else _mean_over_ranks(scores, num_own, queries.device)
 
     def embed_inputs(self, model: Any, sentences: Any, encode_fn_name: str = "document", **_: Any) -> torch.Tensor:
         """Return embeddings of shape (len(sentences), embedding width)."""

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from tercet.errors import LearnedNothing, NonFiniteError, TrainingError
-from tercet.evaluation.evaluators import NOT_FINITE_HINT
+from tercet.evaluation.encodings import NOT_FINITE_HINT
 from tercet.model.collectives import gather_objects
 from tercet.model.sharding import local_values, reshard
 

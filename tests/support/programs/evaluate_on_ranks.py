@@ -22,8 +22,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import distributed_evaluation
 
+from tercet.evaluation.encodings import Encodings
 from tercet.evaluation.evaluate import make_evaluator
-from tercet.evaluation.evaluators import Encodings
 
 BATCH_SIZE = 4
 HANG_SECONDS = 120

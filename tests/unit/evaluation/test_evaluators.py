@@ -14,8 +14,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from support import tiny_model
 from tercet.errors import NonFiniteError
+from tercet.evaluation.encodings import Encodings, num_sharing_ranks
 from tercet.evaluation.evaluate import evaluate, make_evaluator, recipe_metrics
-from tercet.evaluation.evaluators import Encodings, num_sharing_ranks
 
 BATCH_SIZE = 7
 

@@ -13,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from support import tiny_model
+from tercet.evaluation.encodings import Encodings
 from tercet.evaluation.evaluate import evaluate
-from tercet.evaluation.evaluators import Encodings, RetrievalEvaluator
+from tercet.evaluation.evaluators import RetrievalEvaluator
 from tercet.evaluation.row_results import ndcg, reciprocal_rank, row_results
 
 KS = (1, 3, 10, 50)
