@@ -214,7 +214,11 @@ class WorkersConfig(Section):
     start_timeout_seconds: PositiveInt = 600
     """How long to wait for the cluster to have room for all workers."""
     cache_dir: str | None = None
-    """Where a worker keeps shards. Defaults to the environment variable `TERCET_CACHE_DIR`, else `~/.cache/tercet`."""
+    """Where a worker keeps shards and token ids. Defaults to the environment variable `TERCET_CACHE_DIR`, else
+    `~/.cache/tercet`."""
+    token_cache: bool | Literal["auto"] = "auto"
+    """Whether a worker keeps the token ids of the train rows, so that they are computed once for all epochs and runs.
+    `auto`: on a GPU, which would wait for the tokenizer; on a CPU, only those that the cache has already are used."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@
 - `near_duplicates`: an index that finds rows that are nearly the same
 - `append`: new rows to a version that extends the newest
 - `cache`: shards on this machine: downloaded once, verified, memory-mapped
+- `token_cache`: token ids of shards on this machine, memory-mapped
 - `no_duplicates`: batches in which no text occurs twice
 - `order`: (seed, epoch, step, world size) to rows; no other module decides order
 - `text_stats`: which texts are equal, and about how many tokens a row has

@@ -107,7 +107,7 @@ class _Cache:
 
     def _whole(self, shard: Shard) -> Path | None:
         paths = self._folder.glob(f"{shard.sha256}.*.arrow")
-        return next((path for path in paths if path.name == f"{shard.sha256}.{_hash_of(path)}.arrow"), None)
+        return next((path for path in paths if path.name == f"{shard.sha256}.{hash_of(path)}.arrow"), None)
 
     def _made(self, shard: Shard) -> Path:
         for stale in self._folder.glob(f"*{shard.sha256}.*"):  # damaged, or left behind by a killed process
@@ -124,10 +124,10 @@ class _Cache:
         with local_errors(partial):
             _write_arrow(parquet, partial, shard.num_rows, uri)
         parquet.unlink()
-        return partial.rename(self._folder / f"{shard.sha256}.{_hash_of(partial)}.arrow")
+        return partial.rename(self._folder / f"{shard.sha256}.{hash_of(partial)}.arrow")
 
 
-def _hash_of(path: Path) -> str:
+def hash_of(path: Path) -> str:
     """Return the 64-bit XXH3 of a file in hex. Detects accidental damage, many times as fast as sha256."""
     import xxhash
 

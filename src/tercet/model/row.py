@@ -35,8 +35,8 @@ class RowCollator:
         return row_features(ids, lengths)
 
 
-def row_features(ids: npt.NDArray[np.int64], lengths: Sequence[int] | Numbers) -> Features:
-    """Return a row as sentence-transformers has it. ids: of all texts, one after the other."""
+def row_features(ids: Numbers, lengths: Sequence[int] | Numbers) -> Features:
+    """Return a row as sentence-transformers has it. ids: int64, of all texts, one after the other."""
     bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     return {"input_ids": torch.from_numpy(ids)[None], "cu_seq_lens_q": bounds}
 

@@ -5,6 +5,7 @@
 - `forward`: the forward pass that the run chose: packing and attention kernel
 - `ledger`: which rows each step consumed, and the proof that each pass used each row once
 - `prefetch`: prepares the next batch while a step runs
+- `token_ids`: token ids of the rows to train on, from the cache of this machine
 - `embedding_gradient`: a sparse gradient for the word embeddings
 - `optimizer_state`: saves and loads optimizer state in one format for every parallelism
 - `deepspeed_engine`: everything that changes DeepSpeed's engine

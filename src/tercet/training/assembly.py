@@ -16,8 +16,11 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from transformers import PrinterCallback, set_seed
 
 from tercet.artifacts.uploader import Uploader
+from tercet.data.cache import cache_dir_of
 from tercet.data.order import RankBatches
 from tercet.data.text_stats import estimated_tokens
+from tercet.data.token_cache import has_tokens
+from tercet.data.versions import read_manifest
 from tercet.evaluation.evaluate import make_evaluator
 from tercet.evaluation.evaluators import split_loss
 from tercet.model.encoder import make_model, reloaded, save_whole
@@ -31,6 +34,7 @@ from tercet.training.attempt import HeldRun
 from tercet.training.callbacks import LeaseGuard, RunRecorder, StopOnPreemption
 from tercet.training.forward import resolve_forward
 from tercet.training.guards import Deadline, LearningGuard
+from tercet.training.token_ids import TokenSource
 from tercet.training.trainer import TercetTrainer
 
 logger = logging.getLogger("tercet")
@@ -94,6 +98,7 @@ def make_trainer(
     # skips DistributedDataParallel without a word, and each rank trains a model of its own.
     args.eval_on_start = run.commit is None
     return TercetTrainer(
+        tokens=_token_source(plan, run.storage, rows.parts, is_on_gpu=args.device.type == "cuda"),
         batches=RankBatches(
             datasets=rows_to_order(plan, rows.parts),
             global_batch_size=training.global_batch_size,
@@ -116,6 +121,20 @@ def make_trainer(
         loss=loss,
         evaluator=make_evaluator(rows.splits, "eval", eval_batch_size, eval_loss),
     )
+
+
+def _token_source(plan: TrainPlan, storage: Storage, parts: list[PlannedRows], is_on_gpu: bool) -> TokenSource | None:
+    """Return where token ids are cached; None if this run neither makes nor finds any."""
+    workers = plan.config.workers
+    cache_dir = cache_dir_of(workers)
+    is_made = is_on_gpu if workers.token_cache == "auto" else workers.token_cache
+    if workers.token_cache is False or not (is_made or has_tokens(cache_dir)):
+        return None
+    manifests = [read_manifest(storage, part.dataset.name, part.dataset.version) for part in parts]
+    shards = [manifest.splits["train"] for manifest in manifests]
+    # A file holds a whole shard: not worth it for few of its rows.
+    uses_most = 2 * sum(len(part.rows) for part in parts) >= sum(m.num_rows["train"] for m in manifests)
+    return TokenSource(parts, shards, cache_dir, is_made and uses_most)
 
 
 def add_callbacks(

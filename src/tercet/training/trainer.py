@@ -31,6 +31,7 @@ from tercet.training.embedding_gradient import embedding_gradient
 from tercet.training.guards import NonFiniteGuard
 from tercet.training.ledger import Ledger
 from tercet.training.prefetch import Prefetcher
+from tercet.training.token_ids import TokenIds, TokenSource
 
 logger = logging.getLogger("tercet")
 
@@ -55,6 +56,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         scales_loss: bool,
         forward: Forward,
         loss_reads_texts: bool = False,
+        tokens: TokenSource | None = None,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` records which of them were trained on.
@@ -63,13 +65,18 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         scales_loss: passed to NonFiniteGuard.
         forward: how the columns of a batch share a forward pass.
         loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
-        too."""
+        too.
+        tokens: where token ids of the rows may be cached; None to tokenize each batch."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         self.ledger = Ledger()
         self._ahead: Prefetcher[Any] = Prefetcher()
         super().__init__(**kwargs)
+        is_cached = tokens is not None and forward.packing == "packed" and not loss_reads_texts
+        self._tokens = TokenIds(tokens, self.data_collator, self.model) if tokens is not None and is_cached else None
+        if self._tokens is not None and self._tokens.is_complete and self.args.process_index == 0:
+            logger.info("token ids: all of the train rows are in this machine's cache")
         self._finite = NonFiniteGuard(self.args.device, scales_loss)
         self.add_callback(self._finite)
         # Not if the scaler may skip a step: clipping would leave NaN in rows that the next step does not clear.
@@ -103,16 +110,18 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         The original's batches are distributed over ranks by accelerate, which pads or drops the last ones, and its
         NO_DUPLICATES sampler looks at one rank only."""
         return EpochLoader(
-            self.train_dataset,
+            range(len(self.train_dataset)),  # `_collate` gets the numbers of rows
             batch_sampler=self._batches,
             collate_fn=self._collate,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _collate(self, rows: list[int]) -> dict[str, Any]:
         """Return a micro-batch as the forward pass takes it, so that a step has nothing left to prepare."""
-        inputs: dict[str, Any] = self.data_collator(rows)
-        if not self._forward.is_together or self._loss_reads_texts:
+        inputs: dict[str, Any] | None = self._tokens.collate(rows) if self._tokens is not None and rows else None
+        if inputs is None:
+            inputs = self.data_collator(self.train_dataset.__getitems__(rows))
+        if not rows or not self._forward.is_together or self._loss_reads_texts:
             return inputs
         columns, labels = self.collect_features(inputs)
         return {"batch": self._forward.batch(columns), "label": labels}
@@ -134,6 +143,14 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Replaces `BaseTrainer.add_model_card_callback`: does nothing.
 
         The original encodes examples for a model card. tercet writes its own card, with results on the test split."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Extends `Trainer.train`: stops the thread that caches token ids."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._tokens is not None:
+                self._tokens.close()
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Replaces `BaseTrainer.evaluation_loop`.

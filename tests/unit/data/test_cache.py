@@ -218,7 +218,7 @@ def test_a_kill_during_conversion_leaves_no_usable_file(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tercet.data.cache._hash_of", killed)
+        patch.setattr("tercet.data.cache.hash_of", killed)
         with pytest.raises(KeyboardInterrupt):
             load_split(storage, manifest, "train", tmp_path / "cache")
     assert not list((tmp_path / "cache" / "shards").glob("*.arrow"))
