@@ -120,6 +120,17 @@ NAMES: dict[str, str | None] = {
     f"{EVALUATION}TripletEvaluator.embed_inputs": "self, model, sentences, encode_fn_name, **kwargs",
     f"{TRANSFORMER}._infer_flatten_position_offset": "self",
     "torch:_foreach_norm": None,
+    "torch:ops.aten._flash_attention_forward": (
+        "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "
+        "float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, "
+        "SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None, Tensor? block_table=None, "
+        "int? num_splits=None"
+    ),
+    "torch:ops.aten._efficient_attention_forward": (
+        "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "SymInt? max_seqlen_q, SymInt? max_seqlen_k, float dropout_p, int custom_mask_type, "
+        "bool compute_log_sumexp=False, *, float? scale=None, Tensor? seqlen_k=None, int? window_size=None"
+    ),
     "torch:ops.aten._softmax": "Tensor self, int dim, bool half_to_float",
     "torch:ops.aten._softmax_backward_data": "Tensor grad_output, Tensor output, int dim, ScalarType input_dtype",
     "torch:ops.aten.embedding_dense_backward": (

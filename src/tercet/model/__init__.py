@@ -10,6 +10,7 @@
 - `dropout`: a fast dropout for CPUs
 - `text_groups`: cuts texts, sorted by length, into groups of similar length
 - `grouped_attention`: attention over a row of texts, as matrices over groups of similar length
+- `fused_attention`: attention over a row of texts in one kernel of a GPU, after a trial
 - `packed_attention`: attention over a row of texts, by the best kernel for the device
 - `row`: makes one row of the texts of a batch, and runs a model on it
 - `packed_model`: makes a model take all columns of a batch in one row

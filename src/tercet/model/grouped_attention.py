@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tercet.model.dropout import draw_kept
 from tercet.model.text_groups import attention_groups
+from tercet.planning.packing import Attention
 
 # Added to the scores of padding: its exp is 0, and 16 bits can represent it. Not -inf: in a window, a padded query may
 # attend to no token at all, and its softmax would be NaN.
@@ -69,13 +70,13 @@ class Layout:
         self,
         lengths: Sequence[int],
         device: torch.device,
-        by_bounds: bool | None = None,
+        attention: Attention | None = None,
         cu_seq_lens: torch.Tensor | None = None,
     ) -> None:
-        """lengths: tokens of each text, ascending, 1 or more. by_bounds: whether attention uses the kernel that knows
-        the bounds of texts, where that can do what is asked; None: if a trial shows that it is right here. cu_seq_lens:
-        the bounds, if they are on the device already."""
-        self.max_length, self.by_bounds = lengths[-1], by_bounds
+        """lengths: tokens of each text, ascending, 1 or more. attention: the kernel to use where it can do what is
+        asked; None: the best that a trial shows to be right here. cu_seq_lens: the bounds, if they are on the device
+        already."""
+        self.max_length, self.attention = lengths[-1], attention
         self._lengths, self._device = lengths, device
         self._matrices: dict[int, Matrices] = {}
         self._cu_seq_lens = cu_seq_lens

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +17,24 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from tercet.errors import PlanError, first_line
+from tercet.errors import PlanError
+from tercet.model.fused_attention import (
+    SIXTEEN_BITS,
+    Case,
+    fused_attention,
+    fused_obstacle,
+    is_wanted,
+    one_for_each,
+    trial_obstacle,
+)
 from tercet.model.grouped_attention import GroupedAttention, Layout, Reach, attend_by_kernel
 
 PACKED_ATTENTION = "tercet_packed"
-
-# Largest difference between two kernels, relative to the largest value. Rounding gives less: bfloat16 has 8 bits. A
-# text that attends to another one gives about 1.
-MAX_TRIAL_ERROR = 0.05
 
 # Texts of this many tokens or more use torch's kernel. On a CPU without dropout it is 1.3 times as fast at this length
 # and 3.4 times at 2,048, and its memory grows with the length, not with its square. Shorter texts are faster as
 # matrices; on a CPU in 16 bits, up to twice this length; with dropout on a CPU, at any length (docs/log.md).
 LONG_TEXT = 512
-
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 # Keyword arguments by which models ask for a kind of attention that is not implemented here, and its name. Some models
 # give them as None.
@@ -71,13 +73,16 @@ def attend(
     max_length), added to the scores. is_causal: tokens attend to no later ones. dropout: probability for each attention
     weight.
 
-    On a GPU in 16 bits, without bias and dropout, this is torch's kernel for rows of texts, unless it is wrong there.
-    Otherwise it is `GroupedAttention`, or torch's kernel for matrices if texts are long."""
+    Where the run chose so and it is right there, this is `fused_attention`. Otherwise, on a GPU in 16 bits, it is
+    torch's `varlen_attn`, if nothing is asked of it that it lacks. Otherwise it is `GroupedAttention`, or, for long
+    texts, torch's kernel for matrices."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings may change the type
     reach = _reach(window, is_causal)
+    if bias is None and _is_fused(query, value, layout, reach, dropout):
+        return fused_attention(query, key, value, layout, scaling, reach, dropout)
     if _knows_bounds(query, value, dropout, bias, reach) and _uses_bounds(layout, value):
         return _with_bounds(query, key, value, layout, scaling, reach)
-    key, value = (_one_for_each(x, query.shape[1]) for x in (key, value))
+    key, value = (one_for_each(x, query.shape[1]) for x in (key, value))
     slow_kernel = not value.is_cuda and value.dtype in SIXTEEN_BITS
     short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
     if long is None or bias is not None or (dropout and not value.is_cuda):
@@ -95,12 +100,14 @@ def _reach(window: int | None, is_causal: bool) -> Reach:
     return Reach(limit, 0 if is_causal else limit)
 
 
-def _one_for_each(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Repeat the heads of keys or values, so that each query head has its own."""
-    if rows.shape[1] == num_heads:
-        return rows
-    repeats = num_heads // rows.shape[1]
-    return rows[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2)
+def _is_fused(query: torch.Tensor, value: torch.Tensor, layout: Layout, reach: Reach, dropout: float) -> bool:
+    may_be = layout.attention == "fused" or (layout.attention is None and is_wanted())
+    if not may_be or query.shape[-1] != value.shape[-1]:
+        return False
+    case = Case(
+        query.shape[-1], query.shape[1] // value.shape[1], reach.after == 0, reach.before is not None, bool(dropout)
+    )
+    return fused_obstacle(value.device, value.dtype, case) is None
 
 
 def _knows_bounds(query: Any, value: Any, dropout: float, bias: torch.Tensor | None, reach: Reach) -> bool:
@@ -109,14 +116,21 @@ def _knows_bounds(query: Any, value: Any, dropout: float, bias: torch.Tensor | N
 
 
 def _uses_bounds(layout: Layout, value: torch.Tensor) -> bool:
-    if layout.by_bounds is not None:
-        return layout.by_bounds
+    if layout.attention is not None:
+        return layout.attention == "bounds"
     return bounds_obstacle(value.device, value.dtype, value.shape[-1]) is None
 
 
 def _with_bounds(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float, reach: Reach
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    reach: Reach,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
+    assert not dropout
     before, after = (-1 if limit is None else limit for limit in reach)
     bounds, longest = layout.cu_seq_lens, layout.max_length
     output: torch.Tensor = varlen_attn(
@@ -127,43 +141,15 @@ def _with_bounds(
 
 @functools.cache
 def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Return why torch's kernel for rows of texts cannot be used on this device, or None if it can.
-
-    It is tried on a few texts: torch's kernels need certain GPUs and widths, and one that ignored the bounds would
-    silently train on nonsense. Its output and gradients must be close to those of `GroupedAttention`."""
-    try:
-        for reach in (Reach(), Reach(3, 3)):
-            by_bounds, expected = (
-                _trial(attention, device, dtype, head_width, reach) for attention in (_with_bounds, _in_matrices)
+    """Return why `varlen_attn` cannot be used on this device, or None if it can: see `trial_obstacle`."""
+    for case in (Case(head_width), Case(head_width, is_windowed=True)):
+        why = trial_obstacle(_with_bounds, device, dtype, case)
+        if why is not None:
+            logger.warning(
+                "attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why
             )
-            for name, left, right in zip(("output", "query", "key", "value"), by_bounds, expected, strict=True):
-                error = float((left - right).abs().max() / right.abs().max())
-                if not error <= MAX_TRIAL_ERROR:
-                    raise ArithmeticError(f"its {name} is off by {error:.0%}")
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel, and the answer is kept
-    except (RuntimeError, ValueError, ArithmeticError) as error:
-        why = first_line(error)
-        logger.warning("attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why)
-        return why
+            return why
     return None
-
-
-def _trial(
-    way: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, head_width: int, reach: Reach
-) -> list[torch.Tensor]:
-    """Return the output of an attention for some texts, and the gradients of query, key and value, all in fp32."""
-    lengths = (1, 2, 7, 7, 30)
-    draw = torch.Generator().manual_seed(0)
-    shape = (sum(lengths), 2, head_width)
-    # The first call may be in an evaluation, which is in inference mode, or in a layer with gradient checkpointing,
-    # which must not count the tensors that are saved here.
-    own = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-    with own, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        drawn = [torch.randn(shape, generator=draw).to(device, dtype) for _ in range(4)]
-        rows = [row.requires_grad_() for row in drawn[:3]]
-        output = way(*rows, Layout(lengths, device), head_width**-0.5, reach)
-        return [x.detach().float() for x in (output, *torch.autograd.grad(output, rows, drawn[3]))]
 
 
 def _in_matrices(

@@ -15,12 +15,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.model.dropout import use_fast_cpu_dropout
+from tercet.model.fused_attention import SIXTEEN_BITS, SWITCH, cases_of, fused_obstacle, is_wanted
 from tercet.model.grouped_attention import Layout
 from tercet.model.loss import Features, loss_of
-from tercet.model.packed_attention import PACKED_ATTENTION, SIXTEEN_BITS, attend, bounds_obstacle
+from tercet.model.packed_attention import PACKED_ATTENTION, attend, bounds_obstacle
 from tercet.model.row import ChunkBatch, RowBatch, RowCollator, chunk_batch, forward_row, row_batch
 from tercet.planning import packing
-from tercet.planning.packing import Facts, Packing
+from tercet.planning.packing import Attention, Facts, Packing
 
 # Features that a model's forward pass gets in addition to the names in its signature.
 ROW_KEYS = {"position_ids", "layout"}
@@ -64,17 +65,17 @@ def prepare(
     wanted: Literal["auto"] | Packing,
     is_cached: bool = False,
     guide: SentenceTransformer | None = None,
-    by_bounds: bool | None = None,
+    attention: Attention | None = None,
 ) -> Forward:
     """Decide how the texts of a batch share `model`'s forward pass, and change the model if it is to take rows.
 
     is_cached: the loss calls the model for each of its own mini-batches, each of which is packed separately. guide:
-    another model, which the loss gives the same features. by_bounds: as `Layout` takes it."""
+    another model, which the loss gives the same features. attention: as `Layout` takes it."""
     facts = _facts_of_all(model, is_cached, guide)
     chosen, reason = packing.choose(wanted, facts)
     if chosen == "packed":
         for each in (model, *([guide] if guide is not None else [])):
-            take_rows(each, by_bounds)
+            take_rows(each, attention)
     position_offset = model[0].position_offset if chosen == "packed" else 0
     return Forward(chosen, reason, is_cached, facts.drops_prompts, position_offset)
 
@@ -102,6 +103,18 @@ def kernel_obstacle(model: SentenceTransformer, device: torch.device, dtype: tor
     return bounds_obstacle(device, dtype, head_width)
 
 
+def fused_kernel_obstacle(model: SentenceTransformer, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a new run of a packed model does not use `fused_attention`; None if it does.
+
+    dtype: of its activations. Tries the kernel out on this device where it might be used."""
+    if not is_wanted():
+        return f"the environment variable {SWITCH} is not 1"
+    encoder = model[0].model
+    if encoder.config.model_type == "mpnet":
+        return "it computes no gradient of a position bias, which MPNet has"
+    return next((why for case in cases_of(encoder) if (why := fused_obstacle(device, dtype, case))), None)
+
+
 def _facts_of_all(model: SentenceTransformer, is_cached: bool, guide: SentenceTransformer | None) -> Facts:
     facts = _facts(model, is_cached)
     if guide is None:
@@ -127,7 +140,7 @@ def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
     )
 
 
-def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None:
+def take_rows(model: SentenceTransformer, attention: Attention | None = None) -> None:
     """Make a model tokenize into rows and run on them, in `encode` too. Padded features still work.
 
     Sets what sentence-transformers 6.2 sets if flash attention is installed. Nothing of it is saved with the model."""
@@ -147,7 +160,7 @@ def take_rows(model: SentenceTransformer, by_bounds: bool | None = None) -> None
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= ROW_KEYS
     transformer.can_flatten_inputs = True
-    transformer.by_bounds = by_bounds
+    transformer.attention = attention
     # A bound method, so that a deep copy of the model gets one of its own.
     transformer.forward = MethodType(forward_row, transformer)
 

@@ -234,7 +234,7 @@ def forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
     given = {
         "input_ids": input_ids,
         "position_ids": row["position_ids"][None],
-        "layout": Layout(row.lengths, row.device, self.by_bounds, row["attended_bounds"]),
+        "layout": Layout(row.lengths, row.device, self.attention, row["attended_bounds"]),
         "modality": features["modality"],
     }
     embeddings = forward(self, given, **kwargs)["token_embeddings"].index_select(1, row["back"])

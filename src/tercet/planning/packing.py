@@ -18,6 +18,10 @@ from tercet.planning.model_files import locate, reading
 
 Packing = Literal["packed", "chunked", "plain"]
 
+Attention = Literal["matrices", "bounds", "fused"]
+"""The kernel for rows of texts: matrices over groups of texts; torch's `varlen_attn`, which knows the bounds of texts
+but no dropout; or torch's kernels with bounds, dropout and 32 bits."""
+
 # The model types of transformers 5.23 whose forward pass accepts a row of many texts; each is tested.
 PACKED_MODEL_TYPES = ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
 # Modules that process each text, or each token, independently.

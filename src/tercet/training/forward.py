@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.model.collectives import gather_objects, run_on_rank_0
-from tercet.model.packed_model import Forward, choose_packing, kernel_obstacle, prepare
-from tercet.planning.packing import Packing
+from tercet.model.packed_model import Forward, choose_packing, fused_kernel_obstacle, kernel_obstacle, prepare
+from tercet.planning.packing import Attention, Packing
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
 from tercet.storage.documents import Document
@@ -26,8 +25,8 @@ class ForwardChoice(Document):
 
     packing: Packing
     reason: str
-    attention: Literal["bounds", "matrices"]
-    """The kernel for rows of texts: torch's, which knows the bounds of texts, or matrices over groups of texts."""
+    attention: Attention
+    """The kernel for rows of texts."""
 
 
 def resolve_forward(
@@ -45,25 +44,37 @@ def resolve_forward(
     if wanted in ("plain", "chunked"):
         return prepare(model, wanted, is_cached, guide)
     packing, reason = choose_packing(model, wanted, is_cached, guide)
-    why_matrices: str | None = "the forward pass is not packed"
+    obstacles: dict[Attention, str | None] = dict.fromkeys(("fused", "bounds"), "the forward pass is not packed")
     if packing == "packed":
         dtype = _ACTIVATIONS.get(plan.config.training.precision, torch.float32)
-        obstacles = [kernel_obstacle(each, device, dtype) for each in (model, guide) if each is not None]
-        why_matrices = next((why for of_rank in gather_objects(obstacles) for why in of_rank if why), None)
+        models = [each for each in (model, guide) if each is not None]
+        obstacles = {
+            "fused": _first_of_all_ranks([fused_kernel_obstacle(each, device, dtype) for each in models]),
+            "bounds": _first_of_all_ranks([kernel_obstacle(each, device, dtype) for each in models]),
+        }
 
     def obstacle(choice: ForwardChoice) -> str | None:
         possible, why = choose_packing(model, choice.packing, is_cached, guide)
         if possible != choice.packing:
             return f"its forward pass is {choice.packing}, which is not possible here ({why})"
-        if choice.attention == "bounds" and why_matrices is not None:
-            return f"it uses torch's attention kernel for rows of texts, which is not possible here ({why_matrices})"
+        why_not = obstacles.get(choice.attention)
+        if why_not is not None:
+            return f"it uses torch's attention kernel for rows of texts, which is not possible here ({why_not})"
         return None
 
     def make() -> ForwardChoice:
-        return ForwardChoice(packing=packing, reason=reason, attention="matrices" if why_matrices else "bounds")
+        return ForwardChoice(packing=packing, reason=reason, attention=_attention(obstacles))
 
     choice: ForwardChoice = run_on_rank_0(
         lambda: choose_once(storage, layout.forward_key(plan.run_id), ForwardChoice, make, obstacle)
     )
-    forward = prepare(model, choice.packing, is_cached, guide, by_bounds=choice.attention == "bounds")
+    forward = prepare(model, choice.packing, is_cached, guide, attention=choice.attention)
     return forward._replace(reason=choice.reason)
+
+
+def _first_of_all_ranks(obstacles: list[str | None]) -> str | None:
+    return next((why for of_rank in gather_objects(obstacles) for why in of_rank if why), None)
+
+
+def _attention(obstacles: dict[Attention, str | None]) -> Attention:
+    return next((each for each, why in obstacles.items() if why is None), "matrices")

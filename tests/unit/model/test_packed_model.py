@@ -439,16 +439,16 @@ def test_when_attention_by_bounds_is_used() -> None:
         assert not _knows_bounds(other, other, 0.0, None, everything)
 
 
-@pytest.mark.parametrize("by_bounds", [True, False])
-def test_a_kernel_that_the_run_chose_is_not_tried_again(as_on_a_gpu: Any, by_bounds: bool) -> None:
+@pytest.mark.parametrize("attention", ["bounds", "matrices"])
+def test_a_kernel_that_the_run_chose_is_not_tried_again(as_on_a_gpu: Any, attention: Any) -> None:
     from tercet.model.grouped_attention import Layout
     from tercet.model.packed_attention import attend
 
     calls: list[int] = []
     as_on_a_gpu(by_bounds_stand_in(calls))
     rows = [torch.randn(27, 4, 8) for _ in range(3)]
-    attend(*rows, Layout([1, 2, 2, 5, 17], torch.device("cpu"), by_bounds), 0.4)
-    assert calls == ([6] if by_bounds else [])
+    attend(*rows, Layout([1, 2, 2, 5, 17], torch.device("cpu"), attention), 0.4)
+    assert calls == ([6] if attention == "bounds" else [])
 
 
 def test_a_trial_that_runs_out_of_memory_decides_nothing(as_on_a_gpu: Any) -> None:

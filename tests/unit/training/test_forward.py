@@ -64,7 +64,7 @@ def test_what_the_run_chose_is_stored_and_used(storage: LocalStorage, load: Load
     forward = resolve(storage, model, packing)
     assert (forward.packing, forward.reason) == ("packed", "one row of real tokens, no padding")
     assert stored(storage) == ForwardChoice(packing="packed", reason=forward.reason, attention="matrices")
-    assert model[0].by_bounds is False
+    assert model[0].attention == "matrices"
     assert model[0].can_flatten_inputs
 
 
@@ -101,7 +101,7 @@ def test_the_kernel_is_kept(storage: LocalStorage, load: Load, kernel: Callable[
     kernel(None)
     model = load()
     resolve(storage, model)
-    assert (stored(storage).attention, model[0].by_bounds) == ("matrices", False)
+    assert (stored(storage).attention, model[0].attention) == ("matrices", "matrices")
 
 
 def test_a_kernel_that_does_not_run_here_is_refused(
@@ -110,10 +110,29 @@ def test_a_kernel_that_does_not_run_here_is_refused(
     kernel(None)
     model = load()
     resolve(storage, model)
-    assert (stored(storage).attention, model[0].by_bounds) == ("bounds", True)
+    assert (stored(storage).attention, model[0].attention) == ("bounds", "bounds")
     kernel("only supports Ampere GPUs or newer")
     with pytest.raises(PlanError, match=r"kernel for rows of texts, which is not possible here \(only supports Ampere"):
         resolve(storage, load())
+
+
+def test_the_switch_offers_the_kernel_with_dropout_to_new_runs_alone(
+    storage: LocalStorage, load: Load, kernel: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel(None)
+    assert resolve(storage, load()).packing == "packed"
+    assert stored(storage).attention == "bounds"
+    monkeypatch.setenv("TERCET_FUSED_ATTENTION", "1")
+    monkeypatch.setattr(packed_model, "fused_obstacle", lambda *_: None)
+    model = load()
+    resolve(storage, model)
+    assert model[0].attention == "bounds"  # as the run began
+    other = LocalStorage(Path(storage.uri) / "other")
+    resolve(other, model)
+    assert (stored(other).attention, model[0].attention) == ("fused", "fused")
+    monkeypatch.delenv("TERCET_FUSED_ATTENTION")
+    with pytest.raises(PlanError, match=r"not possible here \(the environment variable TERCET_FUSED_ATTENTION"):
+        resolve(other, load())
 
 
 def test_a_kernel_that_fails_on_another_rank_is_used_on_none(
