@@ -3,7 +3,8 @@
 python benchmarks/gpu.py [--out gpu.json] [--seconds 460] [--only steps waits] [--skip tests]
 python benchmarks/gpu.py --device cpu      a dry run: every section with tiny sizes, on any machine
 
-Needs neither Ray nor DeepSpeed. Sections run in the order of what they decide. Each is timed, an error in one does not
+Needs neither Ray nor DeepSpeed. The attention that waits for a proof on a card is switched on; TERCET_FUSED_ATTENTION=0
+switches it off. Sections run in the order of what they decide. Each is timed, an error in one does not
 end the others, and none begins after `--seconds`. The exit code is 1 if a section failed.
 
 The steps are those of a 400 M encoder (BERT's layers: 24 of width 1,024, dropout 0.1) on triplets whose lengths are
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TERCET_FUSED_ATTENTION", "1")
 
 import numpy as np
 import torch
@@ -161,7 +163,7 @@ def machine(bench: Bench) -> None:
 
 def kernels(bench: Bench) -> None:
     """Each way to attend within texts: whether it is right, and its time, forward and backward."""
-    from tercet.model.grouped_attention import GroupedAttention, Layout
+    from tercet.model.grouped_attention import GroupedAttention, Layout, Reach
 
     size, draw = bench.size, np.random.default_rng(0)
     lengths = sorted(int(n) for column in ("anchor", "positive", "negative") for n in draw_lengths(column, 64, draw))
@@ -175,7 +177,7 @@ def kernels(bench: Bench) -> None:
         query, key, value = rows
         gradient = torch.randn_like(value)
         ways: dict[str, Callable[[float], torch.Tensor]] = {
-            "grouped": functools.partial(_grouped, GroupedAttention, rows, layout, scale)
+            "grouped": lambda p, rows=rows: GroupedAttention.apply(*rows, None, layout, scale, p, Reach())
         }
         if bench.is_gpu and dtype != torch.float32:
             ways["flash"] = lambda p, q=query, k=key, v=value: torch.ops.aten._flash_attention_forward(
@@ -203,11 +205,6 @@ def kernels(bench: Bench) -> None:
                 bench.record("attention", way=name, dtype=str(dtype), dropout=dropout, **values)
             except (RuntimeError, ValueError) as error:
                 bench.record("attention", way=name, dtype=str(dtype), dropout=dropout, failed=str(error)[:200])
-
-
-def _grouped(function: Any, rows: list[torch.Tensor], layout: Any, scale: float, dropout: float) -> torch.Tensor:
-    output: torch.Tensor = function.apply(*rows, None, layout, scale, dropout, None)
-    return output
 
 
 def _both(
