@@ -11,6 +11,7 @@ from tercet.training.ledger import RowsProof, verify_rows
 from tercet.training.ledger import read as read_ledger
 
 NUM_STEPS = 22
+GLOBAL_BATCH_SIZE = 16  # of tiny_model's recipes
 CHECKPOINTS = (4, 8, 11, 12, 16, 20, 22)  # epochs end after 11 and 22
 # Each start writes other times, and another loss since the last line of the log. And when transformers loads a
 # tokenizer that was in use, it writes to tokenizer_config.json the truncation that tokenizer.json has anyway.
@@ -32,6 +33,10 @@ def final_state(store: Path, run_id: str) -> dict[str, Any]:
     The steps of all checkpoints; the files' hashes, the ledger and the metrics of the last one; and all evaluations."""
     committed = commits(store, run_id)
     last = committed[0]
+    # Every step counts once, however many attempts made it.
+    assert last.throughput is not None
+    assert last.throughput.num_steps == last.step
+    assert last.throughput.num_rows == last.step * GLOBAL_BATCH_SIZE
     ledger = [name for name in last.files if name.startswith("ledger-")]
     files = {name: last.files[name].sha256 for name in last.files.keys() - NOT_COMPARED - set(ledger)}
     assert {name.split("-")[0] for name in files} >= {"model.safetensors", "optimizer", "scheduler.pt"}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tercet.artifacts.lease import Attempt, is_fenced, read_attempts
+from tercet.artifacts.throughput import Throughput, of_all_ranks
 from tercet.errors import Conflict, CorruptObject, ObjectNotFound, StorageError, StorageUnavailable
 from tercet.failpoints import crash_point
 from tercet.storage import Storage
@@ -52,6 +53,8 @@ class Part(Document):
     folder: str
     rank: int
     files: dict[str, FileRecord]
+    throughput: Throughput | None = None
+    """What this rank counted in this attempt, up to the checkpoint."""
 
 
 class Commit(Document):
@@ -66,6 +69,8 @@ class Commit(Document):
     folder: str
     metrics: dict[str, float]
     files: dict[str, FileRecord]
+    throughput: Throughput | None = None
+    """Of all ranks, in all attempts of the lineage, up to this step."""
 
     @property
     def attempt(self) -> Attempt:
@@ -77,11 +82,13 @@ class Commit(Document):
         return {path: record for path, record in self.files.items() if not path.startswith(TRAINER_STATE_FILES)}
 
 
-def upload_part(storage: Storage, local_dir: Path, folder: str, rank: int) -> None:
+def upload_part(
+    storage: Storage, local_dir: Path, folder: str, rank: int, throughput: Throughput | None = None
+) -> None:
     """Upload every file below `local_dir`, then the document that lists them."""
     records = upload_files(storage, local_dir, folder)
     crash_point("mid_upload", step_of(folder))
-    storage.put(part_key(folder, rank), seal(Part(folder=folder, rank=rank, files=records)))
+    storage.put(part_key(folder, rank), seal(Part(folder=folder, rank=rank, files=records, throughput=throughput)))
 
 
 def upload_files(storage: Storage, local_dir: Path, folder: str) -> dict[str, FileRecord]:
@@ -102,18 +109,23 @@ def commit_step(
     metrics: dict[str, float],
     lineage: tuple[Attempt, ...],
     wait_seconds: float = PART_WAIT_SECONDS,
+    earlier: Throughput | None = None,
 ) -> Commit:
     """Wait for every rank's part, then write COMMIT; only rank 0 calls this. The last of `lineage` is this attempt.
 
+    earlier: the throughput of the checkpoint that this attempt resumed from.
     If another attempt committed this step before, its commit stands and is returned. If that commit is damaged or came
     too late to count, it is replaced, or no later attempt could ever get past it. Raises StorageUnavailable if a part
     does not appear within `wait_seconds`, CorruptObject if one is damaged."""
     folder = attempt_folder(run_id, step, lineage[-1].name)
-    files: dict[str, FileRecord] = {}
     deadline = time.monotonic() + wait_seconds
-    for rank in range(lineage[-1].world_size):
-        files.update(_wait_for_part(storage, folder, rank, deadline).files)
-    commit = Commit(step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files)
+    parts = [_wait_for_part(storage, folder, rank, deadline) for rank in range(lineage[-1].world_size)]
+    files = {name: record for part in parts for name, record in part.files.items()}
+    readings = [part.throughput for part in parts if part.throughput is not None]
+    throughput = (earlier or Throughput()).then(of_all_ranks(readings)) if len(readings) == len(parts) else None
+    commit = Commit(
+        step=step, epoch=epoch, lineage=lineage, folder=folder, metrics=metrics, files=files, throughput=throughput
+    )
     key = commit_key(run_id, step)
     token: str | None = None
     while True:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tercet.artifacts.throughput import Throughput
 from tercet.storage.documents import Document
 
 Metrics = dict[str, float]
@@ -58,6 +59,8 @@ class RunReport(Document):
     """Wall-clock seconds by stage, of the driver that ended the run."""
     run_uri: str
     best_uri: str | None = None
+    throughput: Throughput | None = None
+    """How fast the steps were that the last checkpoint builds on, and where their time went."""
 
     @property
     def gain(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from tercet.artifacts.throughput import Throughput
 from tercet.storage.documents import Document
 
 
@@ -43,3 +44,5 @@ class TrainingLog(Document):
     first_step_unix_seconds: float | None
     log_history: list[dict[str, Any]]
     """The trainer's log: one entry each `logging_steps`."""
+    throughput: Throughput | None = None
+    """Of all ranks, in all attempts that the model was trained by."""

@@ -25,12 +25,14 @@ def gather(own: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
-def gather_objects(own: Any) -> list[Any]:
-    """Return the objects of all ranks, in the order of ranks. They are pickled. Every rank must call it."""
+def gather_objects(own: Any, group: Any = None) -> list[Any]:
+    """Return the objects of all ranks, in the order of ranks. They are pickled. Every rank must call it.
+
+    group: a group of all ranks that does not use the GPU, for a call that must not wait for it."""
     if not dist.is_initialized():
         return [own]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    dist.all_gather_object(gathered, own, group=group)
     return gathered
 
 

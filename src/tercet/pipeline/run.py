@@ -13,6 +13,7 @@ from tercet.artifacts.checkpoint import Commit, read_commits
 from tercet.artifacts.journal import Events
 from tercet.artifacts.lease import read_attempts
 from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
+from tercet.artifacts.throughput import Throughput
 from tercet.artifacts.training_log import Evaluation, TrainingLog
 from tercet.cluster import session, train
 from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
@@ -51,15 +52,15 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             test_metrics = train.evaluate_test(plan, best)
         with events.timed("publish"):
             metrics = _metrics(evaluations, best.step, test_metrics)
-            log_history = _training_log(storage, plan.run_id).log_history
-            _publish(storage, plan, best, metrics, log_history)
-        report = _report(storage, plan, events, metrics=metrics)
+            log = _training_log(storage, plan.run_id)
+            _publish(storage, plan, best, metrics, log.log_history)
+        report = _report(storage, plan, events, metrics=metrics, throughput=log.throughput)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
             _write(storage, _report(storage, plan, events, error=error), [], plan)
             events.add("run failed", error=str(error) or type(error).__name__)
         raise
-    _write(storage, report, log_history, plan)
+    _write(storage, report, log.log_history, plan)
     events.add("run finished")
     return report
 
@@ -129,6 +130,7 @@ def _report(
     events: Events,
     metrics: RunMetrics | None = None,
     error: BaseException | None = None,
+    throughput: Throughput | None = None,
 ) -> RunReport:
     attempts = read_attempts(storage, plan.run_id)
     return RunReport(
@@ -150,6 +152,7 @@ def _report(
         seconds={stage: round(seconds, 2) for stage, seconds in events.seconds.items()},
         run_uri=storage.uri_of(layout.run_prefix(plan.run_id)),
         best_uri=None if metrics is None else storage.uri_of(layout.best_prefix(plan.run_id)),
+        throughput=throughput,
     )
 
 

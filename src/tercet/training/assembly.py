@@ -15,6 +15,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, set_seed
 
+from tercet.artifacts.throughput import Throughput
 from tercet.artifacts.uploader import Uploader
 from tercet.data.cache import cache_dir_of
 from tercet.data.order import RankBatches
@@ -114,6 +115,7 @@ def make_trainer(
         scales_loss=training.precision == "fp16",
         forward=forward,
         loss_reads_texts=guide is not None,
+        precision=training.precision,
         model=model,
         args=args,
         train_dataset=rows.train,
@@ -144,11 +146,12 @@ def add_callbacks(
     uploader: Uploader,
     notice: Callable[[], bool],
     report: Callable[[dict[str, Any]], None] | None,
+    export: Callable[[Throughput], None] | None,
 ) -> tuple[RunRecorder, StopOnPreemption]:
     """Add guards, recorder, preemption and deadline to a trainer. Returns those that are asked after the training."""
     rank, seconds = trainer.args.process_index, plan.config.workers.step_timeout_seconds
-    recorder = RunRecorder(plan, run.storage, uploader, trainer.ledger, run.confirm, report)
-    preemption = StopOnPreemption(notice, plan.steps_per_epoch)
+    recorder = RunRecorder(plan, run.storage, uploader, trainer.ledger, trainer.meter, run.confirm, report, export)
+    preemption = StopOnPreemption(notice, plan.steps_per_epoch, trainer.meter)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LearningGuard(shards_weights(plan.parallelism)))
     if run.lease is not None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from tercet.artifacts.best import retain
 from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.throughput import Throughput, line_text
 from tercet.artifacts.training_log import Evaluation
 from tercet.artifacts.uploader import Uploader
 from tercet.evaluation.evaluate import recipe_metrics
@@ -24,6 +25,7 @@ from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
 from tercet.storage.documents import seal
 from tercet.training.ledger import Ledger
+from tercet.training.meter import Meter
 
 logger = logging.getLogger("tercet")
 
@@ -39,13 +41,16 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         storage: Storage,
         uploader: Uploader,
         ledger: Ledger,
+        meter: Meter,
         confirm: Callable[[], None],
         report: Callable[[dict[str, Any]], None] | None = None,
+        export: Callable[[Throughput], None] | None = None,
     ) -> None:
         """confirm: raises when another attempt has taken the run over; called before an evaluation is written.
-        report: gets the step, epoch and metrics of each evaluation, on every rank."""
+        report: gets the step, epoch and metrics of each evaluation, on every rank. export: gets, at each line of the
+        log, the throughput of this rank since the line before, on every rank."""
         self._plan, self._storage, self._uploader, self._ledger = plan, storage, uploader, ledger
-        self._confirm, self._report = confirm, report
+        self._meter, self._confirm, self._report, self._export = meter, confirm, report, export
         self._metrics: tuple[int, dict[str, float]] = (0, {})
         self._started_at, self._started_step = time.monotonic(), 0
         self.first_step_unix_seconds: float | None = None
@@ -58,6 +63,7 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ledger.close_step()
+        self._meter.close_step()
         crash_point("after_step", state.global_step)
         # The end of an epoch is saved by the trainer, after its evaluation.
         ends_epoch = state.global_step % (self._plan.num_steps // int(args.num_train_epochs)) == 0
@@ -66,14 +72,18 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or "loss" not in logs:
+            return
+        if self._export is not None:
+            self._export(self._meter.own_line)
+        if not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self._started_at
         step, last, learning_rate = state.global_step, self._plan.num_steps, logs.get("learning_rate", float("nan"))
         rate = (step - self._started_step) / max(seconds, 1e-9)
         left = (last - step) / max(rate, 1e-9)
-        text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %.0f s left"
-        logger.info(text, step, last, logs["loss"], learning_rate, rate, left)
+        text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %s  %.0f s left"
+        logger.info(text, step, last, logs["loss"], learning_rate, rate, line_text(self._meter.line), left)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
@@ -94,7 +104,10 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         step, metrics = self._metrics
         # Never the metrics of an older model: they could make this checkpoint the best.
         own_metrics = metrics if step == state.global_step else {}
-        self._uploader.submit(folder, state.global_step, float(state.epoch), own_metrics, self._clean_up)
+        with self._meter.phase("storage"):
+            self._uploader.submit(
+                folder, state.global_step, float(state.epoch), own_metrics, self._clean_up, self._meter.reading()
+            )
 
     def _clean_up(self, commit: Commit) -> None:
         """Log a commit and delete what it replaces. Called on rank 0, in the uploader's thread."""
@@ -111,9 +124,9 @@ def _metrics_text(metrics: dict[str, float]) -> str:
 class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
     """Saves and ends the training after the step in which a rank learns that its machine will be taken away."""
 
-    def __init__(self, notice: Callable[[], bool], steps_per_epoch: int) -> None:
+    def __init__(self, notice: Callable[[], bool], steps_per_epoch: int, meter: Meter) -> None:
         """notice: whether this rank's machine will be taken away; called after every step."""
-        self._notice, self._steps_per_epoch = notice, steps_per_epoch
+        self._notice, self._steps_per_epoch, self._meter = notice, steps_per_epoch, meter
         self._group: Any = None
         self.step: int | None = None
         """Step after which the training ended early; None if it did not."""
@@ -142,7 +155,8 @@ class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
         if self._group is None:
             return got
         num_ranks = torch.tensor(int(got))
-        torch.distributed.all_reduce(num_ranks, group=self._group)
+        with self._meter.phase("ranks"):
+            torch.distributed.all_reduce(num_ranks, group=self._group)
         return bool(num_ranks)
 
 

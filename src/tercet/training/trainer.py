@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 from collections.abc import Callable
@@ -17,9 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from tercet.artifacts.throughput import log_entry
 from tercet.config.sections import Parallelism
 from tercet.data.order import RankBatches
 from tercet.failpoints import crash_point
+from tercet.model.collectives import gather_objects
 from tercet.model.loss import loss_of
 from tercet.model.packed_model import Forward
 from tercet.model.row import ChunkBatch, RowBatch
@@ -30,6 +31,8 @@ from tercet.training.deepspeed_engine import OneReduction, gather_small_exactly
 from tercet.training.embedding_gradient import embedding_gradient
 from tercet.training.guards import NonFiniteGuard
 from tercet.training.ledger import Ledger
+from tercet.training.meter import BatchSize, Meter, arithmetic_of
+from tercet.training.peak import peak_of
 from tercet.training.prefetch import Prefetcher
 from tercet.training.token_ids import TokenIds, TokenSource
 
@@ -57,6 +60,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         forward: Forward,
         loss_reads_texts: bool = False,
         tokens: TokenSource | None = None,
+        precision: str = "fp32",
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` records which of them were trained on.
@@ -66,7 +70,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         forward: how the columns of a batch share a forward pass.
         loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
         too.
-        tokens: where token ids of the rows may be cached; None to tokenize each batch."""
+        tokens: where token ids of the rows may be cached; None to tokenize each batch.
+        precision: in which matrices are multiplied, for the meter."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
@@ -79,6 +84,10 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             logger.info("token ids: all of the train rows are in this machine's cache")
         self._finite = NonFiniteGuard(self.args.device, scales_loss)
         self.add_callback(self._finite)
+        device = self.args.device
+        self.meter = Meter(arithmetic_of(self.model, loss_runs_backward), peak_of(device, precision), device)
+        self.meter.count_positions(self.model)
+        self._host_group: Any = None
         # Not if the scaler may skip a step: clipping would leave NaN in rows that the next step does not clear.
         can_be_sparse = parallelism == "ddp" and not scales_loss
         self._embedding = embedding_gradient(self.model) if can_be_sparse else None
@@ -136,8 +145,16 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
         """Extends `Trainer.get_batch_samples`: the next step's batches are made while this one runs."""
-        make = functools.partial(super().get_batch_samples, epoch_iterator, *args)
-        return make() if self._loss_reads_texts else self._ahead.get(epoch_iterator, make)
+        batches_of_step = super().get_batch_samples
+
+        def make() -> tuple[Any, list[BatchSize]]:
+            samples = batches_of_step(epoch_iterator, *args)
+            return samples, self.meter.sizes(samples[0])
+
+        with self.meter.phase("data"):
+            samples, sizes = make() if self._loss_reads_texts else self._ahead.get(epoch_iterator, make)
+        self.meter.add(sizes)
+        return samples
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Replaces `BaseTrainer.add_model_card_callback`: does nothing.
@@ -151,6 +168,32 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         finally:
             if self._tokens is not None:
                 self._tokens.close()
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Extends `Trainer.log`: a line with a loss gets the throughput since the line before, of all ranks.
+
+        The trainer has just read the loss, so the device is idle and the ranks have met."""
+        if "loss" in logs:
+            logs |= log_entry(self.meter.close_line(self._gather_on_hosts))
+        super().log(logs, start_time)
+
+    def _gather_on_hosts(self, own: Any) -> list[Any]:
+        if not torch.distributed.is_initialized():
+            return [own]
+        if self._host_group is None:
+            self._host_group = torch.distributed.new_group(backend="gloo")  # NCCL's would wait for the GPU
+        return gather_objects(own, self._host_group)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Extends `Trainer.evaluate`: its time does not count as training."""
+        self.meter.finish_device()
+        with self.meter.phase("evaluation"):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Extends `Trainer._save_checkpoint`: its time does not count as training."""
+        with self.meter.phase("storage"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Replaces `BaseTrainer.evaluation_loop`.
@@ -237,6 +280,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
         The weights were loaded with the model."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.meter.watch(self.model_wrapped)
         check_wrapped(self.model_wrapped, self._parallelism, self.args.world_size)
         if self.args.gradient_checkpointing:
             check_recomputes(self.model)

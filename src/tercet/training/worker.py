@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.artifacts.best import retain
+from tercet.artifacts.throughput import Throughput, of_all_ranks
 from tercet.artifacts.training_log import TrainingLog
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import Preempted
@@ -33,11 +34,16 @@ from tercet.training.arguments import resolve_precision, use_cpu
 logger = logging.getLogger("tercet")
 
 Report = Callable[[dict[str, Any]], None]
+Export = Callable[[Throughput], None]
 Notice = Callable[[], bool]
 
 
 def run_worker(
-    plan: TrainPlan, report: Report | None = None, owner: str | None = None, notice: Notice = lambda: False
+    plan: TrainPlan,
+    report: Report | None = None,
+    owner: str | None = None,
+    notice: Notice = lambda: False,
+    export: Export | None = None,
 ) -> None:
     """Train this rank's share of a plan.
 
@@ -45,15 +51,15 @@ def run_worker(
 
     report: gets the metrics of each evaluation, on every rank. owner: name of the process that starts attempts at this
     run; one attempt takes over from another of the same owner without waiting. notice: whether this machine is about to
-    be taken away. Raises Preempted after a notice, once the run is saved, if there are steps left; PlanError for an
-    engine that is not supported."""
+    be taken away. export: gets, at each line of the log, this rank's throughput since the line before. Raises Preempted
+    after a notice, once the run is saved, if there are steps left; PlanError for an engine that is not supported."""
     started = time.monotonic()
     check_engine(plan.engine, plan.run_id)
     plan = plan.on(int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     import_quietly()
     from tercet.evaluation.evaluators import require_finite
-    from tercet.model.collectives import wait_for_all_ranks
+    from tercet.model.collectives import gather_objects, wait_for_all_ranks
     from tercet.model.loss import load_guide
     from tercet.training.assembly import add_callbacks, load_rows, make_arguments, make_trainer
     from tercet.training.attempt import hold_run
@@ -70,16 +76,19 @@ def run_worker(
         owner = owner or uuid.uuid4().hex
         with hold_run(storage, plan, owner, args.world_size, folder / "resume") as run:
             trainer = make_trainer(plan, run, args, rows, guide, folder / "start")
-            uploader = Uploader(storage, plan.run_id, run.lineage, args.process_index, run.confirm)
-            recorder, preemption = add_callbacks(trainer, plan, run, uploader, notice, report)
+            earlier = run.commit.throughput if run.commit is not None else None
+            uploader = Uploader(storage, plan.run_id, run.lineage, args.process_index, run.confirm, earlier)
+            recorder, preemption = add_callbacks(trainer, plan, run, uploader, notice, report, export)
             if run.commit is not None:
                 num_workers = run.commit.attempt.world_size
                 logger.info("resuming from the checkpoint of step %d (%d workers)", run.commit.step, num_workers)
             seconds = {"worker_start": time.monotonic() - started}
             training_started = time.monotonic()
+            trainer.meter.start()
             trainer.train(resume_from_checkpoint=str(run.resume_dir) if run.resume_dir else None)
             seconds["training"] = time.monotonic() - training_started
-            uploader.close()
+            with trainer.meter.phase("storage"):
+                uploader.close()
             if preemption.step is not None:
                 wait_for_all_ranks()  # torchrun kills the others soon after the first one ends
                 raise Preempted(
@@ -87,6 +96,7 @@ def run_worker(
                     hint="the same command resumes from there, on another machine",
                 )
             seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
+            throughput = (earlier or Throughput()).then(of_all_ranks(gather_objects(trainer.meter.reading())))
             if args.process_index == 0:
                 run.confirm()
                 # Once more: an attempt that died after its last commit may have left files that no commit cleans up.
@@ -101,6 +111,7 @@ def run_worker(
                     storage_retries=dict(retries),
                     first_step_unix_seconds=recorder.first_step_unix_seconds,
                     log_history=trainer.state.log_history,
+                    throughput=throughput,
                 )
                 storage.put(layout.training_key(plan.run_id), seal(log))
             wait_for_all_ranks()
