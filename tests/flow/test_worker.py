@@ -12,6 +12,7 @@ import pytest
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
 from support.forks import Forked
+from tercet.artifacts.throughput import Throughput
 from support.workers import (
     commits,
     final_weights,
@@ -42,6 +43,9 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2-triplet": (2, "triplet", {}),
     "2-accumulated": (2, "ranking", {"gradient_accumulation_steps": 2}),
 }
+
+
+TRAINED_ALIKE = ("1-ranking", "1-plain", "1-accumulated", "2-ranking", "2-accumulated")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,26 @@ def test_training_uses_the_measured_precision(trained: Path) -> None:
     assert found["precision"] == ("bf16" if found["speed_up"] >= 1.2 else "fp32")
     assert training_log(trained, "1-auto")["precision"] == found["precision"]
     assert training_log(trained, "1-ranking")["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("run_id", RUNS)
+def test_the_times_of_the_meter_add_up_to_the_wall_clock(trained: Path, run_id: str) -> None:
+    log = training_log(trained, run_id)
+    measured = Throughput(**log["throughput"])
+    wall = log["seconds"]["training"] + log["seconds"]["last_upload"]
+    assert sum(measured.seconds.values()) == pytest.approx(wall, rel=0.02, abs=0.1)
+    assert min(measured.seconds.values()) > 0
+
+
+def test_every_run_counts_the_same_rows_and_tokens(trained: Path) -> None:
+    """Whatever the number of workers, packing, and accumulation. A text is three words between [CLS] and [SEP]."""
+    throughputs = [Throughput(**training_log(trained, run_id)["throughput"]) for run_id in TRAINED_ALIKE]
+    assert {one.num_rows for one in throughputs} == {22 * 16}
+    assert {one.num_tokens for one in throughputs} == {22 * 16 * 3 * 5}
+    assert len({one.flops for one in throughputs}) == 1
+    lines = [entry for entry in training_log(trained, "2-ranking")["log_history"] if "loss" in entry]
+    assert all(line["tokens_per_second"] > 0 and line["share_of_peak"] > 0 for line in lines)
+    assert all(0 <= line[f"waiting_for_{phase}"] < 1 for phase in ("data", "ranks", "storage") for line in lines)
 
 
 @pytest.mark.parametrize("name", ["ranking", "triplet", "accumulated"])
@@ -131,6 +155,9 @@ def test_a_killed_worker_resumes_and_ends_with_the_same_bits(
     check(run_command(worker_of(killed), environment, tmp_path))
     assert training_log(store, "killed")["resumed_from_step"] == 11
     assert training_log(store, "whole")["resumed_from_step"] == 0
+    counted = [Throughput(**training_log(store, run_id)["throughput"]) for run_id in ("whole", "killed")]
+    assert counted[0].num_steps == counted[1].num_steps == 33  # each step once, in two attempts
+    assert counted[0].num_tokens == counted[1].num_tokens
     assert [commit.step for commit in commits(store, "killed")] == [33, 22, 11]
     assert largest_difference(final_weights(store, "whole"), final_weights(store, "killed")) == 0.0
     assert commits(store, "killed")[0].metrics == commits(store, "whole")[0].metrics

@@ -6,6 +6,7 @@ import datetime
 from typing import Any
 
 from tercet.artifacts.report import RunMetrics, RunReport
+from tercet.artifacts.throughput import Throughput
 from tercet.config.recipe import Config
 from tercet.data.manifest import Manifest, Shard, SplitRule, TextStatistics, content_id
 from tercet.planning.dataset_plan import FoundDataset
@@ -103,6 +104,21 @@ def metrics(before: float = 0.5, after: float = 0.75) -> RunMetrics:
         best_eval={"loss": 1.5, "ndcg@10": 0.7},
         best_test={"ndcg@10": after},
     )
+
+
+def throughput(**changes: Any) -> Throughput:
+    """Ten steps of one rank at a quarter of its peak."""
+    values: dict[str, Any] = {
+        "num_steps": 10,
+        "num_rows": 160,
+        "num_tokens": 1000,
+        "flops": 1e12,
+        "peak_flops": 4e12,
+        "peak_source": "the peak of H100 SXM in bf16",
+        "seconds": {"compute": 8.0, "data": 1.0, "ranks": 1.0, "storage": 2.5},
+        "peak_memory_bytes": 2_000_000_000,
+    }
+    return Throughput(**{**values, **changes})
 
 
 def report(**changes: Any) -> RunReport:

@@ -6,6 +6,7 @@
 - `uploader`: uploads checkpoints in the background
 - `journal`: the events and incidents of a run
 - `training_log`: metrics of each evaluation, and the log of a finished training
+- `throughput`: how fast a run trained, and where its time went
 - `report`: the result of a run, as a document and as a page
 - `decision`: a decision of the gate, with every number that it rests on
 - `champion`: the pointer to the version that serves, and its history

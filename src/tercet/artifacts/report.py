@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tercet.artifacts.throughput import Throughput
+from tercet.artifacts.throughput import Phase, Throughput
 from tercet.storage.documents import Document
 
 Metrics = dict[str, float]
@@ -90,7 +90,8 @@ h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:2rem 0 .5rem}.sub{color
 .verdict.no{border-color:#cf222e;background:#fff5f5}
 table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #d0d7de}
 td:first-child,th:first-child{text-align:left;padding-left:0}code{font-size:.9em;word-break:break-all}
-.charts{display:flex;flex-wrap:wrap;gap:1.5rem}svg text{font:11px system-ui,sans-serif;fill:#57606a}
+.charts{display:flex;margin-top:1rem;flex-wrap:wrap;gap:1.5rem}svg text{font:11px system-ui,sans-serif;fill:#57606a}
+.bar{display:flex;height:14px;width:440px;max-width:100%;margin:0 0 .5rem}
 .up{color:#1a7f37}.down{color:#cf222e}
 """
 
@@ -121,6 +122,8 @@ def html(report: RunReport, log_history: list[dict[str, Any]], recipe_yaml: str)
         parts.append(_chart({"train loss": losses(log_history), "eval loss": eval_losses}, "loss by step"))
         parts.append(_chart({report.metric: evaluations}, f"{report.metric} on eval by step", report.metrics.best_step))
         parts.append("</div>")
+    if report.throughput is not None:
+        parts.append(_throughput(report.throughput, log_history))
     rows = "".join(f"<tr><td>{escape(stage)}<td>{seconds:.1f}" for stage, seconds in report.seconds.items())
     parts.append(f"<h2>Time</h2><table><tr><th>stage<th>seconds{rows}</table>")
     sizes = "".join(f"<tr><td>{name}<td>{count:,}" for name, count in report.num_rows.items())
@@ -130,6 +133,57 @@ def html(report: RunReport, log_history: list[dict[str, Any]], recipe_yaml: str)
         parts.append(f"<br>model: <code>{escape(report.best_uri)}</code>")
     parts.append(f"</p><h2>Recipe</h2><pre><code>{escape(recipe_yaml)}</code></pre></html>\n")
     return "\n".join(parts)
+
+
+_PHASES: dict[Phase, tuple[str, str]] = {
+    "compute": ("steps", "#1a7f37"),
+    "data": ("waiting for data", "#bf8700"),
+    "ranks": ("waiting for other ranks", "#8250df"),
+    "storage": ("checkpoints", "#cf222e"),
+    "evaluation": ("evaluations", "#0969da"),
+    "start": ("start", "#8c959f"),
+}
+
+
+def _throughput(throughput: Throughput, log_history: list[dict[str, Any]]) -> str:
+    """Return rates, a bar of where the time of the training went, and the tokens per second by step."""
+    total = sum(throughput.seconds.values()) or 1.0
+    cells = {
+        "rows/s": f"{throughput.rows_per_second:,.1f}",
+        "tokens/s": f"{throughput.tokens_per_second:,.0f}",
+        "steps/s": f"{throughput.steps_per_second:,.2f}",
+        f"of {throughput.peak_source}": f"{100 * throughput.share_of_peak:.1f} %",
+        "padding": f"{100 * throughput.share_of_padding:.1f} %",
+        "peak memory of a rank": f"{throughput.peak_memory_bytes / 1e9:.1f} GB",
+    }
+    phases = [
+        (label, throughput.seconds[phase], color)
+        for phase, (label, color) in _PHASES.items()
+        if phase in throughput.seconds
+    ]
+    bar = "".join(
+        f"<span style='flex:{seconds:.6f};background:{color}' title='{label} {seconds:.1f} s'></span>"
+        for label, seconds, color in phases
+    )
+    legend = "".join(
+        f"<tr><td><span style='color:{color}'>■</span> {label}<td>{seconds:,.1f}<td>{100 * seconds / total:.1f} %"
+        for label, seconds, color in phases
+    )
+    points = [
+        (int(entry["step"]), float(entry["tokens_per_second"])) for entry in log_history if "tokens_per_second" in entry
+    ]
+    return (
+        "<h2>Throughput</h2>"
+        "<table><tr>"
+        + "".join(f"<th>{escape(name)}" for name in cells)
+        + "<tr>"
+        + "".join(f"<td>{value}" for value in cells.values())
+        + "</table>"
+        "<div class=charts>"
+        + _chart({"tokens/s": points}, "tokens per second by step")
+        + f"<div><p class=sub>{total:,.0f} s of training, mean of the ranks</p><div class=bar>{bar}</div>"
+        f"<table><tr><th>phase<th>seconds<th>share{legend}</table></div></div>"
+    )
 
 
 def _table(report: RunReport) -> str:
@@ -148,6 +202,10 @@ def _table(report: RunReport) -> str:
                 f"<td class={'up' if good else 'down'}>{change:+.4f}"
             )
     return f"<table><tr><th>metric<th>baseline<th>best<th>change{''.join(rows)}</table>"
+
+
+def _number(value: float, digits: str = ".3g") -> str:
+    return format(value, ",.0f" if abs(value) >= 1000 else digits)
 
 
 def _chart(lines: dict[str, list[tuple[int, float]]], title: str, best_step: int | None = None) -> str:
@@ -177,7 +235,7 @@ def _chart(lines: dict[str, list[tuple[int, float]]], title: str, best_step: int
         svg.append(
             f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y(value):.1f}' y2='{y(value):.1f}' stroke='#eaeef2'/>"
         )
-        svg.append(f"<text x='{_LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.3g}</text>")
+        svg.append(f"<text x='{_LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{_number(value)}</text>")
         step = x_max * index / 4
         svg.append(f"<text x='{x(step):.1f}' y='{_HEIGHT - _BOTTOM + 16}' text-anchor='middle'>{step:.0f}</text>")
     for position, (name, points) in enumerate(lines.items()):
@@ -186,7 +244,7 @@ def _chart(lines: dict[str, list[tuple[int, float]]], title: str, best_step: int
         svg.append(f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='2' stroke-linejoin='round'/>")
         svg += [
             f"<circle cx='{x(step):.1f}' cy='{y(value):.1f}' r='{5 if step == best_step else 2.5}' fill='{color}'>"
-            f"<title>step {step}: {value:.4f}</title></circle>"
+            f"<title>step {step}: {_number(value, '.4f')}</title></circle>"
             for step, value in points
         ]
         svg.append(

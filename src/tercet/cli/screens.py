@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tercet.artifacts.report import Metrics, RunReport, verdict
+from tercet.artifacts.throughput import peak_text, rates_text, waits_text
 from tercet.planning.estimates import size_text
 from tercet.planning.plan import TrainPlan
 from tercet.storage.layout import REPORT_PAGE
@@ -83,6 +84,9 @@ def screen(report: RunReport, next_commands: list[tuple[str, str]]) -> str:
     attempts = "" if report.num_attempts == 1 else f", in {report.num_attempts} attempts"
     workers = f"{report.num_workers} worker{'s' * (report.num_workers > 1)}"
     lines.append(f"  trained  {report.num_steps} steps on {workers}{attempts}")
+    if report.throughput is not None:
+        lines.append(f"  speed    {rates_text(report.throughput)}  {peak_text(report.throughput)}")
+        lines.append(f"  waited   {waits_text(report.throughput)}")
     if report.incidents:
         lines.append("  trouble  " + ", ".join(f"{count} {kind}" for kind, count in report.incidents.items()))
     if report.status == "failed" or report.metrics is None:

@@ -5,5 +5,6 @@
 - `policies`: scaling and failure policies inside the controller of Ray Train
 - `failures`: what ended the workers, from Ray's and torch's errors
 - `train`: runs the workers to the end, or raises why they did not get there
+- `metrics`: the throughput of each rank in Ray's own metrics
 - `jobs`: runs on a remote cluster, through Ray Jobs
 """

@@ -124,6 +124,7 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
     import ray.train
     from ray.train.v2._internal.execution.context import get_train_context
 
+    from tercet.cluster.metrics import ThroughputMetrics
     from tercet.training.worker import run_worker
 
     # Ray Train 2.60 logs every report to a logger named by a file path, which its own log level does not reach.
@@ -138,7 +139,9 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
 
     context = get_train_context()
     try:
-        run_worker(TrainPlan.model_validate_json(loop_config["plan"]), report, loop_config["owner"], is_preempted)
+        plan = TrainPlan.model_validate_json(loop_config["plan"])
+        export = ThroughputMetrics(plan.run_id, ray.train.get_context().get_world_rank())
+        run_worker(plan, report, loop_config["owner"], is_preempted, export)
     except OutOfMemory:
         raise  # whatever else occupied this memory may be gone at the next start
     except _FINAL_ERRORS as error:

@@ -4,6 +4,8 @@
 - `choices`: choices that a trial on a machine decides, stored once per run
 - `forward`: the forward pass that the run chose: packing and attention kernel
 - `ledger`: which rows each step consumed, and the proof that each pass used each row once
+- `meter`: counts tokens, operations and the time of each phase
+- `peak`: the most that a device can compute, from datasheets or measured
 - `prefetch`: prepares the next batch while a step runs
 - `token_ids`: token ids of the rows to train on, from the cache of this machine
 - `embedding_gradient`: a sparse gradient for the word embeddings

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from tercet.training.ledger import Ledger
 from tercet.training.meter import Meter
 
 logger = logging.getLogger("tercet")
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class RunRecorder(TrainerCallback):  # type: ignore[misc]
@@ -124,9 +127,12 @@ def _metrics_text(metrics: dict[str, float]) -> str:
 class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
     """Saves and ends the training after the step in which a rank learns that its machine will be taken away."""
 
-    def __init__(self, notice: Callable[[], bool], steps_per_epoch: int, meter: Meter) -> None:
-        """notice: whether this rank's machine will be taken away; called after every step."""
-        self._notice, self._steps_per_epoch, self._meter = notice, steps_per_epoch, meter
+    def __init__(
+        self, notice: Callable[[], bool], steps_per_epoch: int, waiting: Waiting = contextlib.nullcontext
+    ) -> None:
+        """notice: whether this rank's machine will be taken away; called after every step. waiting: entered while this
+        rank waits for the others."""
+        self._notice, self._steps_per_epoch, self._waiting = notice, steps_per_epoch, waiting
         self._group: Any = None
         self.step: int | None = None
         """Step after which the training ended early; None if it did not."""
@@ -155,7 +161,7 @@ class StopOnPreemption(TrainerCallback):  # type: ignore[misc]
         if self._group is None:
             return got
         num_ranks = torch.tensor(int(got))
-        with self._meter.phase("ranks"):
+        with self._waiting():
             torch.distributed.all_reduce(num_ranks, group=self._group)
         return bool(num_ranks)
 

@@ -100,3 +100,13 @@ def test_a_failed_run_has_a_page_too() -> None:
     page = html(builders.report(status="failed", failed_stage="train", error="out of memory", metrics=None), [], RECIPE)
     assert "Failed in stage <b>train</b>: out of memory" in page
     assert charts(page) == []
+
+
+def test_how_fast_it_was_and_where_the_time_went() -> None:
+    log = [{**entry, "tokens_per_second": 12_345.6} for entry in builders.LOG_HISTORY]
+    page = html(builders.report(throughput=builders.throughput()), log, RECIPE)
+    text = Tags(page).text
+    for part in ("tokens/s", "of the peak of H100 SXM in bf16", "25.0 %", "waiting for data", "checkpoints", "20.0 %"):
+        assert part in text
+    assert len(charts(page)) == 3
+    assert "Throughput" not in Tags(html(builders.report(), log, RECIPE)).text  # a run of an older tercet

@@ -39,6 +39,12 @@ def test_the_screen_of_a_finished_run() -> None:
     assert "\n".join(line.rstrip() for line in shown.splitlines()) == SCREEN
 
 
+def test_the_screen_says_how_fast_it_was() -> None:
+    shown = screen(builders.report(throughput=builders.throughput()), []).splitlines()
+    assert "  speed    16.0 rows/s  100 tokens/s  25 % of the peak of H100 SXM in bf16" in shown
+    assert "  waited   data 8.0 %, ranks 8.0 %, storage 20.0 %" in shown
+
+
 def test_the_screen_names_every_dataset_of_a_mix() -> None:
     shares = ("poems 4e5f6a7b8c9d0e1f: 1,105 train rows, weight 1", "docs 0123456789abcdef: 50 train rows, weight 0.5")
     shown = screen(builders.report(mix=shares), []).splitlines()
