@@ -12,7 +12,6 @@ import pytest
 from support import tiny_model
 from support.commands import PROGRAMS, check, run_command
 from support.forks import Forked
-from tercet.artifacts.throughput import Throughput
 from support.workers import (
     commits,
     final_weights,
@@ -25,6 +24,7 @@ from support.workers import (
     worker_of,
     write_plan,
 )
+from tercet.artifacts.throughput import Throughput
 
 LOSSES: dict[str, dict[str, Any]] = {
     "ranking": {"name": "MultipleNegativesRankingLoss"},
