@@ -90,7 +90,8 @@ def test_the_times_of_the_meter_add_up_to_the_wall_clock(trained: Path, run_id: 
     log = training_log(trained, run_id)
     measured = Throughput(**log["throughput"])
     wall = log["seconds"]["training"] + log["seconds"]["last_upload"]
-    assert sum(measured.seconds.values()) == pytest.approx(wall, rel=0.02, abs=0.1)
+    # The wall clock is that of rank 0, the seconds are the mean of the ranks, which do not start at the same moment.
+    assert sum(measured.seconds.values()) == pytest.approx(wall, rel=0.02, abs=0.1 if log["world_size"] == 1 else 0.5)
     assert min(measured.seconds.values()) > 0
 
 

@@ -168,6 +168,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         finally:
             if self._tokens is not None:
                 self._tokens.close()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Extends `Trainer.log`: a line with a loss gets the throughput since the line before, of all ranks.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support import tiny_model
 from tercet.config.sections import ModelConfig
 from tercet.model.encoder import make_model
-from tercet.model.packed_model import one_row, prepare
+from tercet.model.packed_model import prepare
 from tercet.training.meter import Arithmetic, Meter, arithmetic_of
 from tercet.training.peak import MEASURED, Peak, listed_peak, peak_of
 
@@ -51,7 +53,7 @@ def test_the_times_of_all_phases_add_up() -> None:
     assert reading.seconds["evaluation"] < 0.04  # the wait within it is shown apart
 
 
-@pytest.mark.parametrize("layout", ["padded", "row"])
+@pytest.mark.parametrize("layout", ["padded", "row", "ahead"])
 def test_tokens_of_texts_and_padding_are_counted_apart(layout: str) -> None:
     """Two rows of two columns: 3 + 5 and 2 + 2 tokens."""
     batches: dict[str, dict[str, Any]] = {
@@ -61,6 +63,7 @@ def test_tokens_of_texts_and_padding_are_counted_apart(layout: str) -> None:
             "positive_attention_mask": torch.ones(2, 2, dtype=torch.long),
             "positive_input_ids": torch.zeros(2, 2, dtype=torch.long),
         },
+        "ahead": {"batch": SimpleNamespace(lengths=[2, 2, 3, 5], num_texts=[2, 2])},
         "row": {
             "anchor_cu_seq_lens_q": torch.tensor([0, 3, 8], dtype=torch.int32),
             "anchor_input_ids": torch.zeros(1, 8, dtype=torch.long),
@@ -78,7 +81,7 @@ def test_tokens_of_texts_and_padding_are_counted_apart(layout: str) -> None:
 
 
 def test_windows_and_causal_attention_have_fewer_pairs() -> None:
-    lengths = torch.tensor([4, 100])
+    lengths = np.array([4, 100])
     full = Arithmetic(1, 1, 1, (None,)).num_pairs(lengths)
     assert full == 16 + 10_000
     assert Arithmetic(1, 1, 1, (None, 10)).num_pairs(lengths) == full + 16 + 1_000
@@ -97,7 +100,7 @@ def test_operations_are_those_that_torch_counts(model: Any) -> None:
     with FlopCounterMode(display=False) as counted:
         model(features)["sentence_embedding"].sum().backward()
     arithmetic = arithmetic_of(model, is_cached=False)
-    expected = arithmetic.flops(int(lengths.sum()), arithmetic.num_pairs(lengths))
+    expected = arithmetic.flops(int(lengths.sum()), arithmetic.num_pairs(lengths.numpy()))
     assert expected == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
@@ -178,9 +181,9 @@ def test_a_row_of_texts_has_no_padding(tmp_path: Path) -> None:
     forward = prepare(packed, "packed")
     measured = meter(arithmetic_of(packed, is_cached=False))
     measured.count_positions(packed)
-    features = packed.preprocess(["ba be bi", "do"])
+    batch = forward.batch([packed.preprocess(["ba be bi", "do"])])
     packed.train()
-    packed(one_row([features], forward.drops_prompts))
-    measured.add(measured.sizes([{f"anchor_{name}": value for name, value in features.items()}]))
+    batch.embed(packed)
+    measured.add(measured.sizes([{"batch": batch}]))
     assert measured.reading().num_padding_tokens == 0
-    assert measured.reading().num_tokens == features["input_ids"].numel()
+    assert measured.reading().num_tokens == sum(batch.lengths) == 5 + 3
