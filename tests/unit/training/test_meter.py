@@ -186,4 +186,4 @@ def test_a_row_of_texts_has_no_padding(tmp_path: Path) -> None:
     batch.embed(packed)
     measured.add(measured.sizes([{"batch": batch}]))
     assert measured.reading().num_padding_tokens == 0
-    assert measured.reading().num_tokens == sum(batch.lengths) == 5 + 3
+    assert measured.reading().num_tokens == sum(batch.lengths)
