@@ -26,7 +26,7 @@ CASES = [
 
 IN_TEST = [("ddp", "packed", "ranking"), ("fsdp2", "packed", "cached"), ("zero3", "chunked", "ranking")]
 REPORTS = {
-    "packed": "forward pass: packed (one row of real tokens, no padding)",
+    "packed": "forward pass: packed (one row of real tokens, no padding; a trial differs from padding by ",
     "chunked": "forward pass: chunked (as the recipe says; 4 chunks of similar lengths)",
     "plain": "forward pass: plain (as the recipe says)",
 }

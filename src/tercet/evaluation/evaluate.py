@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tercet.artifacts.checkpoint import Commit
 from tercet.model.libraries import import_quietly
+from tercet.planning.packing import stored_choice
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits
 from tercet.storage import Storage, open_storage
@@ -114,9 +115,10 @@ def load_reloaded(plan: TrainPlan, storage: Storage, commit: Commit | None, fold
     It computes on the GPU of this process, or on the CPU where the plan uses none."""
     from tercet.model.devices import own_device
     from tercet.model.encoder import load_model, reloaded
-    from tercet.model.packed_model import prepare
+    from tercet.model.packing_trial import prepare_to_encode
 
     config, workers = plan.config.model, plan.config.workers
     model = load_model(reloaded(config, storage, commit, folder) if commit else config, own_device(workers))
-    prepare(model, workers.packing)
+    choice = stored_choice(storage, plan.run_id)
+    prepare_to_encode(model, workers.packing if choice is None else choice)
     return model

@@ -14,4 +14,5 @@
 - `packed_attention`: attention over a row of texts, by the best kernel for the device
 - `row`: makes one row of the texts of a batch, and runs a model on it
 - `packed_model`: makes a model take all columns of a batch in one row
+- `packing_trial`: decides by a trial on a small random copy whether a model can be packed
 """

@@ -7,9 +7,8 @@ format, with an attention that does not need flash attention, and with all colum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -62,32 +61,21 @@ class Forward(NamedTuple):
 
 def prepare(
     model: SentenceTransformer,
-    wanted: Literal["auto"] | Packing,
+    chosen: Packing,
     is_cached: bool = False,
     guide: SentenceTransformer | None = None,
     attention: Attention | None = None,
+    reason: str = "",
 ) -> Forward:
-    """Decide how the texts of a batch share `model`'s forward pass, and change the model if it is to take rows.
+    """Return the forward pass that `choose_packing` chose, and change the models if they are to take rows.
 
     is_cached: the loss calls the model for each of its own mini-batches, each of which is packed separately. guide:
     another model, which the loss gives the same features. attention: as `Layout` takes it."""
-    facts = _facts_of_all(model, is_cached, guide)
-    chosen, reason = packing.choose(wanted, facts)
     if chosen == "packed":
         for each in (model, *([guide] if guide is not None else [])):
             take_rows(each, attention)
     position_offset = model[0].position_offset if chosen == "packed" else 0
-    return Forward(chosen, reason, is_cached, facts.drops_prompts, position_offset)
-
-
-def choose_packing(
-    model: SentenceTransformer,
-    wanted: Literal["auto"] | Packing,
-    is_cached: bool = False,
-    guide: SentenceTransformer | None = None,
-) -> tuple[Packing, str]:
-    """Return what `prepare` would decide, and why. Changes nothing."""
-    return packing.choose(wanted, _facts_of_all(model, is_cached, guide))
+    return Forward(chosen, reason, is_cached, facts_of(model).drops_prompts, position_offset)
 
 
 def kernel_obstacle(model: SentenceTransformer, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -115,29 +103,24 @@ def fused_kernel_obstacle(model: SentenceTransformer, device: torch.device, dtyp
     return next((why for case in cases_of(encoder) if (why := fused_obstacle(device, dtype, case))), None)
 
 
-def _facts_of_all(model: SentenceTransformer, is_cached: bool, guide: SentenceTransformer | None) -> Facts:
-    facts = _facts(model, is_cached)
-    if guide is None:
-        return facts
-    return facts._replace(guide_obstacle=packing.obstacle(_facts(guide, is_cached)))
-
-
-def _facts(model: SentenceTransformer, is_cached: bool) -> Facts:
-    transformer = model[0]
-    encoder = getattr(transformer, "model", None)
+def facts_of(model: SentenceTransformer, is_cached: bool = False) -> Facts:
+    """Return the facts about a loaded model that its files give too, but for the guide."""
+    encoder = getattr(model[0], "model", None)
     pooling = next((module for module in model if type(module).__name__ == "Pooling"), None)
-    modes: str | Sequence[str] = () if pooling is None else pooling.pooling_mode
     config = getattr(encoder, "config", None)
     return Facts(
         model_type=getattr(config, "model_type", None),
         own_code=encoder is not None and not type(encoder).__module__.startswith("transformers.models."),
-        pooling=(modes,) if isinstance(modes, str) else tuple(modes),
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.include_prompt,
         pads_left=getattr(model.tokenizer, "padding_side", "right") == "left",
         other_modules=packing.other_modules(type(module).__name__ for module in model),
-        is_decoder=bool(getattr(config, "is_decoder", False)),
     )
+
+
+def takes_rows(encoder: Any) -> bool:
+    """Return whether an encoder's code lets tercet put an attention of its own in place of the model's."""
+    return bool(encoder.config.model_type == "mpnet" or getattr(encoder, "_supports_attention_backend", False))
 
 
 def take_rows(model: SentenceTransformer, attention: Attention | None = None) -> None:

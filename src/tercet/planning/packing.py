@@ -1,7 +1,8 @@
-"""Choose how texts share a forward pass, from the model's files: in one packed row, in padded chunks, or not at all.
+"""Choose how texts share a forward pass: in one packed row, in padded chunks, or not at all.
 
 In one row of real tokens, linear layers, norms and activations need no padding; only attention needs to know where each
-text begins (model/packed_attention.py, model/grouped_attention.py).
+text begins (model/packed_attention.py, model/grouped_attention.py). A trial (model/packing_trial.py) decides whether a
+model can be packed. Everything else is read from the model's files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from tercet.config.losses import GuidedLossConfig
 from tercet.config.recipe import Config
 from tercet.config.sections import ModelConfig
 from tercet.planning.model_files import locate, reading
+from tercet.storage import Storage
+from tercet.storage.documents import Document, unseal
+from tercet.storage.layout import forward_key
 
 Packing = Literal["packed", "chunked", "plain"]
 
@@ -22,11 +26,11 @@ Attention = Literal["matrices", "bounds", "fused"]
 """The kernel for rows of texts: matrices over groups of texts; torch's `varlen_attn`, which knows the bounds of texts
 but no dropout; or torch's kernels with bounds, dropout and 32 bits."""
 
-# The model types of transformers 5.23 whose forward pass accepts a row of many texts; each is tested.
-PACKED_MODEL_TYPES = ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
-# Modules that process each text, or each token, independently.
+# Modules that process each text, or each token, independently of how far a batch is padded.
 TEXT_BY_TEXT = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LayerNorm")
-PACKED_POOLING = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens")
+
+# How the reasons of a choice begin. They are stored.
+NOT_PACKED, OF_GUIDE = "not packed: ", "the guide: "
 
 # More padded chunks need less padding, but each is a forward pass. Four were faster than two; more were not tried.
 NUM_CHUNKS = 4
@@ -39,8 +43,6 @@ class Facts(NamedTuple):
     """`model_type` of config.json."""
     own_code: bool
     """Whether the architecture is Python code in the model's folder."""
-    pooling: tuple[str, ...]
-    """Modes of the Pooling module; empty without one."""
     is_cached: bool
     """Whether the loss itself embeds mini-batches of one column."""
     drops_prompts: bool = False
@@ -49,22 +51,46 @@ class Facts(NamedTuple):
     """Whether the tokenizer pads on the left."""
     other_modules: tuple[str, ...] = ()
     """Class names of modules that are not in TEXT_BY_TEXT."""
-    is_decoder: bool = False
-    """Whether tokens attend to earlier tokens only."""
-    guide_obstacle: str | None = None
-    """Why the guide of the loss, which gets the same features, cannot process one row; None if nothing prevents it."""
+    guide_type: str | None = None
+    """`model_type` of the guide of the loss, which gets the same features; None without a guide."""
 
 
-def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, str]:
-    """Return how training runs the forward pass, and the reason. An impossible choice falls back to the next best."""
+class ForwardChoice(Document):
+    """What a run chose when it began, and why."""
+
+    packing: Packing
+    reason: str
+    attention: Attention
+    """The kernel for rows of texts."""
+
+    @property
+    def is_due_to_guide(self) -> bool:
+        """Whether only the guide of the loss cannot be packed."""
+        return self.reason.startswith(f"{NOT_PACKED}{OF_GUIDE}")
+
+
+def stored_choice(storage: Storage, run_id: str) -> ForwardChoice | None:
+    """Return what a run chose when it began; None if it has not begun, or if its recipe names a way without a trial.
+
+    Raises CorruptObject if it is damaged."""
+    key = forward_key(run_id)
+    return unseal(ForwardChoice, storage.read(key), storage.uri_of(key)) if storage.exists(key) else None
+
+
+def needs_trial(wanted: Literal["auto"] | Packing) -> bool:
+    """Return whether a trial decides, because packing is wanted where it is possible."""
+    return wanted in ("auto", "packed")
+
+
+def without_rows(wanted: Literal["auto"] | Packing, facts: Facts, refusal: str = "") -> tuple[Packing, str]:
+    """Return how a model that is not packed runs its forward pass, and the reason.
+
+    refusal: why the model cannot be packed, if the recipe does not name another way."""
     if wanted == "plain":
         return "plain", "as the recipe says"
-    why_not = obstacle(facts) or (facts.guide_obstacle and f"the guide: {facts.guide_obstacle}")
-    if wanted != "chunked" and why_not is None:
-        return "packed", "one row of real tokens, no padding"
-    why = "as the recipe says" if wanted == "chunked" else f"not packed: {why_not}"
+    why = "as the recipe says" if wanted == "chunked" else f"{NOT_PACKED}{refusal}"
     if facts.other_modules:
-        return "plain", f"{why}, and for the same reason not chunked"
+        return "plain", f"{why}; not chunked: its module {facts.other_modules[0]} may mix several texts"
     if facts.is_cached:
         return "plain", f"{why}; not chunked: the loss makes its own mini-batches"
     if facts.drops_prompts:
@@ -74,36 +100,39 @@ def choose(wanted: Literal["auto"] | Packing, facts: Facts) -> tuple[Packing, st
     return "chunked", f"{why}; {NUM_CHUNKS} chunks of similar lengths"
 
 
+def expected(wanted: Literal["auto"] | Packing, facts: Facts) -> Packing:
+    """Return how training will probably run the forward pass, before any trial has run.
+
+    Architectures of transformers pass the trial as a rule, code in a model's folder does not."""
+    if needs_trial(wanted) and not facts.own_code:
+        return "packed"
+    return without_rows(wanted, facts)[0]
+
+
+def describe(wanted: Literal["auto"] | Packing, facts: Facts) -> str:
+    """Return how training will run the forward pass and why, in words, before any trial has run."""
+    if not needs_trial(wanted):
+        packing, why = without_rows(wanted, facts)
+        return f"{packing}  ({why})"
+    kinds = " and ".join(kind or "unknown type" for kind in dict.fromkeys([facts.model_type, *_guide(facts)]))
+    code = ", whose code is in the model's folder," if facts.own_code else ""
+    expected = (
+        f"packed  (one row of real tokens, no padding, if the worker's trial on a small random copy of {kinds}{code} "
+        "gives the embeddings and gradients of padded texts"
+    )
+    if wanted == "packed":
+        return f"{expected}; otherwise the run ends with an error)"
+    fallback, _ = without_rows(wanted, facts)
+    return f"{expected}; otherwise {fallback})"
+
+
+def _guide(facts: Facts) -> tuple[str, ...]:
+    return () if facts.guide_type is None else (facts.guide_type,)
+
+
 def other_modules(names: Iterable[str]) -> tuple[str, ...]:
     """Return those class names of modules that may mix several texts."""
     return tuple(name for name in names if name not in TEXT_BY_TEXT)
-
-
-def obstacle(facts: Facts) -> str | None:
-    """Return why a model cannot process its texts in one row; None if it can."""
-    if facts.other_modules:
-        return f"its module {facts.other_modules[0]} may mix several texts"
-    if facts.is_decoder:
-        return "its tokens attend to earlier tokens only"
-    if facts.own_code:
-        return "the model has code of its own, which does not know where a text begins"
-    if facts.model_type not in PACKED_MODEL_TYPES:
-        return f"untested for the architecture {facts.model_type or 'of this model'}"
-    other = [mode for mode in facts.pooling if mode not in PACKED_POOLING]
-    if not facts.pooling or other:
-        return f"untested for {'pooling ' + other[0] if other else 'a model without a Pooling module'}"
-    return None
-
-
-# Settings of a Pooling module that sentence-transformers before version 5 saved.
-_OLD_POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 
 def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
@@ -116,7 +145,7 @@ def read_packing_facts(config: Config, folder: Path | None) -> Facts | None:
         return facts
     model = ModelConfig(name_or_path=config.loss.guide)
     guide = _of_model(model, locate(model), config.loss.is_cached)
-    return None if guide is None else facts._replace(guide_obstacle=obstacle(guide))
+    return None if guide is None else facts._replace(guide_type=guide.model_type or "unknown type")
 
 
 def _of_model(model: ModelConfig, folder: Path | None, is_cached: bool) -> Facts | None:
@@ -132,12 +161,10 @@ def _read_facts(model: ModelConfig, folder: Path, is_cached: bool) -> Facts:
     return Facts(
         model_type=config.get("model_type"),
         own_code=model.trust_remote_code and "auto_map" in config,
-        pooling=_modes(pooling),
         is_cached=is_cached,
         drops_prompts=pooling is not None and not pooling.get("include_prompt", True),
         pads_left=_read(transformer / "tokenizer_config.json").get("padding_side") == "left",
         other_modules=other_modules(_type_names(folder)),
-        is_decoder=bool(config.get("is_decoder")),
     )
 
 
@@ -156,13 +183,6 @@ def _module(folder: Path, name: str) -> Path | None:
 
 def _type_names(folder: Path) -> list[str]:
     return [module["type"].rpartition(".")[2] for module in _read(folder / "modules.json") or []]
-
-
-def _modes(pooling: dict[str, Any] | None) -> tuple[str, ...]:
-    if pooling is None:
-        return ()
-    modes = pooling.get("pooling_mode") or [mode for key, mode in _OLD_POOLING.items() if pooling.get(key)] or ["mean"]
-    return (modes,) if isinstance(modes, str) else tuple(modes)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def check(config: Config, findings: Findings, counts: Counts, kept: Kept, memory
 def _most_kept(config: Config, findings: Findings) -> Kept:
     """Return what a worker keeps for a backward pass, with the dataset of the longest texts."""
     facts = findings.packing
-    way = "plain" if facts is None else packing.choose(config.workers.packing, facts)[0]
+    way = "plain" if facts is None else packing.expected(config.workers.packing, facts)
     on_gpu = config.workers.use_gpu is True or (config.workers.use_gpu == "auto" and findings.gpu_bytes is not None)
     kept = max(kept_for_backward(config, dataset.manifest, findings.model, way) for dataset in findings.datasets)
     return kept._replace(overhead_bytes=GPU_OVERHEAD_BYTES if on_gpu else 0)
@@ -363,7 +363,4 @@ def estimate(config: Config, tightest: Config, findings: Findings, counts: Count
 
 def _forward(config: Config, facts: packing.Facts | None) -> str | None:
     """How texts share a forward pass, and why, in words."""
-    if facts is None:
-        return None
-    kind, why = packing.choose(config.workers.packing, facts)
-    return f"{kind}  ({why})"
+    return None if facts is None else packing.describe(config.workers.packing, facts)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.model.collectives import gather_objects, run_on_rank_0
-from tercet.model.packed_model import Forward, choose_packing, fused_kernel_obstacle, kernel_obstacle, prepare
-from tercet.planning.packing import Attention, Packing
+from tercet.model.packed_model import Forward, facts_of, fused_kernel_obstacle, kernel_obstacle, prepare
+from tercet.model.packing_trial import choose_packing
+from tercet.planning.packing import Attention, ForwardChoice, needs_trial, without_rows
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
-from tercet.storage.documents import Document
 from tercet.training.choices import choose_once
 
-logger = logging.getLogger("tercet")
-
 _ACTIVATIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ForwardChoice(Document):
-    """What a run chose when it began, and why."""
-
-    packing: Packing
-    reason: str
-    attention: Attention
-    """The kernel for rows of texts."""
 
 
 def resolve_forward(
@@ -38,12 +25,18 @@ def resolve_forward(
 ) -> Forward:
     """Prepare the model's forward pass as the run chose it when it began. Every rank must call it.
 
-    A packing that the recipe names, and that needs no trial, is taken from there instead. Raises PlanError where this
-    machine cannot do what was chosen, CorruptObject where the stored choice is damaged: on all ranks alike."""
+    Rank 0 runs the trial. A way that the recipe names, and that needs no trial, is taken from there instead. Raises
+    PlanError where the recipe wants rows and the trial refuses them, or where this machine cannot do what was chosen,
+    and CorruptObject where the stored choice is damaged: on all ranks alike."""
     wanted, is_cached = plan.config.workers.packing, plan.config.loss.is_cached
-    if wanted in ("plain", "chunked"):
-        return prepare(model, wanted, is_cached, guide)
-    packing, reason = choose_packing(model, wanted, is_cached, guide)
+    if not needs_trial(wanted):
+        packing, reason = without_rows(wanted, facts_of(model, is_cached))
+        return prepare(model, packing, is_cached, reason=reason)
+    key = layout.forward_key(plan.run_id)
+    # What the recipe wants is an error only where nothing has been chosen yet.
+    packing, reason = run_on_rank_0(
+        lambda: choose_packing(model, "auto" if storage.exists(key) else wanted, is_cached, guide)
+    )
     obstacles: dict[Attention, str | None] = dict.fromkeys(("fused", "bounds"), "the forward pass is not packed")
     if packing == "packed":
         dtype = _ACTIVATIONS.get(plan.config.training.precision, torch.float32)
@@ -54,7 +47,9 @@ def resolve_forward(
         }
 
     def obstacle(choice: ForwardChoice) -> str | None:
-        possible, why = choose_packing(model, choice.packing, is_cached, guide)
+        possible, why = packing, reason
+        if choice.packing != "packed":
+            possible, why = without_rows(choice.packing, facts_of(model, is_cached))
         if possible != choice.packing:
             return f"its forward pass is {choice.packing}, which is not possible here ({why})"
         why_not = obstacles.get(choice.attention)
@@ -65,11 +60,8 @@ def resolve_forward(
     def make() -> ForwardChoice:
         return ForwardChoice(packing=packing, reason=reason, attention=_attention(obstacles))
 
-    choice: ForwardChoice = run_on_rank_0(
-        lambda: choose_once(storage, layout.forward_key(plan.run_id), ForwardChoice, make, obstacle)
-    )
-    forward = prepare(model, choice.packing, is_cached, guide, attention=choice.attention)
-    return forward._replace(reason=choice.reason)
+    choice: ForwardChoice = run_on_rank_0(lambda: choose_once(storage, key, ForwardChoice, make, obstacle))
+    return prepare(model, choice.packing, is_cached, guide, choice.attention, choice.reason)
 
 
 def _first_of_all_ranks(obstacles: list[str | None]) -> str | None:

@@ -44,12 +44,12 @@ def test_many_evaluations_are_not_all_named() -> None:
 
 def test_how_texts_share_a_forward_pass() -> None:
     assert lines()["forward"] == "unknown until the model is on this machine"
-    facts = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
-    packed, other = (
-        builders.plan_of(builders.config(), builders.manifest(), packing=facts._replace(model_type=kind))
-        for kind in ("bert", "electra")
+    facts = Facts("bert", own_code=False, is_cached=False)
+    auto, chunked = (
+        builders.plan_of(builders.config(workers={"packing": way}), builders.manifest(), packing=facts)
+        for way in ("auto", "chunked")
     )
-    assert "packed  (one row of real tokens, no padding)" in plan_text(packed)
-    assert "chunked  (not packed: untested for the architecture electra; 4 chunks of similar lengths)" in plan_text(
-        other
+    assert "packed  (one row of real tokens, no padding, if the worker's trial on a small random copy of bert" in (
+        plan_text(auto)
     )
+    assert "chunked  (as the recipe says; 4 chunks of similar lengths)" in plan_text(chunked)

@@ -24,6 +24,7 @@ from tercet.model import packed_attention, packed_model
 from tercet.model.lora import add_adapter
 from tercet.model.loss import make_loss
 from tercet.model.packed_model import Forward, prepare
+from tercet.model.packing_trial import choose_packing
 
 Columns = list[list[str]]
 Run = tuple[list[torch.Tensor], float, dict[str, torch.Tensor]]
@@ -202,12 +203,6 @@ def test_a_guide_that_counts_positions_from_another_number(load: Any, family: st
     assert_equal(found, expected)
 
 
-def test_a_guide_that_cannot_be_packed_keeps_the_model_from_packing(load: Any) -> None:
-    forward = prepare(load(), "auto", guide=load("electra"))
-    assert forward.packing == "chunked"
-    assert "the guide" in forward.reason
-
-
 @pytest.mark.parametrize("include_prompt", [True, False])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
 @pytest.mark.parametrize("prompts", [("bafa delo: ", "lura: ", "lura: "), ("lura: ", None, None), ("lura: ",) * 3])
@@ -221,7 +216,7 @@ def test_prompts(load: Any, pooling: str, include_prompt: bool, prompts: tuple[s
         assert_equal(run(made[2], texts, "chunked", prompts=prompts), plain)
         assert float((plain[0][0] - run(load("bert", pooling), texts, "plain")[0][0]).abs().max()) > 1e-3
     else:
-        assert prepare(made[2], "chunked").packing == "plain"
+        assert choose_packing(made[2], "chunked")[0] == "plain"
 
 
 def test_prompts_in_a_cached_loss(load: Any) -> None:
@@ -531,7 +526,7 @@ def test_a_model_with_its_own_code_runs_in_chunks(tmp_path: Path, monkeypatch: p
         options: dict[str, Any] = {"trust_remote_code": True, "config_kwargs": switched_off, "device": "cpu"}
         return SentenceTransformer(str(folder), **options).train()
 
-    forward = prepare(stella(), "auto")
-    assert (forward.packing, "code of its own" in forward.reason) == ("chunked", True)
+    way, reason = choose_packing(stella(), "auto")
+    assert (way, "its own code does not call the attention interface" in reason) == ("chunked", True)
     texts = columns([[3, 1, 7, 5], [12, 4, 2, 8], [6, 6, 2, 20]])
     assert_equal(run(stella(), texts, "chunked"), run(stella(), texts, "plain"))

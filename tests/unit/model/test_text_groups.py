@@ -1,4 +1,4 @@
-"""Which texts share a batch of attention matrices or a padded chunk, and whether a model is packed at all."""
+"""Which texts share a batch of attention matrices or a padded chunk."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
 from support.reference_groups import slow_attention_groups, slow_chunks
 from tercet.model.text_groups import PAIRS_PER_GROUP, Group, attention_groups, chunks
-from tercet.planning.packing import NUM_CHUNKS, Facts, choose
-
-BERT = Facts("bert", own_code=False, pooling=("mean",), is_cached=False)
+from tercet.planning.packing import NUM_CHUNKS
 
 
 def cut(lengths: Sequence[int], places: Sequence[int]) -> tuple[Group, ...]:
@@ -94,30 +91,3 @@ def test_the_number_of_chunks_depends_only_on_the_number_of_texts() -> None:
     for lengths in some_lengths():
         assert len(chunks(lengths)) == min(NUM_CHUNKS, len(lengths))
     assert len(chunks([7] * 100)) == NUM_CHUNKS
-
-
-@pytest.mark.parametrize(
-    ("wanted", "changes", "packing", "reason"),
-    [
-        ("auto", {}, "packed", "one row"),
-        ("packed", {}, "packed", "one row"),
-        ("chunked", {}, "chunked", "as the recipe says"),
-        ("plain", {}, "plain", "as the recipe says"),
-        ("auto", {"is_cached": True}, "packed", "one row"),
-        ("chunked", {"is_cached": True}, "plain", "its own mini-batches"),
-        ("auto", {"own_code": True}, "chunked", "code of its own"),
-        ("auto", {"own_code": True, "is_cached": True}, "plain", "its own mini-batches"),
-        ("auto", {"own_code": True, "drops_prompts": True}, "plain", "cannot exclude"),
-        ("auto", {"own_code": True, "pads_left": True}, "plain", "pads on the left"),
-        ("auto", {"drops_prompts": True}, "packed", "one row"),
-        ("auto", {"model_type": "qwen3"}, "chunked", "untested for the architecture qwen3"),
-        ("packed", {"model_type": "qwen3"}, "chunked", "untested for the architecture qwen3"),
-        ("auto", {"pooling": ("mean", "weightedmean")}, "chunked", "untested for pooling weightedmean"),
-        ("auto", {"pooling": ()}, "chunked", "without a Pooling module"),
-        ("auto", {"guide_obstacle": "other code"}, "chunked", "the guide: other code"),
-    ],
-)
-def test_the_choice(wanted: Any, changes: dict[str, Any], packing: str, reason: str) -> None:
-    chosen, why = choose(wanted, BERT._replace(**changes))
-    assert chosen == packing
-    assert reason in why

@@ -12,13 +12,14 @@ from sentence_transformers import SentenceTransformer
 
 from support import builders, tiny_model
 from tercet.errors import PlanError
-from tercet.model import packed_model
+from tercet.model import packed_model, packing_trial
+from tercet.model.packing_trial import Trial
+from tercet.planning.packing import ForwardChoice, stored_choice
 from tercet.planning.plan import TrainPlan
-from tercet.storage.documents import unseal
 from tercet.storage.layout import forward_key
 from tercet.storage.local import LocalStorage
 from tercet.training import forward as module
-from tercet.training.forward import ForwardChoice, resolve_forward
+from tercet.training.forward import resolve_forward
 
 Load = Callable[[], SentenceTransformer]
 
@@ -49,12 +50,14 @@ def resolve(storage: LocalStorage, model: SentenceTransformer, packing: str = "a
 
 
 def stored(storage: LocalStorage) -> ForwardChoice:
-    return unseal(ForwardChoice, storage.read(forward_key(plan().run_id)), "forward.json")
+    choice = stored_choice(storage, plan().run_id)
+    assert choice is not None
+    return choice
 
 
 def no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make packing impossible, as with libraries that do not support this architecture."""
-    monkeypatch.setattr(packed_model.packing, "PACKED_MODEL_TYPES", ())
+    """Make packing impossible, as with libraries whose code for this architecture takes no rows."""
+    monkeypatch.setattr(packing_trial, "try_rows", lambda _: Trial("it fails here"))
 
 
 @pytest.mark.parametrize("packing", ["auto", "packed"])
@@ -62,7 +65,8 @@ def test_what_the_run_chose_is_stored_and_used(storage: LocalStorage, load: Load
     """A run of an earlier tercet has stored nothing: it makes the same choice when it resumes."""
     model = load()
     forward = resolve(storage, model, packing)
-    assert (forward.packing, forward.reason) == ("packed", "one row of real tokens, no padding")
+    assert forward.packing == "packed"
+    assert forward.reason.startswith("one row of real tokens, no padding; a trial differs from padding by ")
     assert stored(storage) == ForwardChoice(packing="packed", reason=forward.reason, attention="matrices")
     assert model[0].attention == "matrices"
     assert model[0].can_flatten_inputs
@@ -91,7 +95,7 @@ def test_a_run_that_began_packed_is_refused_where_nothing_can_be_packed(
 ) -> None:
     resolve(storage, load())
     no_row(monkeypatch)
-    with pytest.raises(PlanError, match=r"pass is packed, which is not possible here \(not packed: untested"):
+    with pytest.raises(PlanError, match=r"pass is packed, which is not possible here \(not packed: it fails"):
         resolve(storage, load())
 
 
@@ -142,3 +146,15 @@ def test_a_kernel_that_fails_on_another_rank_is_used_on_none(
     monkeypatch.setattr(module, "gather_objects", lambda own: [own, ["only supports Ampere GPUs or newer"]])
     resolve(storage, load())
     assert stored(storage).attention == "matrices"
+
+
+def test_rows_that_the_recipe_names_and_the_trial_refuses(
+    storage: LocalStorage, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error for a new run. A run that began before this was an error keeps what it chose."""
+    no_row(monkeypatch)
+    with pytest.raises(PlanError, match=r"workers\.packing is packed, but this model cannot be packed: it fails here"):
+        resolve(storage, load(), "packed")
+    assert not storage.exists(forward_key(plan().run_id))
+    assert resolve(storage, load(), "auto").packing == "chunked"
+    assert resolve(storage, load(), "packed").packing == "chunked"
