@@ -10,11 +10,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import (
+    AutoConfig,
     AutoModel,
     BertConfig,
     CamembertConfig,
     DistilBertConfig,
-    ElectraConfig,
     ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
@@ -36,6 +36,33 @@ _SIZES = {
 }
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "modernbert", "distilbert")
 
+# Encoders and decoders of further families: keyword arguments of their configuration beside _SIZES.
+_BERT_LIKE = {"type_vocab_size": 2}
+_WITH_TYPES = {"type_vocab_size": 2, "pad_token_id": 0}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+_SLIDING = {**_GROUPED, "sliding_window": 5}
+FURTHER: dict[str, dict[str, Any]] = {
+    "electra": {**_BERT_LIKE, "embedding_size": HIDDEN},
+    "ernie": {**_BERT_LIKE, "use_task_id": True, "pad_token_id": 0},
+    "nomic_bert": _WITH_TYPES,
+    "gte": {**_WITH_TYPES, "pad_token_id": 1},
+    "jina_embeddings_v3": {"type_vocab_size": 1, "pad_token_id": 1},
+    "eurobert": {**_GROUPED, "mask_token_id": 4},
+    "llama": _GROUPED,
+    "mistral": _SLIDING,
+    "qwen2": {**_SLIDING, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": _GROUPED,
+    "gemma3_text": {**_SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
+    "embeddinggemma": {
+        **_SLIDING,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 8,
+        "use_bidirectional_attention": True,
+    },
+}
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "embeddinggemma")
+
 
 def _config(family: str, vocab_size: int, dropout: float) -> PretrainedConfig:
     shared: dict[str, Any] = {"vocab_size": vocab_size, **_SIZES}
@@ -43,8 +70,10 @@ def _config(family: str, vocab_size: int, dropout: float) -> PretrainedConfig:
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if family == "bert":
         return BertConfig(**shared, **drops)
-    if family == "electra":
-        return ElectraConfig(**shared, **drops, embedding_size=HIDDEN)
+    if family in FURTHER:
+        drops |= {"attention_dropout": dropout}
+        kind = "gemma3_text" if family == "embeddinggemma" else family
+        return AutoConfig.for_model(kind, **shared, **drops, **FURTHER[family])
     if family in ("roberta", "xlm-roberta", "camembert"):
         # Position ids start after the id of the padding token.
         kind = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}[family]
@@ -78,11 +107,13 @@ def tiny_encoder(
     pooling: str | tuple[str, ...] = "mean",
     dropout: float = 0.0,
     include_prompt: bool = True,
+    padding_side: str = "right",
 ) -> Path:
     """Random weights, larger than a model starts with: at that start all texts are nearly one point. With a Dense
     and a Normalize module."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(texts)
+    tokenizer.padding_side = padding_side
     tokenizer.model_max_length = MAX_LENGTH
     encoder = AutoModel.from_config(_config(family, len(tokenizer), dropout))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from tercet.errors import PlanError
 from tercet.model import packed_attention, packed_model
 from tercet.model.grouped_attention import Layout
 from tercet.model.packing_trial import MAX_ERROR, choose_packing, prepare_to_encode, small_copy, try_rows
-from tercet.model.row import one_row
+from tercet.model.row import row_batch
 from tercet.planning.packing import ForwardChoice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,7 +207,7 @@ def test_prompts_take_part(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(include_prompt=False)
     model.prompts = {"query": "bafa delo: ", "document": ""}
     assert choose_packing(model, "auto")[0] == "packed"
-    monkeypatch.setattr(packed_model, "one_row", lambda columns, _: one_row(columns, False))
+    monkeypatch.setattr(packed_model, "row_batch", lambda columns, _, offset: row_batch(columns, False, offset))
     assert try_rows(model).error > 10 * MAX_ERROR
     assert choose_packing(model, "auto")[0] == "plain"
 
