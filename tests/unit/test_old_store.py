@@ -17,6 +17,7 @@ from tercet.artifacts.champion import Served, history
 from tercet.artifacts.checkpoint import damage_of, fetch_newest
 from tercet.artifacts.decision import CANDIDATE
 from tercet.artifacts.lease import Lease, read_attempts
+from tercet.artifacts.precision import Precision
 from tercet.artifacts.registry import promote, read_decision, read_version, resolve
 from tercet.artifacts.report import RunMetrics
 from tercet.artifacts.training_log import Evaluation, TrainingLog
@@ -30,7 +31,6 @@ from tercet.pipeline.publishers import Notification
 from tercet.planning.survey import list_runs, read_plan, read_report
 from tercet.storage import Storage, layout, open_storage
 from tercet.storage.documents import D, seal, sha256, unseal
-from tercet.training.arguments import Precision
 
 RUN = "20260314-made-0a1b2c3d-4e5f6a7b"
 VERSION = "4b83b2ab15a2ac2d"

@@ -5,6 +5,7 @@
 - `best`: the best model of a run, and which checkpoints are kept
 - `uploader`: uploads checkpoints in the background
 - `journal`: the events and incidents of a run
+- `precision`: the precision that a run chose when it began
 - `training_log`: metrics of each evaluation, and the log of a finished training
 - `throughput`: how fast a run trained, and where its time went
 - `report`: the result of a run, as a document and as a page

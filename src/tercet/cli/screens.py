@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tercet.artifacts.report import Metrics, RunReport, verdict
 from tercet.artifacts.throughput import peak_text, rates_text, waits_text
+from tercet.config.recipe import Config
 from tercet.planning.estimates import size_text
 from tercet.planning.plan import TrainPlan
 from tercet.storage.layout import REPORT_PAGE
@@ -34,6 +35,7 @@ def plan_text(plan: TrainPlan) -> str:
         "each but the first with a checkpoint",
         "storage": _storage(plan) or unknown,
         "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
+        "precision": _precision(plan.config),
         "forward": plan.forward or unknown,
         "memory": unknown if plan.memory is None else plan.memory.text(),
         "time": "unknown for a GPU"
@@ -43,6 +45,17 @@ def plan_text(plan: TrainPlan) -> str:
     if plan.memory_warning is not None:
         lines["warning"] = plan.memory_warning
     return "\n".join(f"{name:<13}{value}" for name, value in lines.items())
+
+
+def _precision(config: Config) -> str:
+    named, use_gpu = config.training.precision, config.workers.use_gpu
+    on_gpu = "bf16 on a GPU that has it, else tf32 or fp32"
+    if named is None and use_gpu is False:
+        return "fp32  (not set; workers train on CPUs)"
+    if named is None:
+        where = on_gpu if use_gpu is True else f"{on_gpu}; fp32 on a CPU"
+        return f"{where}  (not set; chosen when the run begins, and kept)"
+    return "the first worker measures which is fastest  (auto; the run keeps it)" if named == "auto" else named
 
 
 def _rows(plan: TrainPlan) -> str:

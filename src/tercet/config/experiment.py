@@ -63,6 +63,10 @@ _ALWAYS_HASHED: dict[str, str] = {
 """Path of a section → its fields that are hashed at their default too. Frozen: never add a later field here."""
 
 
+_UNSET = {"training.precision": "fp32"}
+"""Path of a field → the default that it once had. Not set, it is hashed as that: recipes without it keep their hash."""
+
+
 def experiment_hash(recipe: BaseModel) -> str:
     """Return eight hex digits over what decides a recipe's result."""
     return hashlib.sha256(json.dumps(_values(recipe, ""), sort_keys=True).encode()).hexdigest()[:8]
@@ -77,6 +81,8 @@ def _values(section: BaseModel, path: str) -> dict[str, Any]:
         is_default = value == field.get_default(call_default_factory=True)
         if field_path not in _NEVER_HASHED and (name in always or not is_default):
             values[name] = _value(value, field_path, dumped[name])
+            if value is None and field_path in _UNSET:
+                values[name] = _UNSET[field_path]
     return values
 
 

@@ -135,10 +135,11 @@ class TrainingConfig(Section):
     """Weight decay of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients with a larger norm are scaled down to it; 0 switches clipping off."""
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] | None = None
     """Number format of the forward and backward pass; the trained and saved weights are always fp32. tf32 and fp16 need
-    a GPU; bf16 needs a CPU, or a GPU that supports it. `auto`: the first worker tries for a second whether bf16 is
-    faster than fp32, and the run keeps the result on all machines."""
+    a GPU; bf16 needs a CPU, or a GPU that supports it. Not set: on a CPU fp32; on a GPU bf16, else tf32, whichever it
+    has first. `auto`: the first worker tries for a second whether another one is faster than fp32. Either way the
+    choice is made when the run begins, and the run keeps it on all machines."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
     no_duplicates: bool = True

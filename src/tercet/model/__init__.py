@@ -2,6 +2,7 @@
 
 - `libraries`: imports the machine-learning libraries and silences their notices
 - `devices`: the device on which a process computes
+- `precision`: the precisions that a device has, and computing in one of them
 - `collectives`: communication among the ranks of a process group
 - `sharding`: checks how weights are distributed over ranks, and gathers them
 - `lora`: adds an adapter beside frozen weights, and merges it to publish

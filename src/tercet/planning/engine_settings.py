@@ -131,7 +131,7 @@ def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cpu" if use_cpu else "cuda", "DS_IGNORE_CUDA_DETECTION": "1"}
 
 
-def fp16_problems(precision: str, parallelism: str) -> list[tuple[str, str]]:
+def fp16_problems(precision: str | None, parallelism: str) -> list[tuple[str, str]]:
     """Return the problem of fp16 with any mode but ddp, with a hint; an empty list if there is none.
 
     Both arguments are values of the recipe, so either may be `auto`."""

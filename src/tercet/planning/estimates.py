@@ -181,6 +181,14 @@ def memory_of(
     )
 
 
+def with_likely_precision(config: Config) -> Config:
+    """Return the recipe with the precision to estimate for, where it names none: bf16 on GPUs, fp32 elsewhere."""
+    if config.training.precision is not None or config.workers.use_gpu is not True:
+        return config
+    training = config.training.model_copy(update={"precision": "bf16"})
+    return config.model_copy(update={"training": training})
+
+
 def is_16_bit(training: TrainingConfig) -> bool:
     """Return whether the recipe asks for a 16-bit precision."""
     return training.precision in ("bf16", "fp16")

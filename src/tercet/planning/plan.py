@@ -32,6 +32,7 @@ from tercet.planning.estimates import (
     size_text,
     tokens_per_text,
     training_seconds,
+    with_likely_precision,
 )
 from tercet.planning.model_files import ModelFacts
 from tercet.planning.parallelism import choose
@@ -265,6 +266,7 @@ def make_plan(config: Config, findings: Findings) -> TrainPlan:
     if sizes:
         config = on_world(config, max([size for size in sizes if size <= config.workers.num_workers], default=sizes[0]))
         tightest = on_world(config, sizes[0])  # with the fewest workers, each holds the most
+    tightest = with_likely_precision(tightest)
     most_kept = _most_kept(tightest, findings)
     memory_bytes = available_bytes(tightest.workers, findings.cpu_worker_bytes, findings.gpu_bytes)
     counts = count(config, findings.datasets)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.artifacts.champion import read_champion
+from tercet.artifacts.precision import check_same_precision
 from tercet.artifacts.registry import version_of
 from tercet.artifacts.report import RunReport
 from tercet.config.recipe import Config
@@ -67,6 +68,7 @@ def survey(
     if earlier is not None:
         _check_same_experiment(earlier, config, versions)
         _check_resumable(storage, earlier)
+        check_same_precision(storage, earlier.run_id, config.training.precision)
     champion = _planned_champion(storage, config, earlier)
     model_dir = locate(config.model)
     findings = Findings(

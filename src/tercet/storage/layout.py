@@ -2,7 +2,7 @@
 
     runs/<run_id>/plan.json  the plan that the run follows
     runs/<run_id>/LEASE.json  which attempt may commit, and every attempt so far; changed by compare-and-swap alone
-    runs/<run_id>/precision.json  the precision that a trial on the first machine chose
+    runs/<run_id>/precision.json  the precision that the run chose when it began
     runs/<run_id>/forward.json  the packing and the attention kernel that the first machine chose
     runs/<run_id>/events.jsonl  what happened and when, one event a line
     runs/<run_id>/incidents/<incident>.json  one thing that went wrong

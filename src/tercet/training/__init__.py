@@ -1,7 +1,8 @@
 """Everything that one rank does to train. No Ray.
 
-- `arguments`: the plan as transformers' TrainingArguments, and the choice of precision
+- `arguments`: the plan as transformers' TrainingArguments
 - `choices`: choices that a trial on a machine decides, stored once per run
+- `precision`: the precision that the run began with: named, measured, or the default of its device
 - `forward`: the forward pass that the run chose: packing and attention kernel
 - `ledger`: which rows each step consumed, and the proof that each pass used each row once
 - `meter`: counts tokens, operations and the time of each phase

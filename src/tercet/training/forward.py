@@ -39,7 +39,7 @@ def resolve_forward(
     )
     obstacles: dict[Attention, str | None] = dict.fromkeys(("fused", "bounds"), "the forward pass is not packed")
     if packing == "packed":
-        dtype = _ACTIVATIONS.get(plan.config.training.precision, torch.float32)
+        dtype = _ACTIVATIONS.get(plan.config.training.precision or "fp32", torch.float32)
         models = [each for each in (model, guide) if each is not None]
         obstacles = {
             "fused": _first_of_all_ranks([fused_kernel_obstacle(each, device, dtype) for each in models]),

@@ -29,7 +29,8 @@ from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import layout, open_storage
 from tercet.storage.base import retries
 from tercet.storage.documents import seal
-from tercet.training.arguments import resolve_precision, use_cpu
+from tercet.training.arguments import use_cpu
+from tercet.training.precision import resolve_precision
 
 logger = logging.getLogger("tercet")
 
@@ -105,7 +106,7 @@ def run_worker(
                     resumed_from_step=run.commit.step if run.commit else 0,
                     world_size=args.world_size,
                     parallelism=plan.parallelism,
-                    precision=plan.config.training.precision,
+                    precision=plan.config.training.precision or "fp32",
                     device=str(args.device),
                     seconds=require_finite(seconds, "time"),
                     storage_retries=dict(retries),

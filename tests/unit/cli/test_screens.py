@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support import builders
 from tercet.cli.screens import plan_text
 from tercet.planning.packing import Facts
@@ -16,10 +18,27 @@ def test_every_line() -> None:
     found = lines()
     assert list(found) == [
         *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism"),
-        *("forward", "memory", "time"),
+        *("precision", "forward", "memory", "time"),
     ]
     assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass excluded (they fill no batch)"
     assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each but the first with a checkpoint"
+
+
+UNSET = "(not set; chosen when the run begins, and kept)"
+
+
+@pytest.mark.parametrize(
+    ("named", "use_gpu", "expected"),
+    [
+        ("bf16", "auto", "bf16"),
+        ("auto", True, "the first worker measures which is fastest  (auto; the run keeps it)"),
+        (None, False, "fp32  (not set; workers train on CPUs)"),
+        (None, True, f"bf16 on a GPU that has it, else tf32 or fp32  {UNSET}"),
+        (None, "auto", f"bf16 on a GPU that has it, else tf32 or fp32; fp32 on a CPU  {UNSET}"),
+    ],
+)
+def test_the_precision(named: str | None, use_gpu: bool | str, expected: str) -> None:
+    assert lines(training={"precision": named}, workers={"use_gpu": use_gpu})["precision"] == expected
 
 
 def test_a_limit_of_train_rows_is_shown() -> None:
