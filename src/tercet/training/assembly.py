@@ -115,7 +115,7 @@ def make_trainer(
         scales_loss=training.precision == "fp16",
         forward=forward,
         loss_reads_texts=guide is not None,
-        precision=training.precision,
+        precision=training.precision or "fp32",
         model=model,
         args=args,
         train_dataset=rows.train,
