@@ -21,6 +21,7 @@
     │   ├── RunIsTaken          6   another attempt at the same run is alive
     │   ├── Preempted           6   the machine was preempted, with notice; the run was saved
     │   ├── OutOfMemory         6   a worker ran out of memory
+    │   │   └── GpuOutOfMemory  6   a GPU is too small for the batch
     │   ├── NonFiniteError      6   NaN or Inf in a loss, gradient, weight, embedding or metric
     │   └── LearnedNothing      6   the weights did not change
     └── JobError                7   a submitted Ray job failed or was stopped
@@ -142,6 +143,10 @@ class Preempted(TrainingError):
 
 class OutOfMemory(TrainingError):
     """A worker ran out of memory."""
+
+
+class GpuOutOfMemory(OutOfMemory):
+    """The memory of a worker's GPU is too small. The batch would be the same at the next start, so none is tried."""
 
 
 class NonFiniteError(TrainingError):

@@ -1,10 +1,10 @@
-"""Named places at which a test can kill this process, make it hang, or give it notice. Inert unless armed:
+"""Named places at which a test can kill this process, make it hang or fail, or give it notice. Inert unless armed:
 
     TERCET_CRASH="at=before_commit rank=1 step=8 do=kill once=/tmp/fired"
 
-`do` is kill (SIGKILL), notice (SIGTERM) or hang: for ever, or until the file named by `until=/tmp/go` exists. `once`
-names a file that is created when the place fires; while it exists the place is inert, so that a restart gets past.
-Separate several places with `;`.
+`do` is kill (SIGKILL), notice (SIGTERM), raise (a TrainingError) or hang: for ever, or until the file named by
+`until=/tmp/go` exists. `once` names a file that is created when the place fires; while it exists the place is inert, so
+that a restart gets past. Separate several places with `;`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import signal
 import time
 from pathlib import Path
+
+from tercet.errors import TrainingError
 
 VARIABLE = "TERCET_CRASH"
 
@@ -33,6 +35,8 @@ def _fire(armed: dict[str, str]) -> None:
         Path(armed["once"]).touch(exist_ok=False)
     except FileExistsError:
         return
+    if armed.get("do") == "raise":
+        raise TrainingError(f"a test asked for this error at {armed['at']}")
     if armed.get("do") != "hang":
         os.kill(os.getpid(), signal.SIGTERM if armed.get("do") == "notice" else signal.SIGKILL)
         return

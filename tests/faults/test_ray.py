@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from support import tiny_model
 from support.commands import check, run_command, tercet
 from support.interrupted_run import final_state, proof, settings
+from support.tiers import in_soak
 from support.workers import training_log, wait_until, worker_of, write_plan
 from tercet.artifacts.best import read_best
 from tercet.artifacts.checkpoint import read_commits
@@ -41,6 +43,43 @@ def test_ray_restarts_dead_workers_without_changing_the_result(
     assert training_log(store, "ray")["resumed_from_step"] == 11
     assert final_state(store, "ray") == final_state(store, whole[2])
     assert len(proof(store, recipe, "ray").attempts) == 2
+
+
+AT = "a test asked for this error at "
+
+
+@pytest.mark.parametrize(
+    ("place", "others"),
+    [
+        ("at=after_backward step=6", ""),
+        *in_soak(
+            [
+                ("at=in_evaluation step=11", ""),
+                ("at=before_step step=1", ""),
+                ("at=after_step step=11", ""),
+                # As in a collective of NCCL, which does not notice that a rank is gone.
+                ("at=after_backward step=6", "at=before_step step=6 do=hang once={fired}-0"),
+            ]
+        ),
+    ],
+)
+def test_an_error_of_one_rank_ends_all(
+    model: Path, store: Path, environment: dict[str, str], tmp_path: Path, place: str, others: str
+) -> None:
+    """Rank 1 alone meets it, while rank 0 waits in a collective. It is final, so nothing is tried again."""
+    sections, fired = settings(num_workers=2), tmp_path / "fired"
+    sections["workers"] = {**sections["workers"], "max_failures": 3}
+    recipe = tiny_model.write_recipe(tmp_path / "recipe.yaml", model, store, **sections)
+    name = place.split()[0].removeprefix("at=")
+    run_id = f"one-rank-{name}".replace("_", "-") + ("-stuck" if others else "")
+    armed = {VARIABLE: f"{place} rank=1 do=raise once={fired}" + (f";{others.format(fired=fired)}" if others else "")}
+    done = check(run_command(tercet("train", recipe, "--run-id", run_id), {**environment, **armed}, tmp_path), code=6)
+    seconds = time.time() - fired.stat().st_mtime
+    assert f"tercet: {AT}{name}" in done.stdout
+    assert "Traceback" not in "\n".join(line for line in done.stdout.splitlines() if " pid=" not in line)
+    assert seconds < 30
+    assert report(store, run_id)["num_attempts"] == 1
+    assert report(store, run_id)["error"] == f"{AT}{name}"
 
 
 @pytest.mark.soak

@@ -53,6 +53,7 @@ NAMES: dict[str, str | None] = {
     "ray.train.v2.api.exceptions:ControllerError.__init__": "self, controller_failure",
     "ray.train.v2.api.exceptions:PreemptionError.__init__": "self, preemption_info, drain_timed_out",
     "ray.train.v2.api.exceptions:WorkerGroupError.__init__": "self, error_message, worker_failures",
+    "ray._raylet:GcsClient": None,
     "ray.train.backend:Backend.on_start": "self, worker_group, backend_config",
     "ray.train.backend:Backend.on_shutdown": "self, worker_group, backend_config",
     f"{RAY_INTERNAL}execution.worker_group.worker_group:WorkerGroup.execute_async": "self, fn, *fn_args, **fn_kwargs",
@@ -136,6 +137,8 @@ NAMES: dict[str, str | None] = {
     "torch:ops.aten.embedding_dense_backward": (
         "Tensor grad_output, Tensor indices, SymInt num_weights, SymInt padding_idx, bool scale_grad_by_freq"
     ),
+    "torch.distributed.distributed_c10d:_abort_process_group": "group",
+    "torch.distributed.distributed_c10d:_get_default_store": "",
     "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         "module, params_and_buffers_to_ignore"
     ),

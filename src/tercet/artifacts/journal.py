@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tercet.errors import (
     AlreadyExists,
     CorruptObject,
     DiskFull,
+    GpuOutOfMemory,
     LearnedNothing,
     LeaseLost,
     NonFiniteError,
@@ -56,6 +58,21 @@ _KINDS: tuple[tuple[type[TercetError], str], ...] = (
 _WRITE_FAILED = ("No space left on device", "iostream error", "unexpected pos")
 
 
+# Texts of torch 2.13, CUDA's libraries and NCCL 2.29 when the memory of a GPU is full.
+_GPU_IS_FULL = re.compile(
+    r"\bout of memory\b|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|CUFFT_ALLOC_FAILED"
+    r"|CU[A-Z]+_STATUS_(\w*_)?(ALLOC|DEVICE_ALLOCATION)_FAILED",
+    re.IGNORECASE,
+)
+# Texts of torch when the machine's memory is full; and errors of cuBLAS and NCCL that nearly always mean a full GPU,
+# but not certainly.
+_MEMORY_IS_FULL = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|std::bad_alloc"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED|unhandled cuda error(?!.*cuda failure)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 class Incident(Document):
     """One thing that went wrong, and when."""
 
@@ -77,10 +94,9 @@ def as_tercet_error(error: BaseException) -> BaseException:
     if isinstance(error, TercetError):
         return error
     text = str(error)
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if is_memory or "can't allocate memory" in text:
-        return OutOfMemory(
-            f"out of memory: {first_line(error)}",
+    if (kind_of_memory := _memory_error(error, text)) is not None:
+        return kind_of_memory(
+            f"out of memory: {_line_about_memory(text) or first_line(error)}",
             hint="Raise training.gradient_accumulation_steps (smaller micro-batches), set "
             "training.gradient_checkpointing=true, or let workers.parallelism shard the model.",
         )
@@ -91,6 +107,22 @@ def as_tercet_error(error: BaseException) -> BaseException:
             hint="A checkpoint stays in TMPDIR until it is uploaded: make room for two, or choose a larger disk.",
         )
     return error
+
+
+def _memory_error(error: BaseException, text: str) -> type[OutOfMemory] | None:
+    """Return the class for an error about memory, None for any other. torch's own are RuntimeErrors."""
+    is_torch = isinstance(error, RuntimeError)
+    if is_torch and (type(error).__name__ == "OutOfMemoryError" or _GPU_IS_FULL.search(text)):
+        return GpuOutOfMemory
+    is_full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if is_full or (is_torch and _MEMORY_IS_FULL.search(text)):
+        return OutOfMemory
+    return None
+
+
+def _line_about_memory(text: str) -> str | None:
+    """Return the line that names the cause: NCCL's comes after one about its source."""
+    return next((line.strip() for line in text.splitlines() if _GPU_IS_FULL.search(line)), None)
 
 
 def end_name(generation: int) -> str:

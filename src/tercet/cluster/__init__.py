@@ -1,6 +1,8 @@
 """Ray around the worker: the only wing that imports ray.
 
 - `session`: joins or starts a Ray cluster, and waits no longer than its head lives
+- `devices`: whether the workers get GPUs, and why
+- `autoscaler`: whether the cluster can grow
 - `process_group`: the process group of the workers, without torch in the driver
 - `policies`: scaling and failure policies inside the controller of Ray Train
 - `failures`: what ended the workers, from Ray's and torch's errors

@@ -21,7 +21,7 @@ from ray.exceptions import (
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from tercet.artifacts import journal
-from tercet.errors import TercetError, TrainingError
+from tercet.errors import ConfigError, GpuOutOfMemory, OutOfMemory, PlanError, TercetError, TrainingError
 
 # Where several workers fail at once, the first of these kinds explains the others.
 _MOST_TELLING = ("out_of_memory", "node_lost", "worker_killed", "lost")
@@ -38,6 +38,20 @@ SYSTEM_TEXTS = ("Connection reset by peer", "Connection refused", "Broken pipe")
 _LOST_PEER = re.compile("|".join((*GLOO_TEXTS, *NCCL_TEXTS, *SYSTEM_TEXTS)))
 
 
+# A retry cannot help against these.
+_FINAL_ERRORS = (TrainingError, ConfigError, PlanError)
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether the workers would meet an error again at their next start.
+
+    Memory of the machine may be free by then; a GPU's is the worker's own."""
+    cause = cause_of(error)
+    if isinstance(cause, OutOfMemory):
+        return isinstance(cause, GpuOutOfMemory)
+    return isinstance(cause, _FINAL_ERRORS)
+
+
 def cause_of(error: Exception) -> Exception:
     """Return the error inside Ray's wrappers: what the worker raised, or what Ray knows about its death."""
     while True:
@@ -52,7 +66,7 @@ def cause_of(error: Exception) -> Exception:
 def kind_of(error: Exception) -> str | None:
     """Return the kind of incident of one worker's error; None where the worker only lost its connection to a process
     that died, whose own error explains more."""
-    cause = cause_of(error)
+    cause = journal.as_tercet_error(cause_of(error))
     if isinstance(cause, TercetError):
         return journal.kind_of(cause) or "error"
     if isinstance(cause, OutOfMemoryError):
@@ -94,10 +108,10 @@ def describe(rank: int, error: Exception) -> str:
 
 
 def error_of_workers(errors: dict[int, Exception]) -> TercetError:
-    """Return the error to raise for workers that failed too often: the first rank's own TercetError, else a
-    TrainingError that lists what happened on each rank."""
-    for _, error in sorted(errors.items()):
-        if isinstance(cause := cause_of(error), TercetError):
+    """Return the error to raise for workers that failed for good: the first rank's own TercetError, one that is final
+    before any other; else a TrainingError that lists what happened on each rank."""
+    for _, error in sorted(errors.items(), key=lambda item: (not is_final(item[1]), item[0])):
+        if isinstance(cause := journal.as_tercet_error(cause_of(error)), TercetError):
             return cause
     lines = [describe(rank, error) for rank, error in sorted(errors.items())]
     return TrainingError(

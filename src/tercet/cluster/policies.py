@@ -23,7 +23,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tercet.artifacts import journal
 from tercet.artifacts.lease import read_attempts
-from tercet.cluster.failures import most_telling
+from tercet.cluster.failures import is_final, most_telling
 from tercet.errors import StorageError
 from tercet.storage import Storage
 
@@ -49,7 +49,7 @@ class EvenWorldSizes(ElasticScalingPolicy):  # type: ignore[misc]
 
 
 class RetryStartupFailures(DefaultFailurePolicy):  # type: ignore[misc]
-    """Counts a worker that dies while it starts like one that dies later.
+    """Counts a worker that dies while it starts like one that dies later, and retries nothing that would end the same.
 
     Ray treats the death as a lack of room in the cluster, which gets one more chance, and the error of another worker
     that waited for the dead one as final. A long run would end because of an unlucky moment."""
@@ -61,6 +61,8 @@ class RetryStartupFailures(DefaultFailurePolicy):  # type: ignore[misc]
         self._retried = (*startup_failures, WorkerGroupStartupTimeoutError) if elastic else startup_failures
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        if any(is_final(error) for error in getattr(training_failed_error, "worker_failures", {}).values()):
+            return FailureDecision.RAISE
         failure = getattr(training_failed_error, "controller_failure", None)
         if isinstance(failure, self._retried):
             return super().make_decision(WorkerGroupError(str(failure), {0: failure}))
@@ -102,6 +104,8 @@ class DeadWorkerReporter(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Record the error that explains the others. Ray calls this with the error of each failed rank."""
+        if any(is_final(error) for error in worker_exceptions.values()):
+            return  # the rank that met it has recorded it
         if (incident := most_telling(worker_exceptions)) is None:
             return  # a rank's death is not known yet: the next attempt records that this one was lost
         try:

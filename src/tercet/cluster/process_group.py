@@ -21,9 +21,10 @@ from ray.train.backend import Backend, BackendConfig
 
 logger = logging.getLogger("tercet")
 
-# Both are Ray's own. After the second, Ray ends the workers' processes even if they are still in the group.
-COLLECTIVE_TIMEOUT_SECONDS = 1800
+# Ray's own. After it, Ray ends the workers' processes even if they are still in the group.
 SHUTDOWN_TIMEOUT_SECONDS = 30
+# Ranks that stop with the same error do so at the same step, but may have to record it first.
+FINAL_ERROR_SECONDS = 5.0
 
 
 @dataclass
@@ -32,6 +33,8 @@ class LazyTorchConfig(BackendConfig):  # type: ignore[misc]
 
     backend: str
     """`nccl` or `gloo`."""
+    timeout_seconds: int
+    """How long a rank waits for the others in a collective."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -66,7 +69,7 @@ class _TorchGroupBackend(Backend):  # type: ignore[misc]
         """Let all workers join; raise the error of one that cannot."""
         ray.get(worker_group.execute_async(_import))  # takes seconds, during which a free port may be taken
         address, port = worker_group.execute_single(0, _address_and_free_port)
-        arguments = (backend_config.backend, address, port)
+        arguments = (backend_config.backend, backend_config.timeout_seconds, address, port)
         ray.get(worker_group.execute_async(_join, *arguments))
 
     def on_shutdown(self, worker_group: Any, backend_config: LazyTorchConfig) -> None:  # noqa: ARG002
@@ -88,7 +91,7 @@ def _address_and_free_port() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def _join(backend: str, address: str, port: int) -> None:
+def _join(backend: str, timeout_seconds: int, address: str, port: int) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device
@@ -107,11 +110,34 @@ def _join(backend: str, address: str, port: int) -> None:
     if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
         # As Ray sets it: a collective that times out ends the process instead of hanging.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS))
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+
+
+def met_by_all_ranks() -> bool:
+    """Return whether every rank has called this within FINAL_ERROR_SECONDS. It is no collective of the group, in which
+    ranks without an error may be busy."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return True
+    store = torch.distributed.distributed_c10d._get_default_store()
+    names = [f"tercet/final-error/{rank}" for rank in range(torch.distributed.get_world_size())]
+    try:
+        store.set(names[torch.distributed.get_rank()], "met")
+        store.wait(names, timedelta(seconds=FINAL_ERROR_SECONDS))
+    except RuntimeError:  # too late, or the process of rank 0, which has the store, is gone
+        return False
+    return True
 
 
 def _leave() -> None:
+    """Leave the group. With NCCL, end this rank's collectives first: one that waits for a rank that is gone would keep
+    the GPU and this process busy, while gloo raises an error at once."""
     import torch
 
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    if "nccl" in torch.distributed.get_backend():
+        torch.distributed.distributed_c10d._abort_process_group()
+    else:
         torch.distributed.destroy_process_group()

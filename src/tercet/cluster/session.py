@@ -13,14 +13,30 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from tercet.artifacts.journal import as_tercet_error
+from tercet.cluster.devices import choose_devices
 from tercet.config.recipe import Config
 from tercet.config.sections import WorkersConfig
-from tercet.errors import ConfigError, TercetError, TrainingError, first_line
+from tercet.errors import ConfigError, OutOfMemory, TercetError, TrainingError, first_line
+from tercet.planning.engine_settings import allocator_environment
+
+logger = logging.getLogger("tercet")
 
 Result = TypeVar("Result")
 
-# Prefixes of the variables that Ray's workers get from the driver. Without this, Ray passes on none.
-PASSED_ENVIRONMENT = ("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_")
+# Prefixes of the variables that Ray's workers get from the driver. Without this, Ray passes on none. The last four
+# are of EFA, Amazon's network: libfabric, its plugin for NCCL, and the library below.
+PASSED_ENVIRONMENT = (
+    *("AWS_", "HF_", "TERCET_", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_", "GLOO_"),
+    *("PYTORCH_", "TORCH_", "CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE"),
+    *("FI_", "OFI_NCCL_", "EFA_", "RDMAV_"),
+)
+
+# Of these prefixes, what is about one machine stays there: Ray itself gives each worker its GPUs, and a path or an
+# installed version of the driver's machine may be wrong on another.
+_ABOUT_A_MACHINE = re.compile(
+    r"CUDA_VISIBLE_DEVICES|(PYTORCH|TORCH|CUDA|CUBLAS|CUBLASLT|CUDNN|EFA)_(.*_)?(HOME|PATH|ROOT|DIR|DIRECTORY|VERSION)"
+)
 
 # How often Ray Train polls its workers. Each report waits for the next poll, and Ray's default is 2 s.
 HEALTH_CHECK_SECONDS = "0.5"
@@ -32,8 +48,13 @@ RAY_PATIENCE = ("RAY_gcs_rpc_server_reconnect_timeout_s", "60")  # Ray's own nam
 
 def environment(workers: WorkersConfig) -> dict[str, str]:
     """Return the environment variables of every worker."""
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ENVIRONMENT)}
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ENVIRONMENT) and not _ABOUT_A_MACHINE.fullmatch(name)
+    }
     return {
+        **allocator_environment(workers.use_gpu, os.environ),
         "TOKENIZERS_PARALLELISM": "false",
         **passed,
         # Threads spin while they wait for each other: two workers of two threads on two cores are ten times slower.
@@ -91,15 +112,15 @@ def cluster_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def with_devices(config: Config) -> Config:
-    """Return the recipe with `use_gpu: auto` decided by whether the cluster has a GPU."""
-    import ray
+def with_devices(config: Config, record: Callable[..., None] = lambda event, **details: None) -> Config:  # noqa: ARG005
+    """Return the recipe with `use_gpu: auto` decided. The choice and its reason are always printed.
 
-    workers = config.workers
-    if workers.use_gpu != "auto":
-        return config
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    return config.model_copy(update={"workers": workers.model_copy(update={"use_gpu": use_gpu})})
+    record: is called with an event's name and the choice. Raises PlanError if there can never be enough GPUs."""
+    devices = choose_devices(config.workers, cluster_address())
+    logger.warning("%s", devices.text())  # the level that a driver shows
+    record("devices chosen", use_gpu=devices.use_gpu, reason=devices.reason)
+    workers = config.workers.model_copy(update={"use_gpu": devices.use_gpu})
+    return config.model_copy(update={"workers": workers})
 
 
 def in_fresh_processes(workers: WorkersConfig, tasks: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
@@ -119,7 +140,10 @@ def in_fresh_processes(workers: WorkersConfig, tasks: Mapping[str, Callable[[], 
     try:
         return run_while_head_alive(lambda: {name: ray.get(reference) for name, reference in pending.items()})
     except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, TercetError) else error from None
+        own = as_tercet_error(error.cause) if isinstance(error.cause, Exception) else error
+        if isinstance(own, OutOfMemory):
+            own = OutOfMemory(own.message, hint="lower evaluation.batch_size, or use machines with more memory")
+        raise own if isinstance(own, TercetError) else error from None
     except RayError as error:
         raise TrainingError(
             f"{', '.join(tasks)}: a process did not finish: {first_line(error)}",

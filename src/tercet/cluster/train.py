@@ -9,8 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.journal import as_tercet_error
 from tercet.cluster.session import cluster_address, in_fresh_processes, run_while_head_alive, worker_resources
-from tercet.errors import ConfigError, OutOfMemory, PlanError, Preempted, TercetError, TrainingError, first_line
+from tercet.errors import GpuOutOfMemory, OutOfMemory, PlanError, Preempted, TercetError, TrainingError, first_line
+from tercet.planning.engine_settings import collective_timeout_seconds
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tercet")
 
-# A retry cannot help against these.
-_FINAL_ERRORS = (TrainingError, ConfigError, PlanError)
+# Memory of a GPU that is neither torch's nor free: a CUDA context and NCCL's buffers take 1 to 2 GiB.
+_SHARE_OF_LIBRARIES, _BYTES_OF_LIBRARIES = 0.1, 2 * 2**30
 
 
 def train(plan: TrainPlan) -> None:
@@ -68,7 +70,7 @@ def _trainer(plan: TrainPlan, owner: str, ray_dir: str) -> ElasticTrainer:
         world_sizes=sizes,
         own_cluster=not cluster_address(),
         train_loop_config={"plan": plan.model_dump_json(), "owner": owner},
-        backend_config=LazyTorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        backend_config=LazyTorchConfig("nccl" if workers.use_gpu else "gloo", collective_timeout_seconds(workers)),
         scaling_config=ScalingConfig(
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
             use_gpu=bool(workers.use_gpu),
@@ -119,12 +121,14 @@ def _explain(error: Exception, plan: TrainPlan) -> TercetError:
 def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
     """Run one worker, in a process of Ray's.
 
-    An error that all ranks meet, and would meet again, is returned: if it were raised, Ray would restart the
-    workers."""
+    An error that all ranks meet, and would meet again, is returned, so that each rank ends in its own time. If only
+    this rank meets it, it is raised: Ray then ends the other ranks, which wait for this one."""
     import ray.train
     from ray.train.v2._internal.execution.context import get_train_context
 
+    from tercet.cluster.failures import is_final
     from tercet.cluster.metrics import ThroughputMetrics
+    from tercet.cluster.process_group import met_by_all_ranks
     from tercet.training.worker import run_worker
 
     # Ray Train 2.60 logs every report to a logger named by a file path, which its own log level does not reach.
@@ -142,11 +146,29 @@ def _train_loop(loop_config: dict[str, str]) -> TercetError | None:
         plan = TrainPlan.model_validate_json(loop_config["plan"])
         export = ThroughputMetrics(plan.run_id, ray.train.get_context().get_world_rank())
         run_worker(plan, report, loop_config["owner"], is_preempted, export)
-    except OutOfMemory:
-        raise  # whatever else occupied this memory may be gone at the next start
-    except _FINAL_ERRORS as error:
-        return error
+    except Exception as error:
+        own = as_tercet_error(error)
+        if isinstance(own, GpuOutOfMemory) and _is_gpu_shared():
+            raise OutOfMemory(f"{own.message} (other processes use this GPU too)", hint=own.hint) from error
+        if isinstance(own, TercetError) and is_final(own) and met_by_all_ranks():
+            return own
+        if own is error:
+            raise
+        raise own from error
     return None
+
+
+def _is_gpu_shared() -> bool:
+    """Return whether other processes occupy memory of this GPU, so that it may be free at the next start: those of an
+    attempt that was just killed, for example."""
+    import torch
+
+    try:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):  # no GPU, or no answer after an error
+        return False
+    other_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved()
+    return bool(other_bytes > max(_SHARE_OF_LIBRARIES * total_bytes, _BYTES_OF_LIBRARIES))
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]]:

@@ -202,7 +202,8 @@ class WorkersConfig(Section):
     similar lengths (chunked), or column by column, as in sentence-transformers (plain). The loss is the same except for
     rounding and for the random numbers of dropout. `auto`: packed if the model allows it, else chunked."""
     use_gpu: bool | Literal["auto"] = "auto"
-    """`auto`: a GPU for each worker if the cluster has any."""
+    """`auto`: a GPU for each worker if the cluster has enough or its autoscaler can start enough, else CPUs; the choice
+    is printed with its reason. true: a GPU for each worker, or an error."""
     cpus_per_worker: PositiveInt = 1
     """CPU cores that Ray reserves for each worker, and threads with which it computes."""
     max_failures: int = Field(default=3, ge=0)

@@ -42,7 +42,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     try:
         with events.timed("start"):
             session.start_ray(plan.config.workers)
-            plan = plan.model_copy(update={"config": session.with_devices(plan.config)})
+            plan = plan.model_copy(update={"config": session.with_devices(plan.config, events.add)})
         with events.timed("train"):
             if not storage.exists(layout.training_key(plan.run_id)):  # written last by the workers
                 train.train(plan)

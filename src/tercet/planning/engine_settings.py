@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from tercet.config.recipe import Config
-from tercet.config.sections import Parallelism
+from tercet.config.sections import Parallelism, WorkersConfig
 from tercet.errors import PlanError
 from tercet.planning.estimates import BUCKET_ELEMENTS
 from tercet.planning.parallelism import ZERO_STAGES, is_zero
@@ -122,6 +123,32 @@ def fsdp_settings() -> dict[str, Any]:
         "reshard_after_forward": True,
         "state_dict_type": "FULL_STATE_DICT",
     }
+
+
+# Ray's and torch's own limit of a collective: the first ones wait for a download by rank 0.
+MIN_COLLECTIVE_SECONDS = 1800
+# Time to record a hang, before the collective that waits for it ends with an error that explains nothing.
+SECONDS_AFTER_A_HANG = 60
+
+
+def collective_timeout_seconds(workers: WorkersConfig) -> int:
+    """Return how long a rank waits for the others in a collective. A step that takes longer than
+    `workers.step_timeout_seconds` ends first, with the stacks that explain it."""
+    return max(MIN_COLLECTIVE_SECONDS, workers.step_timeout_seconds + SECONDS_AFTER_A_HANG)
+
+
+# Both names of the settings of torch's GPU allocator; the second is older.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def allocator_environment(use_gpu: bool | str, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variable of torch's GPU allocator, unless `given` has one or no GPU is used.
+
+    Packed rows differ in length from step to step. Without segments that grow, nearly every step would ask the driver
+    for blocks of new sizes, and memory would end up in pieces that fit no step."""
+    if use_gpu is False or any(name in given for name in ALLOCATOR_SETTINGS):
+        return {}
+    return {ALLOCATOR_SETTINGS[0]: "expandable_segments:True"}
 
 
 def environment(parallelism: Parallelism, use_cpu: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tercet.config.sections import role_of
 from tercet.errors import PlanError
-from tercet.planning.engine_settings import deepspeed_settings, fsdp_settings
+from tercet.planning.engine_settings import collective_timeout_seconds, deepspeed_settings, fsdp_settings
 from tercet.planning.parallelism import is_zero
 from tercet.planning.plan import TrainPlan
 
@@ -18,6 +18,30 @@ def use_cpu(plan: TrainPlan) -> bool:
     from tercet.model.devices import own_device
 
     return own_device(plan.config.workers) == "cpu"
+
+
+def with_device(plan: TrainPlan) -> TrainPlan:
+    """Return the plan with `use_gpu: auto` decided for this process: GPUs where this machine has one for each of its
+    workers. Under Ray the driver has decided.
+
+    Raises PlanError for `use_gpu: true` without any GPU."""
+    import torch
+
+    workers, num_gpus = plan.config.workers, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if workers.use_gpu is True and num_gpus == 0:
+        raise PlanError(
+            "workers.use_gpu is true, but torch finds no GPU on this machine",
+            hint="check `nvidia-smi` and that torch was built for CUDA, or set workers.use_gpu to false",
+        )
+    if workers.use_gpu != "auto":
+        return plan
+    num_workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    use_gpu = num_gpus >= num_workers
+    if os.environ.get("RANK", "0") == "0":
+        text = "the workers use %s: this machine has %d GPUs for %d workers"
+        logger.warning(text, "GPUs" if use_gpu else "CPUs", num_gpus, num_workers)
+    workers = workers.model_copy(update={"use_gpu": use_gpu})
+    return plan.model_copy(update={"config": plan.config.model_copy(update={"workers": workers})})
 
 
 def gathers(plan: TrainPlan) -> bool:
@@ -60,6 +84,7 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "use_cpu": on_cpu,
         # accelerate expects a process group wherever a backend is named; a single process has none.
         "ddp_backend": None if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "gloo" if on_cpu else "nccl",
+        "ddp_timeout": collective_timeout_seconds(plan.config.workers),
         # The unused pooler is frozen. A model's own code may have more unused parameters; the search costs time.
         "ddp_find_unused_parameters": plan.config.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,

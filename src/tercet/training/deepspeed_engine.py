@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import socket
 from typing import Any
@@ -14,7 +15,9 @@ from tercet.planning import engine_settings
 from tercet.planning import parallelism as settings
 
 
-def prepare_process(parallelism: Parallelism, use_cpu: bool) -> None:
+def prepare_process(
+    parallelism: Parallelism, use_cpu: bool, timeout_seconds: int = engine_settings.MIN_COLLECTIVE_SECONDS
+) -> None:
     """Set this process up for DeepSpeed, before the trainer's arguments and the model are made.
 
     Does nothing for DDP and FSDP2."""
@@ -33,7 +36,12 @@ def prepare_process(parallelism: Parallelism, use_cpu: bool) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on first use, for CPUs only
-    deepspeed.init_distributed("gloo" if use_cpu else "nccl", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "gloo" if use_cpu else "nccl",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
 
 
 def gather_small_exactly(engine: Any) -> None:

@@ -24,12 +24,12 @@ from tercet.artifacts.training_log import TrainingLog
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import Preempted
 from tercet.model.libraries import import_quietly
-from tercet.planning.engine_settings import environment
+from tercet.planning.engine_settings import allocator_environment, collective_timeout_seconds, environment
 from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import layout, open_storage
 from tercet.storage.base import retries
 from tercet.storage.documents import seal
-from tercet.training.arguments import use_cpu
+from tercet.training.arguments import use_cpu, with_device
 from tercet.training.precision import resolve_precision
 
 logger = logging.getLogger("tercet")
@@ -56,7 +56,8 @@ def run_worker(
     after a notice, once the run is saved, if there are steps left; PlanError for an engine that is not supported."""
     started = time.monotonic()
     check_engine(plan.engine, plan.run_id)
-    plan = plan.on(int(os.environ.get("WORLD_SIZE", "1")))
+    os.environ.update(allocator_environment(plan.config.workers.use_gpu, os.environ))  # before torch is imported
+    plan = with_device(plan.on(int(os.environ.get("WORLD_SIZE", "1"))))
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     import_quietly()
     from tercet.evaluation.evaluators import require_finite
@@ -68,7 +69,7 @@ def run_worker(
 
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     plan = resolve_precision(plan, storage, use_cpu(plan))
-    prepare_process(plan.parallelism, use_cpu(plan))
+    prepare_process(plan.parallelism, use_cpu(plan), collective_timeout_seconds(plan.config.workers))
     guide = load_guide(plan.config.loss)  # before the arguments: transformers would shard it for ZeRO-3
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as name:
         folder = Path(name)

@@ -26,7 +26,7 @@ def _evaluate(plan: TrainPlan, commit: Commit) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     session.start_ray = _start_nothing
-    session.with_devices = lambda plan: plan
+    session.with_devices = lambda config, *_: config
     train.train = run_worker
     train.evaluate_test = _evaluate
     sys.exit(main())

@@ -14,6 +14,7 @@ from tercet.artifacts import journal
 from tercet.errors import (
     AccessDenied,
     DiskFull,
+    GpuOutOfMemory,
     LearnedNothing,
     LeaseLost,
     NonFiniteError,
@@ -78,25 +79,52 @@ def test_the_kind_of_an_error(error: Exception, kind: str | None) -> None:
     assert journal.kind_of(error) == kind
 
 
+NCCL_CUDA = (
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+)
+
+
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
         (MemoryError(), OutOfMemory),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), GpuOutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), GpuOutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), GpuOutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), GpuOutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), GpuOutOfMemory),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), GpuOutOfMemory),
+        (torch.distributed.DistBackendError(f"{NCCL_CUDA}Cuda failure 2 'out of memory'"), GpuOutOfMemory),
+        (torch.distributed.DistBackendError(f"{NCCL_CUDA}Failed to CUDA calloc 608 bytes"), OutOfMemory),
+        (torch.distributed.DistBackendError(f"{NCCL_CUDA}Cuda failure 'invalid device ordinal'"), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), None),
+        (RuntimeError("Triton Error: out of resource: shared memory, Required: 1, Hardware limit: 0"), None),
+        (ValueError("the shop is out of memory cards"), None),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), OutOfMemory),
+        (RuntimeError("std::bad_alloc"), OutOfMemory),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: not enough memory"), OutOfMemory),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), OutOfMemory),
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), DiskFull),
         (RuntimeError("basic_ios::clear: iostream error"), DiskFull),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), DiskFull),
-        (OSError(errno.EIO, "Input/output error"), OSError),
-        (ValueError("x"), ValueError),
+        (OSError(errno.EIO, "Input/output error"), None),
+        (ValueError("x"), None),
     ],
+    ids=str,
 )
-def test_errors_of_memory_and_disk_are_recognised(error: Exception, wanted: type[Exception]) -> None:
+def test_errors_of_memory_and_disk_are_recognised(error: Exception, wanted: type[TercetError] | None) -> None:
     own = journal.as_tercet_error(error)
-    assert type(own) is wanted
-    assert (own is error) == (not issubclass(wanted, TercetError))
+    assert type(own) is (wanted or type(error))
+    assert (own is error) == (wanted is None)
+
+
+def test_the_line_that_names_the_cause_is_shown() -> None:
+    error = RuntimeError(f"{NCCL_CUDA}Cuda failure 2 'out of memory'")
+    assert str(journal.as_tercet_error(error)) == "out of memory: Cuda failure 2 'out of memory'"
 
 
 def test_an_impossible_allocation() -> None:

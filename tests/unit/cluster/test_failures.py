@@ -32,8 +32,18 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from tercet.cluster import failures
-from tercet.cluster.failures import cause_of, describe, error_of_workers, kind_of, most_telling
-from tercet.errors import AccessDenied, LeaseLost, OutOfMemory, StorageUnavailable, TrainingError
+from tercet.cluster.failures import cause_of, describe, error_of_workers, is_final, kind_of, most_telling
+from tercet.errors import (
+    AccessDenied,
+    ConfigError,
+    GpuOutOfMemory,
+    LeaseLost,
+    NonFiniteError,
+    OutOfMemory,
+    PlanError,
+    StorageUnavailable,
+    TrainingError,
+)
 
 PROCESS_DIED = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
@@ -63,6 +73,14 @@ NCCL_REMOTE = (
 NCCL_USAGE = (
     "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage, NCCL version 2.29\nncclInvalidUsage: Duplicate GPU"
 )
+
+
+NCCL_CUDA = (
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+)
+NCCL_MEMORY = f"{NCCL_CUDA}Cuda failure 2 'out of memory'"
+NCCL_DEVICE = f"{NCCL_CUDA}Cuda failure 101 'invalid device ordinal'"
 
 
 def died(text: str, **details: Any) -> ActorDiedError:
@@ -102,6 +120,11 @@ def in_task(cause: Exception) -> RayTaskError:
         (ActorUnavailableError(REFUSED, None), "lost"),
         (OutOfMemoryError("Task was killed due to the node running low on memory."), "out_of_memory"),
         (OutOfMemory("out of memory: CUDA"), "out_of_memory"),
+        (GpuOutOfMemory("out of memory: CUDA"), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out_of_memory"),
+        (dist.DistBackendError(NCCL_MEMORY), "out_of_memory"),
+        (dist.DistBackendError(NCCL_DEVICE), "error"),
         (StorageUnavailable("no answer: Connection reset by peer"), "storage_unavailable"),
         (LeaseLost("run r was taken over"), "taken_over"),
         (TrainingError("ranks hold different weights"), "error"),
@@ -178,6 +201,37 @@ def test_the_error_to_raise() -> None:
     assert first.startswith("rank 0: RuntimeError: ")
     assert second.startswith("rank 1: ActorDiedError: ")
     assert PROCESS_DIED[:100] in second
+
+
+def test_a_final_error_is_raised_before_any_other() -> None:
+    wrong = TrainingError("no weight moved")
+    assert error_of_workers({0: StorageUnavailable("gone"), 1: in_task(wrong), 2: RuntimeError(GLOO_CLOSED)}) is wrong
+    full = error_of_workers({0: RuntimeError(GLOO_CLOSED), 1: torch.OutOfMemoryError("CUDA out of memory")})
+    assert type(full) is GpuOutOfMemory
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (TrainingError("x"), True),
+        (NonFiniteError("x"), True),
+        (PlanError("x"), True),
+        (ConfigError("x"), True),
+        (GpuOutOfMemory("x"), True),
+        (OutOfMemory("x"), False),  # other processes of the machine may have ended by then
+        (OutOfMemoryError("low on memory"), False),
+        (StorageUnavailable("x"), False),
+        (LeaseLost("x"), False),
+        (RuntimeError(GLOO_CLOSED), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("x"), False),
+    ],
+    ids=repr,
+)
+def test_which_errors_are_final(error: Exception, final: bool) -> None:
+    assert is_final(error) is final
+    assert is_final(unanswered(error)) is final
+    assert is_final(in_task(error)) is final
 
 
 def test_ray_train_unwraps_what_the_training_function_raised() -> None:

@@ -16,11 +16,12 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from tercet.artifacts import journal
 from tercet.artifacts.lease import Lease
 from tercet.cluster.policies import DeadWorkerReporter, ElasticTrainer, EvenWorldSizes, RetryStartupFailures
+from tercet.errors import OutOfMemory, RunIsTaken, TrainingError
 from tercet.storage.local import LocalStorage
 
 
@@ -76,6 +77,24 @@ def test_a_worker_that_dies_while_it_starts_counts_as_a_failure(
     policy = RetryStartupFailures(FailureConfig(max_failures=3, controller_failure_limit=1), elastic)
     decisions = [policy.make_decision(ControllerError(failure)) for _ in range(chances + 1)]
     assert decisions == [FailureDecision.RETRY] * chances + [FailureDecision.RAISE]
+
+
+def test_what_would_end_the_same_is_not_retried() -> None:
+    """One rank met the error; the others were still at work, or lost their connection to it."""
+    policy = RetryStartupFailures(FailureConfig(max_failures=3, controller_failure_limit=1), elastic=False)
+    final: dict[int, Exception] = {0: RuntimeError("Connection closed by peer"), 1: TrainingError("no weight moved")}
+    assert policy.make_decision(WorkerGroupError("x", final)) == FailureDecision.RAISE
+    full = WorkerGroupError("x", {0: OutOfMemory("the machine's memory")})
+    assert policy.make_decision(full) == FailureDecision.RETRY
+
+
+def test_a_final_error_is_recorded_by_its_rank_alone(tmp_path: Path) -> None:
+    """The newest attempt may be another's: RunIsTaken is final too."""
+    storage = LocalStorage(tmp_path / "s")
+    lease = Lease(storage, "r", "one", 60)
+    lease.begin("a", 0, 2)
+    DeadWorkerReporter(storage, "r").after_exception(None, {1: RunIsTaken("another attempt is alive")})
+    assert journal.counts(storage, "r") == {}
 
 
 def test_a_lost_connection_alone_is_not_recorded(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError
 from torch import distributed as dist
 
 from tercet.cluster import process_group
-from tercet.cluster.process_group import LazyTorchConfig, TorchDeviceContext
+from tercet.cluster.process_group import LazyTorchConfig, TorchDeviceContext, met_by_all_ranks
 
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 VARIABLES += ("ACCELERATE_TORCH_DEVICE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
@@ -53,7 +53,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_workers_join_and_leave() -> None:
-    config = LazyTorchConfig(backend="gloo")
+    config = LazyTorchConfig("gloo", 1860)
     backend = config.backend_cls()
     backend.on_start(Workers(), config)
     assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
@@ -66,6 +66,28 @@ def test_workers_join_and_leave() -> None:
     backend.on_shutdown(Workers(), config)  # nothing is left to do
 
 
+def test_collectives_of_nccl_are_ended_before_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose collective waits for one that is gone could not leave otherwise. Shown with gloo: no GPU here."""
+    config = LazyTorchConfig("gloo", 1860)
+    config.backend_cls().on_start(Workers(), config)
+    monkeypatch.setattr(dist, "get_backend", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("it would wait for the collective"))
+    config.backend_cls().on_shutdown(Workers(), config)
+    assert not dist.is_initialized()
+
+
+def test_an_error_that_all_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert met_by_all_ranks()  # without a group, there are no others
+    config = LazyTorchConfig("gloo", 1860)
+    config.backend_cls().on_start(Workers(), config)
+    assert met_by_all_ranks()
+    monkeypatch.setattr(process_group, "FINAL_ERROR_SECONDS", 0.1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert not met_by_all_ranks()
+    dist.distributed_c10d._get_default_store().set("tercet/final-error/1", "met")
+    assert met_by_all_ranks()
+
+
 def test_workers_that_cannot_leave_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,7 +97,7 @@ def test_workers_that_cannot_leave_are_not_waited_for(
 
     monkeypatch.setattr(ray, "get", fail)
     monkeypatch.setattr(process_group.logger, "propagate", True)
-    config = LazyTorchConfig(backend="gloo")
+    config = LazyTorchConfig("gloo", 1860)
     config.backend_cls().on_shutdown(Workers(), config)
     assert "did not leave their process group within 30 s" in caplog.text
 
@@ -88,10 +110,10 @@ def test_nccl_ends_a_process_whose_collective_timed_out(
     monkeypatch.setattr(dist, "init_process_group", lambda *arguments, timeout: calls.append((*arguments, timeout)))
     if given is not None:
         monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", given)
-    process_group._join("nccl", "10.0.0.1", 29500)
+    process_group._join("nccl", 1860, "10.0.0.1", 29500)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == expected
     [(backend, timeout)] = calls
-    assert (backend, timeout.total_seconds()) == ("nccl", 1800)
+    assert (backend, timeout.total_seconds()) == ("nccl", 1860)
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])

@@ -15,9 +15,10 @@ import torch
 from support import builders
 from tercet.config.sections import Parallelism
 from tercet.errors import PlanError
+from tercet.planning.engine_settings import deepspeed_settings
 from tercet.planning.parallelism import ZERO_STAGES, is_zero
 from tercet.planning.plan import TrainPlan
-from tercet.training.arguments import gathers, training_arguments, use_cpu
+from tercet.training.arguments import gathers, training_arguments, use_cpu, with_device
 
 MODES: tuple[Parallelism, ...] = get_args(Parallelism)
 
@@ -65,6 +66,41 @@ def test_the_device(monkeypatch: pytest.MonkeyPatch, use_gpu: bool | str, has_gp
     assert use_cpu(made_plan) is wanted
     found = training_arguments(made_plan, Path("out"))
     assert (found["use_cpu"], found["dataloader_pin_memory"]) == (wanted, not wanted)
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "num_gpus", "num_workers", "wanted"),
+    [
+        ("auto", 0, 1, False),
+        ("auto", 1, 1, True),
+        ("auto", 1, 2, False),
+        ("auto", 2, 2, True),
+        (True, 1, 1, True),
+        (False, 8, 1, False),
+    ],
+)
+def test_the_device_is_settled_without_ray(
+    monkeypatch: pytest.MonkeyPatch, use_gpu: bool | str, num_gpus: int, num_workers: int, wanted: bool
+) -> None:
+    """DeepSpeed's settings ask whether `use_gpu` is true."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_workers))
+    settled = with_device(builders.plan(workers={"use_gpu": use_gpu})).config
+    assert settled.workers.use_gpu is wanted
+    assert deepspeed_settings(settled, "zero2", 1)["zero_optimization"]["overlap_comm"] is wanted
+
+
+def test_a_gpu_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlanError, match=r"workers.use_gpu is true, but torch finds no GPU"):
+        with_device(builders.plan(workers={"use_gpu": True}))
+
+
+@pytest.mark.parametrize(("step_seconds", "seconds"), [(1800, 1860), (7200, 7260), (5, 1800)])
+def test_a_hang_is_reported_before_its_collective_ends(step_seconds: int, seconds: int) -> None:
+    made_plan = builders.plan(workers={"use_gpu": False, "step_timeout_seconds": step_seconds})
+    assert training_arguments(made_plan, Path("out"))["ddp_timeout"] == seconds
 
 
 @pytest.mark.parametrize(
