@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,28 @@ print(type(model[0].auto_model).__name__, model[1].pooling_mode, model.encode(["
 """
     done = check(run_command([environment["PYTHON"], "-c", script], environment, tmp_path))
     assert done.stdout.splitlines()[-1] == "NewModel mean (1, 1024)"
+
+
+def test_a_model_that_saves_wrongly_ends_the_run_before_its_first_step(
+    tiny_stella_dir: Path, store: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    folder = tmp_path / "wrong_code"
+    shutil.copytree(tiny_stella_dir, folder)
+    saves_wrongly = """
+    def save_pretrained(self, *args, **kwargs):
+        state = self.state_dict()
+        state["norms.0.bias"], state["norms.1.bias"] = state["norms.1.bias"], state["norms.0.bias"]
+        super().save_pretrained(*args, **{**kwargs, "state_dict": state})
+"""
+    with (folder / "modeling.py").open("a") as code:
+        code.write(saves_wrongly)
+    places = (f"storage.uri={store}", "dataset.name=tiny", f"model.name_or_path={folder}", "model.revision=null")
+    path = tmp_path / "plan.json"
+    path.write_text(make_plan(RECIPE, "wrong", (*places, "workers.use_gpu=false")).model_dump_json())
+    done = check(run_command(worker_of(path), environment, tmp_path), ConfigError.exit_code)
+    assert "the model changes when it is saved and loaded again: 0.model.norms.0.bias has other values" in done.stdout
+    assert "step 1/" not in done.stdout
+    assert commits(store, "wrong") == []
 
 
 def test_custom_code_needs_trust(tiny_stella_dir: Path) -> None:

@@ -7,6 +7,7 @@
 - `sharding`: checks how weights are distributed over ranks, and gathers them
 - `lora`: adds an adapter beside frozen weights, and merges it to publish
 - `encoder`: loads the recipe's model, checks it, and saves it whole
+- `saved_form`: proves before the first step that the model can be saved and loaded again
 - `loss`: makes the recipe's loss, and computes it from embeddings
 - `dropout`: a fast dropout for CPUs
 - `text_groups`: cuts texts, sorted by length, into groups of similar length

@@ -12,7 +12,7 @@ from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError, first_line
 from tercet.model.lora import add_adapter, load_trained, save_merged
-from tercet.model.sharding import check_saved, fill, unsharded
+from tercet.model.sharding import fill, unsharded
 from tercet.planning.model_files import check_sha256, locate
 from tercet.storage import Storage
 
@@ -116,16 +116,21 @@ def make_model(config: ModelConfig, device: str, resume_dir: Path | None = None)
     return model
 
 
-def save_whole(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a servable model to a folder, from the gathered weights of a trained one.
-
-    The weights go into a new model on the CPU, so no rank's shards change, nor does the training's random state.
-    Raises CorruptObject unless the model is complete."""
-    with unsharded(), torch.random.fork_rng(devices=[]):
-        model = make_model(config, "cpu")
-    fill(model, weights)
+def save(config: ModelConfig, model: SentenceTransformer, folder: Path) -> None:
+    """Write a servable model to a folder. If the recipe trains an adapter, `model` has one, and is unusable afterwards:
+    see `save_merged`."""
     if config.lora is None:
         model.save_pretrained(str(folder), create_model_card=False)
     else:
         save_merged(model, folder)
-    check_saved(folder, model)
+
+
+def save_whole(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a servable model to a folder, from the gathered weights of a trained one.
+
+    The weights go into a new model on the CPU, so no rank's shards change, nor does the training's random state.
+    Raises CorruptObject unless there is a weight of the right shape for every parameter."""
+    with unsharded(), torch.random.fork_rng(devices=[]):
+        model = make_model(config, "cpu")
+    fill(model, weights)
+    save(config, model, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from tercet.errors import ConfigError, CorruptObject
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 # In a checkpoint and in the published model: the adapter alone, as peft loads it.
 ADAPTER_FOLDER = "adapter"
+POOLER = r".*\bpooler\b.*"
 
 
 def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
@@ -37,7 +39,9 @@ def add_adapter(model: SentenceTransformer, config: LoraConfig) -> None:
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
                 target_modules=targets,
-                exclude_modules=r".*\bpooler\b.*",
+                exclude_modules=POOLER
+                if any(re.fullmatch(POOLER, name) for name, _ in model.named_modules())
+                else None,
                 bias="none",
             )
         )

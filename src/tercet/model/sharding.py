@@ -7,14 +7,11 @@ and a sharded model is saved with empty tensors.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
 
 from tercet.config.sections import Parallelism
@@ -194,20 +191,3 @@ def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     for name, value in weights.items():
         if name in buffers:
             buffers[name].copy_(value)
-
-
-def check_saved(folder: Path, model: torch.nn.Module) -> None:
-    """Check that the safetensors files below a folder hold a tensor for every parameter of a model, by shape.
-
-    Reads only the headers of the files. Raises CorruptObject if a tensor is missing or empty."""
-    saved: Counter[tuple[int, ...]] = Counter()
-    for path in folder.rglob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            saved.update(tuple(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a dict
-    missing = Counter(tuple(parameter.shape) for parameter in model.parameters()) - saved
-    if missing or any(0 in shape for shape in saved):
-        raise CorruptObject(
-            f"{folder}: the saved model is not complete: {sum(missing.values())} tensors are missing "
-            f"and {sum(count for shape, count in saved.items() if 0 in shape)} are empty",
-            hint="this is a fault of tercet or of the installed libraries; the checkpoint is not committed",
-        )

@@ -4,6 +4,7 @@
     runs/<run_id>/LEASE.json  which attempt may commit, and every attempt so far; changed by compare-and-swap alone
     runs/<run_id>/precision.json  the precision that the run chose when it began
     runs/<run_id>/forward.json  the packing and the attention kernel that the first machine chose
+    runs/<run_id>/saved_form.json  the names, shapes and types of the tensors that its models are saved as
     runs/<run_id>/events.jsonl  what happened and when, one event a line
     runs/<run_id>/incidents/<incident>.json  one thing that went wrong
     runs/<run_id>/evaluations/<step>.json  metrics on the eval split after a step
@@ -92,6 +93,11 @@ def precision_key(run_id: str) -> str:
 def forward_key(run_id: str) -> str:
     """Return the key of the forward pass chosen for a run."""
     return f"{run_prefix(run_id)}/forward.json"
+
+
+def saved_form_key(run_id: str) -> str:
+    """Return the key of how a run's models are saved."""
+    return f"{run_prefix(run_id)}/saved_form.json"
 
 
 def events_key(run_id: str) -> str:

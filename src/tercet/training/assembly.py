@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 
 from tercet.artifacts.throughput import Throughput
 from tercet.artifacts.uploader import Uploader
+from tercet.config.sections import ModelConfig
 from tercet.data.cache import cache_dir_of
 from tercet.data.order import RankBatches
 from tercet.data.text_stats import estimated_tokens
@@ -24,15 +26,18 @@ from tercet.data.token_cache import has_tokens
 from tercet.data.versions import read_manifest
 from tercet.evaluation.evaluate import make_evaluator
 from tercet.evaluation.evaluators import split_loss
+from tercet.model.collectives import run_on_rank_0
 from tercet.model.encoder import make_model, reloaded, save_whole
 from tercet.model.loss import make_loss
+from tercet.model.saved_form import SavedForm, prove_saving
 from tercet.planning.parallelism import shards_weights
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import PlannedRows, concatenate, load_splits, load_train_rows, rows_to_order
-from tercet.storage import Storage
+from tercet.storage import Storage, layout
 from tercet.training.arguments import column_prompts, gathers, training_arguments
 from tercet.training.attempt import HeldRun
 from tercet.training.callbacks import LeaseGuard, RunRecorder, StopOnPreemption
+from tercet.training.choices import choose_once
 from tercet.training.forward import resolve_forward
 from tercet.training.guards import Deadline, LearningGuard
 from tercet.training.token_ids import TokenSource
@@ -88,6 +93,11 @@ def make_trainer(
     if plan.starts_from is not None:
         start = reloaded(config.model, run.storage, plan.starts_from, start_dir)
     model = make_model(start, str(args.device), run.resume_dir)
+    saved_form = run_on_rank_0(
+        lambda: choose_once(
+            run.storage, layout.saved_form_key(plan.run_id), SavedForm, lambda: _try_saving(start, model)
+        )
+    )
     args.prompts = column_prompts(tuple(rows.train.column_names), model.prompts)
     loss = make_loss(config.loss, model, guide)
     forward = resolve_forward(plan, run.storage, model, guide, args.device)
@@ -116,6 +126,7 @@ def make_trainer(
         forward=forward,
         loss_reads_texts=guide is not None,
         precision=training.precision or "fp32",
+        saved_form=saved_form,
         model=model,
         args=args,
         train_dataset=rows.train,
@@ -137,6 +148,20 @@ def _token_source(plan: TrainPlan, storage: Storage, parts: list[PlannedRows], i
     # A file holds a whole shard: not worth it for few of its rows.
     uses_most = 2 * sum(len(part.rows) for part in parts) >= sum(m.num_rows["train"] for m in manifests)
     return TokenSource(parts, shards, cache_dir, is_made and uses_most)
+
+
+def _try_saving(start: ModelConfig, model: SentenceTransformer) -> SavedForm:
+    """Prove that the model can be saved and loaded again, and log how. Raises ConfigError if not."""
+    started = time.monotonic()
+    saved_form = prove_saving(start, model)
+    tried = "the model"
+    if saved_form.num_layers is not None:
+        tried = (
+            f"a copy of the model with {saved_form.num_layers} layers, as memory or disk has no room for a whole one,"
+        )
+    text = "saving: %s is the same after it was saved and loaded again: %d weights (%.1f s)"
+    logger.info(text, tried, saved_form.num_weights, time.monotonic() - started)
+    return saved_form
 
 
 def add_callbacks(

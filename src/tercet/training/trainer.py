@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from tercet.artifacts.throughput import log_entry
 from tercet.config.sections import Parallelism
 from tercet.data.order import RankBatches
+from tercet.errors import ConfigError, CorruptObject
 from tercet.failpoints import crash_point
-from tercet.model.collectives import gather_objects
+from tercet.model.collectives import gather_objects, run_on_rank_0
 from tercet.model.loss import loss_of
 from tercet.model.packed_model import Forward
 from tercet.model.row import ChunkBatch, RowBatch
-from tercet.model.sharding import check_recomputes, check_saved, check_wrapped, full_weights, unit_classes
+from tercet.model.saved_form import SavedForm, check_saved
+from tercet.model.sharding import check_recomputes, check_wrapped, full_weights, unit_classes
 from tercet.planning.parallelism import is_zero
 from tercet.training import optimizer_state
 from tercet.training.deepspeed_engine import OneReduction, gather_small_exactly
@@ -61,6 +64,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_reads_texts: bool = False,
         tokens: TokenSource | None = None,
         precision: str = "fp32",
+        saved_form: SavedForm | None = None,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` records which of them were trained on.
@@ -71,10 +75,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
         too.
         tokens: where token ids of the rows may be cached; None to tokenize each batch.
-        precision: in which matrices are multiplied, for the meter."""
+        precision: in which matrices are multiplied, for the meter.
+        saved_form: the tensors that a saved model must have; None for a model that is never saved."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
+        self._saved_form = saved_form
         self.ledger = Ledger()
         self._ahead: Prefetcher[Any] = Prefetcher()
         super().__init__(**kwargs)
@@ -295,7 +301,23 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
+        elif self._save_whole is not None:
+            self._rehearse_saving()
         return prepared
+
+    def _rehearse_saving(self) -> None:
+        """Gather the weights and save them once, as each checkpoint will. Raises ConfigError where that fails."""
+
+        def save() -> None:
+            try:
+                with tempfile.TemporaryDirectory(prefix="tercet-rehearsal-") as folder:
+                    self._write_model(weights, Path(folder))
+            except CorruptObject as error:
+                hint = "choose another workers.parallelism, or another model"
+                raise ConfigError(f"{self._parallelism} cannot save this model: {error}", hint) from error
+
+        weights = full_weights(self.model)
+        run_on_rank_0(save)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Replaces `BaseTrainer._load_from_checkpoint`, which cannot load sharded models: does nothing.
@@ -310,14 +332,18 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self._ahead.drain()
         folder = Path(output_dir or self.args.output_dir)
         weights = full_weights(self.model) if self._save_whole is not None else None
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._write_model(weights, folder)
+
+    def _write_model(self, weights: dict[str, Any] | None, folder: Path) -> None:
+        """Write the model to a folder, and check that nothing is missing. weights: as gathered, if they must be."""
         if self._save_whole is None:
             self.model.save_pretrained(str(folder), create_model_card=False)
-            check_saved(folder, self.model)
         else:
             assert weights is not None
             self._save_whole(weights, folder)
+        assert self._saved_form is not None
+        check_saved(folder, self._saved_form)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Replaces `Trainer._save_optimizer_and_scheduler`: one format for every parallelism; saves the ledger too."""

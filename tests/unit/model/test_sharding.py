@@ -1,4 +1,4 @@
-"""Weights are gathered, copied into a whole model, and checked on disk; a wrapped model is what the plan says."""
+"""Weights are gathered and copied into a whole model; a wrapped model is what the plan says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, T5EncoderModel
 from transformers.integrations import deepspeed
 
@@ -19,7 +18,6 @@ from tercet.errors import ConfigError, CorruptObject, TrainingError
 from tercet.model import sharding
 from tercet.model.sharding import (
     check_recomputes,
-    check_saved,
     check_wrapped,
     fill,
     full_weights,
@@ -78,56 +76,6 @@ def test_fill_refuses_missing_weights_and_other_shapes(found: tuple[int, ...] | 
         weights["first.weight"] = torch.zeros(found)
     with pytest.raises(CorruptObject, match=f"first.weight {problem}.*should be of shape"):
         fill(Model(), weights)
-
-
-# --- on the disk ----------------------------------------------------------------------------------------------------
-
-
-def saved(folder: Path, changes: dict[str, torch.Tensor | None], num_files: int = 1) -> Path:
-    """Write a model with the tied tensor once, as transformers does."""
-    tensors = {**dict(Model().named_parameters()), **changes}
-    kept = [(name, value.detach().clone()) for name, value in tensors.items() if value is not None]
-    for number in range(num_files):
-        name = f"model-{number + 1:05d}-of-{num_files:05d}" if num_files > 1 else "model"
-        save_file(dict(kept[number::num_files]), folder / f"{name}.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize("num_files", [1, 3])
-def test_a_complete_model(tmp_path: Path, num_files: int) -> None:
-    check_saved(saved(tmp_path, {}, num_files), Model())
-
-
-def test_modules_in_separate_folders(tmp_path: Path) -> None:
-    (tmp_path / "2_Dense").mkdir()
-    bias = Model().first.bias
-    saved(tmp_path, {"first.bias": None, "norm.weight": None})
-    save_file({"a": bias.detach(), "b": bias.detach().clone()}, tmp_path / "2_Dense" / "model.safetensors")
-    check_saved(tmp_path, Model())
-
-
-@pytest.mark.parametrize("num_files", [1, 3])
-@pytest.mark.parametrize(
-    ("changed", "counts"),
-    [
-        (None, "1 tensors are missing and 0 are empty"),
-        (torch.zeros(0), "1 tensors are missing and 1 are empty"),
-        (torch.zeros(4, 2), "1 tensors are missing and 0 are empty"),  # a shard
-    ],
-)
-def test_an_incomplete_model(tmp_path: Path, changed: torch.Tensor | None, counts: str, num_files: int) -> None:
-    with pytest.raises(CorruptObject, match=counts):
-        check_saved(saved(tmp_path, {"first.weight": changed}, num_files), Model())
-
-
-def test_an_empty_tensor_beside_all_others(tmp_path: Path) -> None:
-    with pytest.raises(CorruptObject, match="0 tensors are missing and 1 are empty"):
-        check_saved(saved(tmp_path, {"more": torch.zeros(0)}), Model())
-
-
-def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(CorruptObject, match="5 tensors are missing"):
-        check_saved(tmp_path, Model())
 
 
 # --- how a model is wrapped -----------------------------------------------------------------------------------------
