@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tercet.errors import PlanError
 from tercet.planning.engine_settings import collective_timeout_seconds, deepspeed_settings, fsdp_settings
 from tercet.planning.parallelism import is_zero
 from tercet.planning.plan import TrainPlan
+
+logger = logging.getLogger("tercet")
 
 
 def use_cpu(plan: TrainPlan) -> bool:
