@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,29 +120,35 @@ class TokenCache:
 
         Copies with numpy, without a loop over texts or tokens. The ids are int64."""
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
-        texts = (rows - self._first_rows[shards]) * self._num_columns + np.arange(self._num_columns)[:, None]
         by_shard = np.argsort(shards, kind="stable")
-        own, begins = np.unique(shards[by_shard], return_index=True)
-        starts, lengths = np.empty_like(texts), np.empty_like(texts)
-        files = [self._files[number] for number in own.tolist()]
-        pieces = np.split(by_shard, begins[1:])
-        for file, piece in zip(files, pieces, strict=True):
-            if file is None:
-                return None
-            bounds = file[1]
-            here = texts[:, piece]
-            starts[:, piece] = bounds[here]
-            lengths[:, piece] = bounds[here + 1] - starts[:, piece]
-        begins_out = np.cumsum(lengths).reshape(lengths.shape) - lengths
-        ids = np.empty(int(lengths.sum()), np.int64)
-        for file, piece in zip(files, pieces, strict=True):
-            assert file is not None
-            counts = lengths[:, piece].ravel()
-            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            places = np.repeat(begins_out[:, piece].ravel(), counts) + within
-            ids[places] = file[0][np.repeat(starts[:, piece].ravel(), counts) + within]
-        ends = np.cumsum(lengths.sum(axis=1))
-        return [Tokens(*column) for column in zip(np.split(ids, ends[:-1]), lengths, strict=True)]
+        used, begins = np.unique(shards[by_shard], return_index=True)
+        files = [file for number in used.tolist() if (file := self._files[number]) is not None]
+        if len(files) < len(used):
+            return None
+        # Texts by shard, row and column; and the place of each among all texts, column by column.
+        columns, cuts = np.arange(self._num_columns), (begins[1:] * self._num_columns).tolist()
+        texts = ((rows - self._first_rows[shards])[by_shard, None] * self._num_columns + columns).ravel()
+        places = (by_shard[:, None] + columns * len(rows)).ravel()
+        pairs = list(zip(files, pairwise([0, *cuts, len(texts)]), strict=True))
+        starts = np.concatenate([bounds[texts[start:stop]] for (_, bounds), (start, stop) in pairs])
+        texts += 1
+        counts = np.concatenate([bounds[texts[start:stop]] for (_, bounds), (start, stop) in pairs]) - starts
+        lengths = np.empty_like(counts)
+        lengths[places] = counts
+        ends = np.cumsum(lengths)
+        own_ends = np.cumsum(counts)
+        within = np.arange(ends[-1]) - np.repeat(own_ends - counts, counts)
+        sources = np.repeat(starts, counts) + within
+        token_cuts = [0, *own_ends[[cut - 1 for cut in cuts]].tolist(), len(sources)]
+        ids = np.empty(len(sources), np.int64)
+        ids[np.repeat((ends - lengths)[places], counts) + within] = np.concatenate(
+            [own[sources[start:stop]] for (own, _), (start, stop) in zip(files, pairwise(token_cuts), strict=True)]
+        )
+        column_ends = ends[len(rows) - 1 :: len(rows)]
+        return [
+            Tokens(*column)
+            for column in zip(np.split(ids, column_ends[:-1]), lengths.reshape(-1, len(rows)), strict=True)
+        ]
 
     def _whole(self, shard: Shard) -> Path | None:
         paths = self._folder.glob(f"{shard.sha256}.*.ids")
@@ -149,7 +156,7 @@ class TokenCache:
 
     def _mapped(self, path: Path, shard: Shard) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         num_bounds = shard.num_rows * self._num_columns + 1
-        memory = np.memmap(path, np.uint8, mode="r")
+        memory = np.asarray(np.memmap(path, np.uint8, mode="r"))  # slices of a plain array cost less
         bounds = memory[len(memory) - num_bounds * BOUND_BYTES :].view(np.int64)
         return memory[: int(bounds[-1]) * self._type.itemsize].view(self._type), bounds
 

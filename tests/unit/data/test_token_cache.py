@@ -133,4 +133,6 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
 
 def test_files_are_mapped_not_read(tmp_path: Path) -> None:
     cache = Texts().made(tmp_path)
-    assert all(file is not None and isinstance(file[0].base, np.memmap) for file in cache._files)
+    mapped = Path("/proc/self/maps").read_text()
+    assert all(str(path) in mapped for path in files(tmp_path))
+    assert cache.take(np.array([0])) is not None
