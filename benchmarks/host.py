@@ -4,8 +4,8 @@ python benchmarks/host.py [--rounds 5] [--rows 20000] [--model package:gt_all_mi
 
 Rows are triplets of random words with the lengths of benchmarks/step.py. One way takes the token ids of random rows
 from the cache and describes the row with numpy. The other, before it, runs `model.preprocess` with transformers'
-flattening collator, as sentence-transformers does, and sorts the texts in Python. Both end with the tensors of a forward
-pass, which are compared. CPU seconds of this thread, interleaved, medians. The cuts into chunks and groups are those of
+flattening collator, as sentence-transformers does, and sorts the texts in Python. Both end with equal tensors of a
+forward pass. CPU seconds of this thread, interleaved, medians. The cuts into chunks and groups are those of
 a search over all texts, which is the other way.
 """
 
