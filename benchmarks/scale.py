@@ -8,9 +8,10 @@ requests of a checkpoint that every rank writes a part of, and how long rank 0 n
 simulated one after the other on a local folder; only the number of requests carries over to object storage, not their
 time.
 
-Computed: the step of a 434 M encoder with data parallelism. Gradients are averaged in fp32 by a ring, whose every rank
+Computed: the step of a 434 M encoder with data parallelism: products at a share of the peak, the rest at a share of the
+memory's rate, or the host's launches where these take longer. Gradients are averaged in fp32 by a ring, whose every rank
 sends 2 (n - 1) / n times the gradients (Patarasuk & Yuan 2009). DDP sends each bucket as soon as it is ready, so only
-what takes longer than the backward pass, two thirds of the arithmetic, adds to a step, and the last bucket of 25 MB.
+what takes longer than the backward pass, two thirds of the rest of the step, adds to it, and the last bucket of 25 MB.
 The rates are at the top of the file, each with its source; docs/scale.md says what follows from them.
 """
 
@@ -30,12 +31,25 @@ NUM_RANKS = (1, 8, 64, 256, 1024)
 MAX_RANKS_APART = 256  # beyond, a block takes minutes
 GPUS_PER_MACHINE = 8
 
-NUM_WEIGHTS = 434e6
+# BERT-large's shape, which stella_en_400M_v5 nearly has.
+NUM_LAYERS, HIDDEN_SIZE, NUM_WEIGHTS, NUM_LAYER_WEIGHTS = 24, 1024, 434e6, 303e6
+TOKENS_PER_TRIPLET = {"card": 67, "longer": 170}  # of step.py, and texts of 57 tokens
+BATCH_SIZES = (16, 64, 256, 1024)
 GRADIENT_BYTES = 4 * NUM_WEIGHTS
 LAST_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 
-# Not measured: the arithmetic of docs/scale.md for an H100 in bf16, by triplets a GPU, with an optimizer step.
-STEP_MILLISECONDS = {16: 30.0, 64: 75.0, 256: 230.0}
+# One H100 SXM. NVIDIA's datasheet: 989 TFLOP/s of dense bf16 and 3.35 TB/s.
+PEAK_FLOPS = 989e12
+# Assumed, until benchmarks/gpu.py has run: products of these sizes at 63 % of the peak, memory at 90 %; bytes that
+# everything but products and attention moves for each token, unit and layer, forward and backward, eager and fused;
+# a kernel's launch.
+PRODUCT_FLOPS, MEMORY_BYTES_PER_SECOND = 0.63 * PEAK_FLOPS, 0.9 * 3.35e12
+BYTES_PER_UNIT = {"eager": 150, "fused": 75}
+LAUNCH_SECONDS = 5e-6
+KERNELS_PER_LAYER = 60  # the bound of tests/unit/model/test_meta_step.py
+# AdamW reads weight, gradient and two moments, and writes all but the gradient: 28 bytes a weight. Norms read the
+# gradient, clipping reads and writes it, the cast to 16 bits reads 4 and writes 2, the gradient is set to zero: 46.
+OPTIMIZER_BYTES = 46 * NUM_WEIGHTS
 
 # Bytes a second that a ring moves through one GPU ("bus bandwidth" of nccl-tests).
 NVLINK = 470e9  # 460 to 480 GB/s on 8 H100 with NVSwitch (docs.alayanew.com, tech blog of 2026-05-06)
@@ -124,6 +138,31 @@ def _count(storage: Any, method: str, counts: Counter[str]) -> None:
     setattr(storage, method, counted)
 
 
+def card_seconds(num_tokens: float, way: str) -> tuple[float, float]:
+    """Return the seconds of a step of one card, and of its arithmetic at peak.
+
+    A fused step is one launch. Otherwise the host's launches can take longer than the card."""
+    flops = 6 * NUM_LAYER_WEIGHTS * num_tokens
+    moved = BYTES_PER_UNIT[way] * HIDDEN_SIZE * NUM_LAYERS * num_tokens + OPTIMIZER_BYTES
+    device = flops / PRODUCT_FLOPS + moved / MEMORY_BYTES_PER_SECOND
+    host = LAUNCH_SECONDS * KERNELS_PER_LAYER * NUM_LAYERS if way == "eager" else 0.0
+    return max(device, host), flops / PEAK_FLOPS
+
+
+def card() -> None:
+    """Print the time of a step on one card."""
+    print(
+        f"\n{'texts':<8} {'triplets':>8} {'tokens':>8} {'at peak ms':>11} {'eager ms':>9} {'of peak':>8} {'fused ms':>9} {'of peak':>8}"
+    )
+    for texts, tokens_per_triplet in TOKENS_PER_TRIPLET.items():
+        for rows in BATCH_SIZES:
+            (eager, at_peak), (fused, _) = (card_seconds(rows * tokens_per_triplet, way) for way in BYTES_PER_UNIT)
+            print(
+                f"{texts:<8} {rows:>8} {rows * tokens_per_triplet:>8} {1e3 * at_peak:>11.1f} {1e3 * eager:>9.1f}"
+                f" {at_peak / eager:>8.0%} {1e3 * fused:>9.1f} {at_peak / fused:>8.0%}"
+            )
+
+
 def all_reduce_seconds(num_ranks: int, num_bytes: float, between: float) -> float:
     """Return the time to average gradients: within machines over NVLink, then between them by all GPUs at once.
 
@@ -137,18 +176,20 @@ def all_reduce_seconds(num_ranks: int, num_bytes: float, between: float) -> floa
 
 
 def steps() -> None:
-    """Print the time of a step and the efficiency, by network, triplets a GPU, and GPUs."""
+    """Print what the average of the gradients adds to an eager step on the card's texts, by network, rows and GPUs."""
     print(f"\n{'network':<18} {'rows/GPU':>8} {'GPUs':>6} {'all-reduce ms':>14} {'exposed ms':>11} {'efficiency':>11}")
     for network, between in BETWEEN.items():
-        for rows, alone in STEP_MILLISECONDS.items():
+        for rows in BATCH_SIZES[1:]:
+            alone, _ = card_seconds(rows * TOKENS_PER_TRIPLET["card"], "eager")
+            backward = 2 / 3 * (alone - OPTIMIZER_BYTES / MEMORY_BYTES_PER_SECOND)
             for num_ranks in NUM_RANKS[1:]:
                 if num_ranks == GPUS_PER_MACHINE and network != next(iter(BETWEEN)):
                     continue  # one machine: its network does not matter
-                total = 1e3 * all_reduce_seconds(num_ranks, GRADIENT_BYTES, between)
-                last = 1e3 * all_reduce_seconds(num_ranks, LAST_BUCKET_BYTES, between)
-                exposed = max(last, total - alone * 2 / 3)
-                share = alone / (alone + exposed)
-                print(f"{network:<18} {rows:>8} {num_ranks:>6} {total:>14.1f} {exposed:>11.1f} {share:>11.1%}")
+                total = all_reduce_seconds(num_ranks, GRADIENT_BYTES, between)
+                last = all_reduce_seconds(num_ranks, LAST_BUCKET_BYTES, between)
+                exposed = max(last, total - backward)
+                shown = f"{1e3 * total:>14.1f} {1e3 * exposed:>11.1f} {alone / (alone + exposed):>11.0%}"
+                print(f"{network:<18} {rows:>8} {num_ranks:>6} {shown}")
 
 
 def main() -> None:
@@ -162,6 +203,7 @@ def main() -> None:
     print(f"\n{'ranks':>6} {'requests/rank':>14} {'of the commit':>15} {'its seconds':>14} {'COMMIT KiB':>14}")
     for num_ranks in NUM_RANKS:
         checkpoint(num_ranks)
+    card()
     steps()
 
 
