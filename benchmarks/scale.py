@@ -9,7 +9,7 @@ simulated one after the other on a local folder; only the number of requests car
 time.
 
 Computed: the step of a 434 M encoder with data parallelism: products at a share of the peak, the rest at a share of the
-memory's rate, or the host's launches where these take longer. Gradients are averaged in fp32 by a ring, whose every rank
+memory's rate, or the host's launches where these take longer. Gradients are averaged in fp32 by a ring; every rank
 sends 2 (n - 1) / n times the gradients (Patarasuk & Yuan 2009). DDP sends each bucket as soon as it is ready, so only
 what takes longer than the backward pass, two thirds of the rest of the step, adds to it, and the last bucket of 25 MB.
 The rates are at the top of the file, each with its source; docs/scale.md says what follows from them.
@@ -151,14 +151,14 @@ def card_seconds(num_tokens: float, way: str) -> tuple[float, float]:
 
 def card() -> None:
     """Print the time of a step on one card."""
-    print(
-        f"\n{'texts':<8} {'triplets':>8} {'tokens':>8} {'at peak ms':>11} {'eager ms':>9} {'of peak':>8} {'fused ms':>9} {'of peak':>8}"
-    )
+    names = (("texts", 8), ("triplets", 8), ("tokens", 8), ("at peak ms", 11))
+    names += (("eager ms", 9), ("of peak", 8), ("fused ms", 9), ("of peak", 8))
+    print("\n" + " ".join(f"{name:>{width}}" for name, width in names))
     for texts, tokens_per_triplet in TOKENS_PER_TRIPLET.items():
         for rows in BATCH_SIZES:
             (eager, at_peak), (fused, _) = (card_seconds(rows * tokens_per_triplet, way) for way in BYTES_PER_UNIT)
             print(
-                f"{texts:<8} {rows:>8} {rows * tokens_per_triplet:>8} {1e3 * at_peak:>11.1f} {1e3 * eager:>9.1f}"
+                f"{texts:>8} {rows:>8} {rows * tokens_per_triplet:>8} {1e3 * at_peak:>11.1f} {1e3 * eager:>9.1f}"
                 f" {at_peak / eager:>8.0%} {1e3 * fused:>9.1f} {at_peak / fused:>8.0%}"
             )
 

@@ -173,7 +173,7 @@ def test_evaluations_are_those_of_the_cpu(lab: Lab) -> None:
     lab.run("cuda-test-evaluated", training={"precision": "fp32"})
     lab.run("cuda-test-evaluated-cpu", False, training={"precision": "fp32"})
     at_start = [
-        [entry for entry in training_log(lab.store, run_id)["log_history"] if "eval_cosine_ndcg@10" in entry][0]
+        next(entry for entry in training_log(lab.store, run_id)["log_history"] if "eval_cosine_ndcg@10" in entry)
         for run_id in ("cuda-test-evaluated", "cuda-test-evaluated-cpu")
     ]
     for name in ("eval_cosine_ndcg@10", "eval_cosine_mrr@10", "eval_cosine_accuracy", "eval_loss"):
