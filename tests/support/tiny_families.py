@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,6 @@ def tiny_encoder(
     and a Normalize module."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(texts)
-    tokenizer.padding_side = padding_side
     tokenizer.model_max_length = MAX_LENGTH
     encoder = AutoModel.from_config(_config(family, len(tokenizer), dropout))
     with torch.no_grad():
@@ -130,4 +130,6 @@ def tiny_encoder(
     SentenceTransformer(modules=[transformer, pool, dense, Normalize()], device="cpu").save_pretrained(
         str(folder / "model"), create_model_card=False
     )
+    settings = folder / "model" / "tokenizer_config.json"  # sentence-transformers loads an encoder to pad on the right
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "padding_side": padding_side}))
     return folder / "model"

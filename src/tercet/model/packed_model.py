@@ -7,6 +7,7 @@ format, with an attention that does not need flash attention, and with all colum
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tercet.planning import packing
 from tercet.planning.packing import Attention, Facts, Packing
 
 # Features that a model's forward pass gets in addition to the names in its signature.
-ROW_KEYS = {"position_ids", "layout"}
+ROW_KEYS = {"position_ids", "layout", "attention_mask"}
 
 
 class Forward(NamedTuple):
@@ -142,6 +143,9 @@ def take_rows(model: SentenceTransformer, attention: Attention | None = None) ->
     transformer.position_offset = transformer._infer_flatten_position_offset()
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= ROW_KEYS
+    # Keys and values that no later token will ask for would be kept until the end of the forward pass.
+    takes_cache = "use_cache" in inspect.signature(type(encoder).forward).parameters
+    transformer.row_options = {"use_cache": False} if takes_cache else {}
     transformer.can_flatten_inputs = True
     transformer.attention = attention
     # A bound method, so that a deep copy of the model gets one of its own.

@@ -10,6 +10,7 @@ checks that the model's code hands on to attention where each text begins, and p
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 
 from tercet.errors import PlanError, first_line
 from tercet.model.loss import Features
+from tercet.model.packed_attention import UnsupportedAttention
 from tercet.model.packed_model import Forward, facts_of, prepare, takes_rows
 from tercet.model.sharding import unsharded
 from tercet.planning import packing
@@ -35,17 +37,10 @@ NUM_WORDS = ((5, 1, 23, 9), (2, 31, 5))
 
 # Limits of the copy. Attention windows are shorter than most texts, so that a wrong one shows.
 WINDOW = 6
-MAX_VOCABULARY, MAX_INTERMEDIATE, MAX_KINDS_OF_LAYERS = 512, 256, 6
-WINDOW_NAMES = (
-    "sliding_window",
-    "local_attention",
-    "attention_window",
-    "attention_window_size",
-    "attention_chunk_size",
-    "sliding_window_size",
-    "local_attention_window_len",
-    "keep_window_size",
-)
+MAX_VOCABULARY, MAX_INTERMEDIATE, MAX_KINDS_OF_LAYERS, MAX_KEY_HEADS, MAX_PROJECTION = 512, 256, 6, 2, 2**22
+# Numbers of tokens in configurations: `sliding_window`, `local_attention`, `attention_chunk_size`, `index_topk`.
+# Not `max_window_layers`.
+WINDOW_NAMES = re.compile(r"window(_size|_len)?$|^local_attention$|attention_chunk_size$|^index_topk$")
 
 
 class Trial(NamedTuple):
@@ -75,7 +70,7 @@ def choose_packing(
         of_guide = try_rows(guide)
         refusal, error = of_guide.refusal and f"{packing.OF_GUIDE}{of_guide.refusal}", max(error, of_guide.error)
     if refusal is None:
-        return "packed", f"one row of real tokens, no padding; a trial differs from padding by {error:.0e}"
+        return "packed", f"{packing.ONE_ROW}; a trial differs from padding by {error:.0e}"
     if wanted == "packed":
         raise PlanError(
             f"workers.packing is packed, but this model cannot be packed: {refusal}",
@@ -88,6 +83,9 @@ def prepare_to_encode(model: SentenceTransformer, chosen: Literal["auto"] | Pack
     """Make a model encode as the run that trained it does: in rows, if the run packs them and this machine can.
 
     chosen: what the run chose, or what the recipe names if it chose nothing."""
+    if isinstance(chosen, ForwardChoice) and chosen.is_untried:
+        prepare(model, "packed")
+        return
     if isinstance(chosen, ForwardChoice):
         chosen = "auto" if chosen.is_due_to_guide else chosen.packing
     if packing.needs_trial(chosen):
@@ -111,6 +109,8 @@ def try_rows(model: SentenceTransformer) -> Trial:
             error, name = _largest_error(small_copy(model))
     except MemoryError:
         raise
+    except UnsupportedAttention as failure:
+        return Trial(failure.message[:1].lower() + failure.message[1:].rstrip("."))
     except Exception as failure:  # noqa: BLE001 - code of any model, with inputs that it may not have been made for
         return Trial(f"the trial on a small random copy of {_kind(model)} failed: {_in_words(failure)}")
     if not error <= MAX_ERROR:
@@ -270,7 +270,7 @@ def _configs(config: PretrainedConfig) -> Iterable[PretrainedConfig]:
 
 
 def _shrink(config: PretrainedConfig) -> None:
-    """Make a configuration small in what does not decide whether rows are right: layers, vocabulary, window widths."""
+    """Make a configuration small in what does not decide whether rows are right, and take out what is random."""
     stored = config.to_dict()
     num_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(num_layers, int):
@@ -280,13 +280,18 @@ def _shrink(config: PretrainedConfig) -> None:
                 setattr(config, name, [value[layer] for layer in kept])
         config.num_hidden_layers = len(kept)
     for name, value in stored.items():
-        if "drop" in name and isinstance(value, float):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
-    for name in WINDOW_NAMES:
-        if isinstance(stored.get(name), int) and stored[name] > WINDOW:
+        if WINDOW_NAMES.search(name) and isinstance(value, int) and value > WINDOW:
             setattr(config, name, WINDOW)
     if isinstance(stored.get("intermediate_size"), int):
         config.intermediate_size = min(config.intermediate_size, MAX_INTERMEDIATE)
+    heads, key_heads = stored.get("num_attention_heads"), stored.get("num_key_value_heads")
+    # Where a head has a width of its own, fewer of them change no other size.
+    is_large = (heads or 0) * (stored.get("head_dim") or 0) * (stored.get("hidden_size") or 0) > MAX_PROJECTION
+    if is_large and key_heads and key_heads > MAX_KEY_HEADS and heads % key_heads == 0:
+        config.num_key_value_heads = MAX_KEY_HEADS
+        config.num_attention_heads = MAX_KEY_HEADS * (heads // key_heads)
     if isinstance(stored.get("vocab_size"), int):
         config.vocab_size = min(config.vocab_size, MAX_VOCABULARY)
         if getattr(config, "pad_token_id", None) is not None and config.pad_token_id >= config.vocab_size:

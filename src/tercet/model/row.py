@@ -236,6 +236,10 @@ def forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
         "position_ids": row["position_ids"][None],
         "layout": Layout(row.lengths, row.device, self.attention, row["attended_bounds"]),
         "modality": features["modality"],
+        # No mask has four dimensions and no element. transformers hands it on as it is, without a look at the position
+        # ids, which on a GPU would wait for them; attention by the layout ignores it.
+        "attention_mask": torch.empty(1, 1, 0, 0, device=row.device),
+        **self.row_options,
     }
     embeddings = forward(self, given, **kwargs)["token_embeddings"].index_select(1, row["back"])
     result = {key: value for key, value in features.items() if key != "row"}

@@ -30,7 +30,7 @@ but no dropout; or torch's kernels with bounds, dropout and 32 bits."""
 TEXT_BY_TEXT = ("Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LayerNorm")
 
 # How the reasons of a choice begin. They are stored.
-NOT_PACKED, OF_GUIDE = "not packed: ", "the guide: "
+ONE_ROW, NOT_PACKED, OF_GUIDE = "one row of real tokens, no padding", "not packed: ", "the guide: "
 
 # More padded chunks need less padding, but each is a forward pass. Four were faster than two; more were not tried.
 NUM_CHUNKS = 4
@@ -68,13 +68,20 @@ class ForwardChoice(Document):
         """Whether only the guide of the loss cannot be packed."""
         return self.reason.startswith(f"{NOT_PACKED}{OF_GUIDE}")
 
+    @property
+    def is_untried(self) -> bool:
+        """Whether the run is packed by the rule before there was a trial: a list of architectures."""
+        return self.reason == ONE_ROW
+
 
 def stored_choice(storage: Storage, run_id: str) -> ForwardChoice | None:
     """Return what a run chose when it began; None if it has not begun, or if its recipe names a way without a trial.
 
     Raises CorruptObject if it is damaged."""
     key = forward_key(run_id)
-    return unseal(ForwardChoice, storage.read(key), storage.uri_of(key)) if storage.exists(key) else None
+    if not storage.exists(key):
+        return None
+    return unseal(ForwardChoice, storage.read(key), storage.uri_of(key), hint="choose a new --run-id")
 
 
 def needs_trial(wanted: Literal["auto"] | Packing) -> bool:

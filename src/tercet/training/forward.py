@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from tercet.model.collectives import gather_objects, run_on_rank_0
 from tercet.model.packed_model import Forward, facts_of, fused_kernel_obstacle, kernel_obstacle, prepare
 from tercet.model.packing_trial import choose_packing
-from tercet.planning.packing import Attention, ForwardChoice, needs_trial, without_rows
+from tercet.planning.packing import Attention, ForwardChoice, Packing, needs_trial, stored_choice, without_rows
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
 from tercet.training.choices import choose_once
@@ -32,11 +32,15 @@ def resolve_forward(
     if not needs_trial(wanted):
         packing, reason = without_rows(wanted, facts_of(model, is_cached))
         return prepare(model, packing, is_cached, reason=reason)
-    key = layout.forward_key(plan.run_id)
-    # What the recipe wants is an error only where nothing has been chosen yet.
-    packing, reason = run_on_rank_0(
-        lambda: choose_packing(model, "auto" if storage.exists(key) else wanted, is_cached, guide)
-    )
+
+    def decide() -> tuple[Packing, str]:
+        stored = stored_choice(storage, plan.run_id)
+        if stored is not None and stored.is_untried:
+            return stored.packing, stored.reason
+        # What the recipe wants is an error only where nothing has been chosen yet.
+        return choose_packing(model, wanted if stored is None else "auto", is_cached, guide)
+
+    packing, reason = run_on_rank_0(decide)
     obstacles: dict[Attention, str | None] = dict.fromkeys(("fused", "bounds"), "the forward pass is not packed")
     if packing == "packed":
         dtype = _ACTIVATIONS.get(plan.config.training.precision or "fp32", torch.float32)
@@ -60,7 +64,9 @@ def resolve_forward(
     def make() -> ForwardChoice:
         return ForwardChoice(packing=packing, reason=reason, attention=_attention(obstacles))
 
-    choice: ForwardChoice = run_on_rank_0(lambda: choose_once(storage, key, ForwardChoice, make, obstacle))
+    choice: ForwardChoice = run_on_rank_0(
+        lambda: choose_once(storage, layout.forward_key(plan.run_id), ForwardChoice, make, obstacle)
+    )
     return prepare(model, choice.packing, is_cached, guide, choice.attention, choice.reason)
 
 

@@ -16,6 +16,7 @@ from tercet.model import packed_model, packing_trial
 from tercet.model.packing_trial import Trial
 from tercet.planning.packing import ForwardChoice, stored_choice
 from tercet.planning.plan import TrainPlan
+from tercet.storage.documents import seal
 from tercet.storage.layout import forward_key
 from tercet.storage.local import LocalStorage
 from tercet.training import forward as module
@@ -158,3 +159,13 @@ def test_rows_that_the_recipe_names_and_the_trial_refuses(
     assert not storage.exists(forward_key(plan().run_id))
     assert resolve(storage, load(), "auto").packing == "chunked"
     assert resolve(storage, load(), "packed").packing == "chunked"
+
+
+def test_a_run_from_before_the_trial_stays_packed(
+    storage: LocalStorage, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice was stored by a list of architectures, of which each is packed to the same bits."""
+    no_row(monkeypatch)
+    choice = ForwardChoice(packing="packed", reason="one row of real tokens, no padding", attention="matrices")
+    storage.put_if_absent(forward_key(plan().run_id), seal(choice))
+    assert resolve(storage, load()).packing == "packed"
