@@ -170,6 +170,8 @@ def test_events_record_each_stage_in_order(finished: Finished) -> None:
     assert [event["event"] for event in events] == [*expected, "run finished"]
     times = [event["unix_seconds"] for event in events]
     assert times == sorted(times)
+    assert (events[1]["use_gpu"], events[1]["reason"]) == (False, "workers.use_gpu is false")
+    assert "the workers use CPUs: workers.use_gpu is false" in finished.screen
 
 
 def test_plan_report_and_page_are_valid(finished: Finished) -> None:

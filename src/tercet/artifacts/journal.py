@@ -201,11 +201,12 @@ class Events:
         self._storage.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
     @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Record the start and the end of a stage, and its seconds."""
+    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Record the start and the end of a stage, and its seconds. Yields further details of the end."""
         self.stage = stage
         self.add(f"{stage} started")
         started = time.monotonic()
-        yield
+        details: dict[str, Any] = {}
+        yield details
         self.seconds[stage] = time.monotonic() - started
-        self.add(f"{stage} finished", seconds=round(self.seconds[stage], 3))
+        self.add(f"{stage} finished", seconds=round(self.seconds[stage], 3), **details)

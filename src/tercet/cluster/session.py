@@ -112,13 +112,13 @@ def cluster_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def with_devices(config: Config, record: Callable[..., None] = lambda event, **details: None) -> Config:  # noqa: ARG005
+def with_devices(config: Config, record: Callable[..., object] = dict) -> Config:
     """Return the recipe with `use_gpu: auto` decided. The choice and its reason are always printed.
 
-    record: is called with an event's name and the choice. Raises PlanError if there can never be enough GPUs."""
+    record: is called with `use_gpu` and `reason`. Raises PlanError if there can never be enough GPUs."""
     devices = choose_devices(config.workers, cluster_address())
     logger.warning("%s", devices.text())  # the level that a driver shows
-    record("devices chosen", use_gpu=devices.use_gpu, reason=devices.reason)
+    record(use_gpu=devices.use_gpu, reason=devices.reason)
     workers = config.workers.model_copy(update={"use_gpu": devices.use_gpu})
     return config.model_copy(update={"workers": workers})
 

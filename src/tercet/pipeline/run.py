@@ -40,9 +40,9 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     storage.put(layout.plan_key(plan.run_id), seal(plan))
     events = Events(storage, plan.run_id)
     try:
-        with events.timed("start"):
+        with events.timed("start") as details:
             session.start_ray(plan.config.workers)
-            plan = plan.model_copy(update={"config": session.with_devices(plan.config, events.add)})
+            plan = plan.model_copy(update={"config": session.with_devices(plan.config, details.update)})
         with events.timed("train"):
             if not storage.exists(layout.training_key(plan.run_id)):  # written last by the workers
                 train.train(plan)

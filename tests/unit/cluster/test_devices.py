@@ -134,11 +134,12 @@ def test_the_demo_on_a_machine_with_one_gpu(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("tercet.cluster.session.logger.propagate", True)
     demo = load_config(example_path("demo"), [])
     assert (demo.workers.use_gpu, demo.workers.num_workers) == ("auto", 2)
-    events: dict[str, Any] = {}
-    decided = with_devices(demo, lambda event, **details: events.update({event: details}))
+    details: dict[str, Any] = {}
+    decided = with_devices(demo, details.update)
     assert decided.workers.use_gpu is False
     reason = "this machine has 1 GPU, and 2 workers need one each"
-    assert events == {"devices chosen": {"use_gpu": False, "reason": reason}}
-    assert [record.getMessage() for record in caplog.records] == [f"the workers use CPUs: {reason}"]
+    assert details == {"use_gpu": False, "reason": reason}
+    lines = [record.getMessage() for record in caplog.records if record.name == "tercet"]
+    assert lines == [f"the workers use CPUs: {reason}"]
     alone = demo.model_copy(update={"workers": demo.workers.model_copy(update={"num_workers": 1})})
     assert with_devices(alone).workers.use_gpu is True

@@ -94,6 +94,17 @@ def test_spot_as_in_the_comment_is_accepted(run_instances: StructureShape) -> No
     assert problems(config, run_instances) == []
 
 
+def test_efa_as_in_the_comments_is_accepted(run_instances: StructureShape) -> None:
+    text = CLUSTER_YAML.read_text()
+    head, body = text.split("            # NetworkInterfaces:\n")
+    lines = [line.replace("# ", "", 1) for line in body.splitlines()]
+    config = yaml.safe_load("\n".join([head + "            NetworkInterfaces:", *lines[:2], lines[4]]))
+    machine = config["available_node_types"]["gpu8"]
+    assert [interface["InterfaceType"] for interface in machine["node_config"]["NetworkInterfaces"]] == ["efa", "efa"]
+    assert machine["docker"]["worker_run_options"][0] == "--device=/dev/infiniband"
+    assert problems({**config, **{name: load()[name] for name in load() if name not in config}}, run_instances) == []
+
+
 def gpu(config: Config) -> Config:
     node_type: Config = config["available_node_types"]["gpu"]
     return node_type
@@ -187,6 +198,16 @@ def test_the_registry_region_and_version_agree() -> None:
     assert all(zone.startswith(region) for zone in config["provider"]["availability_zone"].split(","))
 
 
+def test_checkpoints_are_written_to_the_machines_own_disks() -> None:
+    config = load()
+    workers = config["docker"]["worker_run_options"]
+    [host, inside] = next(option for option in workers if option.startswith("-v ")).split()[1].split(":")
+    assert f"-e TMPDIR={inside}" in workers
+    assert [line for line in config["initialization_commands"] if line.endswith(host) and "-o 1000" in line]
+    assert "--ulimit memlock=-1" in workers
+    assert not [option for option in workers if "shm-size" in option]  # Ray adds it, unless it is there
+
+
 def test_no_secret_is_in_the_file() -> None:
     text = CLUSTER_YAML.read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret|PRIVATE KEY|RAY_AUTH_TOKEN=|\b[0-9a-f]{64}\b", text, re.I)
@@ -229,12 +250,15 @@ def test_ray_resolves_the_file_and_launches_its_machines() -> None:
     assert types["head"]["resources"]["CPU"] == 0
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["gpu"]["resources"]["CPU"] == 4
+    assert [types[name]["resources"]["GPU"] for name in ("gpu4", "gpu8")] == [4, 8]
+    assert [types[name]["resources"]["CPU"] for name in ("gpu4", "gpu8")] == [48, 192]
 
     for name in ("tercet-head", "tercet-worker"):  # which the file asks the user to create beforehand
         boto3.client("iam").create_instance_profile(InstanceProfileName=name)
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     ami = next(iter(boto3.client("ec2", "us-west-2").describe_images(Owners=["amazon"])["Images"]))["ImageId"]
-    for name, tags in (("head", {"ray-node-type": "head"}), ("gpu", {"ray-node-type": "worker"})):
+    worker = {"ray-node-type": "worker"}
+    for name, tags in (("head", {"ray-node-type": "head"}), ("gpu", worker), ("gpu4", worker), ("gpu8", worker)):
         node_config = copy.deepcopy(types[name]["node_config"])
         assert node_config["ImageId"].startswith("resolve:ssm:/aws/service/")
         node_config["ImageId"] = ami  # moto does not look ids up in SSM
@@ -246,5 +270,7 @@ def test_ray_resolves_the_file_and_launches_its_machines() -> None:
     assert {kind: arn.rpartition("/")[2] for kind, arn in profiles.items()} == {
         "m7i.xlarge": "tercet-head",
         "g6.xlarge": "tercet-worker",
+        "g6.12xlarge": "tercet-worker",
+        "p5.48xlarge": "tercet-worker",
     }
     assert all("SpotInstanceRequestId" not in machine for machine in machines.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,55 @@ def test_every_machine_has_the_image_of_this_version_and_the_recipe(job: dict[st
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
 
 
-def test_the_head_trains_nothing_and_each_worker_has_a_gpu(job: dict[str, Any]) -> None:
+def test_the_head_trains_nothing_and_a_worker_pod_has_a_whole_machine(job: dict[str, Any]) -> None:
     head, worker = pods(job)
     assert job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
-    assert worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    resources = worker["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "8"
     assert worker["terminationGracePeriodSeconds"] >= 60
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["rayStartParams"]["num-cpus"] == resources["requests"]["cpu"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+
+
+def num_bytes(size: str) -> int:
+    return int(size.removesuffix("Gi")) * 2**30
+
+
+def test_shared_memory_has_room_for_the_object_store_and_nccl(job: dict[str, Any]) -> None:
+    """Ray would put an object store that does not fit into /tmp, and NCCL would fail."""
+    cluster = job["spec"]["rayClusterSpec"]
+    for group, pod in zip((cluster["headGroupSpec"], *cluster["workerGroupSpecs"]), pods(job), strict=True):
+        mounted = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        [volume] = [volume for volume in pod["volumes"] if volume["name"] == mounted["/dev/shm"]]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        limit = num_bytes(volume["emptyDir"]["sizeLimit"])
+        assert limit > 1.5 * int(group["rayStartParams"]["object-store-memory"])
+        assert limit <= num_bytes(pod["containers"][0]["resources"]["limits"]["memory"]) / 4
+
+
+def test_checkpoints_are_not_written_to_the_containers_layer(job: dict[str, Any]) -> None:
+    container = pods(job)[1]["containers"][0]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert variables["TMPDIR"] in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {variable["name"] for variable in pods(job)[0]["containers"][0]["env"]} < variables.keys()
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycronjob.yaml"])
+def test_efa_as_in_the_comments(name: str) -> None:
+    text = re.sub(
+        r"# (vpc\.amazonaws|hugepages|- \{name: FI_|securityContext)", r"\1", (FOLDER / name).read_text("utf-8")
+    )
+    [document] = yaml.safe_load_all(text)
+    spec = document["spec"].get("jobTemplate", document["spec"])
+    [group] = spec["rayClusterSpec"]["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    for kind in ("requests", "limits"):  # extended resources cannot be overcommitted
+        assert container["resources"][kind]["vpc.amazonaws.com/efa"] == "32"
+        assert container["resources"][kind]["hugepages-2Mi"] == "5120Mi"
+    assert {"name": "FI_PROVIDER", "value": "efa"} in container["env"]
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
 
 
 def test_the_scheduled_ones_start_the_same_job(job: dict[str, Any]) -> None:
