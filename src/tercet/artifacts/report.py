@@ -29,6 +29,8 @@ class RunMetrics(Document):
     best_eval: Metrics
     best_test: Metrics
     """Metrics of the model reloaded from storage in a fresh process."""
+    test_precision: str | None = None
+    """Precision in which the test split was measured; None in what earlier versions of tercet wrote."""
 
 
 class RunReport(Document):

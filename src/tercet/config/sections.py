@@ -170,7 +170,8 @@ class EvaluationConfig(Section):
     metric: Literal["ndcg@10", "mrr@10", "triplet_accuracy"] = "ndcg@10"
     """The best checkpoint has the highest value of this metric on the eval split."""
     batch_size: PositiveInt = 64
-    """Texts to embed at a time, on each worker."""
+    """Texts to embed at a time on a CPU, on each worker. A GPU gets batches of tokens: at most as many as this many
+    texts of the greatest length have, and at most 32,768."""
 
 
 Parallelism = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]

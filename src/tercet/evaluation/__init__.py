@@ -1,6 +1,7 @@
 """Metrics, results row by row, statistics, the gate.
 
 - `encodings`: embeddings of the texts of one evaluation, shared by its evaluators and its ranks
+- `gpu_miner`: a model as the miner of hard negatives uses it, on a GPU
 - `nearest`: the nearest texts of each query, in blocks of bounded memory
 - `evaluators`: the evaluators of sentence-transformers, sharing one encoding, and the loss of a split
 - `evaluate`: metrics of a model on a frozen split

@@ -27,10 +27,18 @@ TEXTS = ("anchor", "positive", "negative")
 
 
 def compare(plan: TrainPlan, reference: MeasuredModel, candidate: MeasuredModel) -> GateDecision:
-    """Gate the candidate against the reference. Raises CorruptObject unless both were measured on the same rows."""
+    """Gate the candidate against the reference.
+
+    Raises CorruptObject unless both were measured on the same rows and in the same precision."""
     config, role = plan.config.gate, reference.measurement.request.role
     if role.kind == "candidate":
         raise ValueError("a candidate is compared with the champion or the base model")
+    precisions = [model.measurement.precision for model in (reference, candidate)]
+    if len(set(precisions)) > 1:
+        raise CorruptObject(
+            f"the two models were measured in different precisions: {' and '.join(precisions)}",
+            hint="delete the run's comparison/ and start again",
+        )
     out_of_domain = {
         name: paired_results(name, reference, candidate, {})
         for name in sorted(candidate.measurement.request.out_of_domain)

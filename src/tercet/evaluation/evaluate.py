@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tercet.artifacts.checkpoint import Commit
+from tercet.artifacts.precision import read_precision
+from tercet.errors import PlanError
 from tercet.model.libraries import import_quietly
 from tercet.planning.packing import stored_choice
 from tercet.planning.plan import TrainPlan
@@ -59,19 +61,24 @@ def retrieval_task(splits: dict[str, Dataset], split: str) -> RetrievalTask:
 
 
 def make_evaluator(
-    splits: dict[str, Dataset], split: str, batch_size: int, loss: SplitLoss | None = None, keep_hits: bool = False
+    splits: dict[str, Dataset],
+    split: str,
+    batch_size: int,
+    loss: SplitLoss | None = None,
+    keep_hits: bool = False,
+    precision: str = "fp32",
 ) -> SplitEvaluator:
     """Return the evaluator of one split: retrieval, triplets if the rows have negatives, and the loss if it is given.
 
     splits: all splits of the dataset, with the columns anchor and positive. The one that is evaluated may also have
     negatives (negative, or negative_1 and so on; a row with several of them is as many triplets). batch_size: texts
-    encoded at a time. keep_hits: keep what each query found, for results row by row.
+    encoded at a time. keep_hits: keep what each query found, for results row by row. precision: in which a GPU encodes.
 
     In a process group, every rank must call the evaluator, and every rank gets the same metrics."""
     from tercet.evaluation.encodings import Encodings
     from tercet.evaluation.evaluators import RetrievalEvaluator, SplitEvaluator, TripletsEvaluator
 
-    rows, encodings = splits[split], Encodings()
+    rows, encodings = splits[split], Encodings(precision)
     negatives = [name for name in rows.column_names if name == "negative" or name.startswith("negative_")]
     retrieval = RetrievalEvaluator(encodings, *retrieval_task(splits, split), batch_size, keep_hits)
     triplets = TripletsEvaluator(encodings, rows, negatives, batch_size) if negatives else None
@@ -89,11 +96,15 @@ def recipe_metrics(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {name: metrics[prefix + key] for key, name in names.items() if prefix + key in metrics}
 
 
-def evaluate(model: SentenceTransformer, splits: dict[str, Dataset], split: str, batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: SentenceTransformer, splits: dict[str, Dataset], split: str, batch_size: int, precision: str = "fp32"
+) -> dict[str, float]:
     """Return the metrics of a model on one split, by the recipe's names. Raises NonFiniteError."""
     from tercet.evaluation.evaluators import require_finite
 
-    return require_finite(recipe_metrics(make_evaluator(splits, split, batch_size)(model)), f"{split} split")
+    return require_finite(
+        recipe_metrics(make_evaluator(splits, split, batch_size, precision=precision)(model)), f"{split} split"
+    )
 
 
 def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
@@ -106,19 +117,40 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
     splits = load_splits(plan, storage)
     with tempfile.TemporaryDirectory(prefix="tercet-evaluate-") as folder:
         model = load_reloaded(plan, storage, commit or plan.starts_from, Path(folder))
-        return evaluate(model, splits, "test", plan.config.evaluation.batch_size)
+        batch_size = plan.config.evaluation.batch_size
+        return evaluate(model, splits, "test", batch_size, measuring_precision(plan, storage))
+
+
+def measuring_precision(plan: TrainPlan, storage: Storage) -> str:
+    """Return the precision in which fresh processes measure: on GPUs that of the run, on CPUs fp32.
+
+    plan: with `workers.use_gpu` decided."""
+    named = plan.config.training.precision
+    if plan.config.workers.use_gpu is not True:
+        return "fp32"
+    if named not in (None, "auto"):
+        return named
+    kept = read_precision(storage, plan.run_id)
+    return "fp32" if kept is None else kept.precision
 
 
 def load_reloaded(plan: TrainPlan, storage: Storage, commit: Commit | None, folder: Path) -> SentenceTransformer:
     """Load the recipe's base model (commit None), or a committed one, which is downloaded to `folder` and verified.
 
-    It computes on the GPU of this process, or on the CPU where the plan uses none."""
+    It computes on the GPU of this process, or on the CPU where the plan uses none. Raises PlanError if there is no such
+    GPU."""
     from tercet.model.devices import own_device
     from tercet.model.encoder import load_model, reloaded
     from tercet.model.packing_trial import prepare_to_encode
 
     config, workers = plan.config.model, plan.config.workers
-    model = load_model(reloaded(config, storage, commit, folder) if commit else config, own_device(workers))
+    device = own_device(workers)
+    if workers.use_gpu is True and device == "cpu":
+        raise PlanError(
+            "workers.use_gpu is true, but the process that measures finds no GPU",
+            hint="look for its driver with nvidia-smi, or set workers.use_gpu: false",
+        )
+    model = load_model(reloaded(config, storage, commit, folder) if commit else config, device)
     choice = stored_choice(storage, plan.run_id)
     prepare_to_encode(model, workers.packing if choice is None else choice)
     return model

@@ -32,6 +32,7 @@ from tercet.evaluation.encodings import NOT_FINITE_HINT, Encodings, num_sharing_
 from tercet.evaluation.nearest import Hit, Hits, nearest
 from tercet.model.collectives import gather
 from tercet.model.loss import loss_value, make_loss
+from tercet.model.precision import computing_exactly
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -213,7 +214,8 @@ class SplitEvaluator(SequentialEvaluator):  # type: ignore[misc]
         if isinstance(model, FSDPModule):
             _pass_without_inference_mode(model)
         try:
-            metrics: dict[str, float] = super().__call__(model, output_path, epoch, steps)
+            with computing_exactly(model.device):  # but for the encoding itself, scores and losses are of fp32
+                metrics: dict[str, float] = super().__call__(model, output_path, epoch, steps)
             self.encodings.check(steps)
         finally:
             self.encodings.clear()

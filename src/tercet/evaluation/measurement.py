@@ -19,7 +19,7 @@ from tercet.data.cache import cache_dir_of, load_split
 from tercet.data.row_checks import row_hash
 from tercet.data.versions import read_manifest
 from tercet.errors import CorruptObject, ObjectNotFound
-from tercet.evaluation.evaluate import load_reloaded
+from tercet.evaluation.evaluate import load_reloaded, measuring_precision
 from tercet.model.libraries import import_quietly
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits, load_train_rows
@@ -53,6 +53,8 @@ class Measurement(Document):
     """Texts in the corpus of the test split."""
     seconds_per_text: float
     """Time to embed one text of the test split."""
+    precision: str = "fp32"
+    """Precision in which the texts were embedded."""
     num_non_finite_weights: int
     """Weights that are NaN or infinite."""
     num_leaked_rows: int
@@ -97,9 +99,12 @@ class MeasuredModel:
 
 
 def measure(plan: TrainPlan, request: Request) -> None:
-    """Measure a model and store the results, unless they are stored already. Raises NonFiniteError, CorruptObject."""
+    """Measure a model and store the results, unless they are stored already, in the same precision.
+
+    Raises NonFiniteError, CorruptObject."""
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
-    if read_measured(storage, plan.run_id, request) is not None:
+    stored, precision = read_measured(storage, plan.run_id, request), measuring_precision(plan, storage)
+    if stored is not None and stored.measurement.precision == precision:
         return
     import_quietly()
     from tercet.evaluation.row_results import row_results
@@ -112,19 +117,20 @@ def measure(plan: TrainPlan, request: Request) -> None:
         splits[TEST] = _with_labels(plan, storage, plan.datasets[0].name, plan.dataset_version, TEST)
         folder = Path(temporary) / "results"
         folder.mkdir()
-        results = row_results(model, splits, TEST, batch_size)
+        results = row_results(model, splits, TEST, batch_size, precision)
         _write(folder, TEST, results.queries, results.triplets)
         for name, version in request.out_of_domain.items():
             other_splits = {
                 split: _with_labels(plan, storage, name, version, split) for split in ("train", "eval", TEST)
             }
-            others = row_results(model, other_splits, TEST, batch_size)
+            others = row_results(model, other_splits, TEST, batch_size, precision)
             _write(folder, name, others.queries, others.triplets)
         measurement = Measurement(
             request=request,
             files=upload_files(storage, folder, layout.comparison_prefix(plan.run_id, request.role.key)),
             num_corpus_texts=results.num_corpus_texts,
             seconds_per_text=results.seconds_per_text,
+            precision=precision,
             num_non_finite_weights=sum(int((~values.isfinite()).sum()) for values in model.parameters()),
             num_leaked_rows=num_leaked_rows,
         )

@@ -42,11 +42,13 @@ class RowResults:
     """Time to embed one text, on the machine that measured."""
 
 
-def row_results(model: Any, splits: dict[str, Dataset], split: str, batch_size: int) -> RowResults:
+def row_results(
+    model: Any, splits: dict[str, Dataset], split: str, batch_size: int, precision: str = "fp32"
+) -> RowResults:
     """Evaluate a model that one process holds whole, row by row. Raises NonFiniteError.
 
-    splits: as for `make_evaluator`; `split` has its label columns too."""
-    evaluator, rows = make_evaluator(splits, split, batch_size, keep_hits=True), splits[split]
+    splits: as for `make_evaluator`; `split` has its label columns too. precision: in which a GPU encodes."""
+    evaluator, rows = make_evaluator(splits, split, batch_size, keep_hits=True, precision=precision), splits[split]
     evaluator(model)
     labels = [name for name in rows.column_names if not is_text(name)]
     encodings, triplets = evaluator.encodings, evaluator.triplets

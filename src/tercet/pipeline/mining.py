@@ -12,13 +12,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tercet.artifacts.champion import read_champion
 from tercet.artifacts.checkpoint import Commit
@@ -39,6 +40,10 @@ from tercet.storage.documents import Document, seal, unseal
 logger = logging.getLogger("tercet")
 
 ROWS_PER_POOL = 65_536
+MAX_SCORE_BYTES = 512 * 2**20
+"""Size of the scores that exist at one time, in fp32."""
+LIBRARYS_QUERIES = 16_384
+"""Queries that `mine_hard_negatives` of sentence-transformers 6.2 compares with all texts at once."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,18 @@ class Mined(Document):
     mining: MiningConfig
     model: str
     """Model that mined: its folder in storage, or the name of the base model."""
+    precision: str | None = None
+    """Precision in which the texts were embedded; None in what earlier versions of tercet wrote."""
+
+
+class MinedPool(NamedTuple):
+    """Outcome of `mine_pool`."""
+
+    rows: list[list[str]]
+    """Rows in order, as values of `_columns`."""
+    num_random: int
+    """Rows with random negatives."""
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +119,8 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         path = Path(folder) / f"{manifest.dataset}-{manifest.version}.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for rows, _ in pool_results.values():
-                file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+            for result in pool_results.values():
+                file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in result.rows)
         built = build_version(
             [path],
             storage,
@@ -116,12 +133,18 @@ def mine(config: Config, into: str, mining: MiningConfig, rows_per_pool: int = R
             fractions=manifest.split_rule.fractions,
         )
     model = config.model.name_or_path if commit is None else commit.folder
-    mined = Mined(source=manifest.version, version=built.manifest.version, mining=mining, model=model)
+    mined = Mined(
+        source=manifest.version,
+        version=built.manifest.version,
+        mining=mining,
+        model=model,
+        precision=", ".join(sorted({result.precision for result in pool_results.values()})),
+    )
     storage.put(_key(into, manifest.version, mining), seal(mined))
     return MineResult(
         build=built,
-        num_rows=sum(len(rows) for rows, _ in pool_results.values()),
-        num_random=sum(num_random for _, num_random in pool_results.values()),
+        num_rows=sum(len(result.rows) for result in pool_results.values()),
+        num_random=sum(result.num_random for result in pool_results.values()),
     )
 
 
@@ -139,15 +162,14 @@ def _key(into: str, source: str, mining: MiningConfig) -> str:
     return layout.mined_key(into, source, digest)
 
 
-def mine_pool(
-    config: Config, manifest: Manifest, commit: Commit | None, mining: MiningConfig, pool: Pool
-) -> tuple[list[list[str]], int]:
-    """Return the rows of a pool, in order, as values of `_columns`; and how many of them have random negatives."""
+def mine_pool(config: Config, manifest: Manifest, commit: Commit | None, mining: MiningConfig, pool: Pool) -> MinedPool:
+    """Mine the rows of a pool in this process: on its GPU packed and in the recipe's precision, on a CPU in fp32."""
     from tercet.model.libraries import import_quietly
 
     import_quietly()
     from sentence_transformers.util import mine_hard_negatives
 
+    from tercet.evaluation.gpu_miner import GpuMiner, mining_precision
     from tercet.model.devices import own_device
     from tercet.model.encoder import load_model, reloaded
 
@@ -158,10 +180,12 @@ def mine_pool(
     with tempfile.TemporaryDirectory(prefix="tercet-mine-") as folder:
         start = reloaded(config.model, storage, commit, Path(folder)) if commit else config.model
         model = load_model(start, own_device(config.workers))
+        precision = mining_precision(config, model.device)
+        miner = GpuMiner(model, config, precision) if runs_on_gpu(model) else model
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be switched off
             mined = mine_hard_negatives(
                 rows.select_columns(["anchor", "positive"]),
-                model,
+                miner,
                 range_min=mining.range_min,
                 max_score=mining.max_score,
                 relative_margin=mining.relative_margin,
@@ -170,6 +194,7 @@ def mine_pool(
                 corpus_prompt=model.prompts.get("document"),
                 output_format="n-tuple",
                 batch_size=config.evaluation.batch_size,
+                faiss_batch_size=queries_at_once(len(set(rows["anchor"])), len(set(rows["positive"]))),
                 verbose=False,
             )
     texts = [mined[name] for name in ("anchor", "positive", *_numbered(mining))]
@@ -178,7 +203,23 @@ def mine_pool(
     logger.info(
         f"mined {pool.split} rows from {pool.first_row:,}: {len(mined_rows):,}, {num_random:,} with random negatives"
     )
-    return mined_rows, num_random
+    return MinedPool(mined_rows, num_random, precision)
+
+
+def runs_on_gpu(model: Any) -> bool:
+    """Return whether a model is mined with on a GPU. On a CPU, the negatives stay those of the library to the bit."""
+    return bool(model.device.type != "cpu")
+
+
+def queries_at_once(num_queries: int, num_texts: int, max_bytes: int = MAX_SCORE_BYTES) -> int:
+    """Return how many queries to compare with the texts at a time: as many as sentence-transformers would, unless their
+    scores take more than `max_bytes`.
+
+    Then the blocks are of about equal size: the product of a very small one could round otherwise."""
+    limit = max(1, max_bytes // (4 * num_texts))
+    if limit >= LIBRARYS_QUERIES:
+        return LIBRARYS_QUERIES
+    return math.ceil(num_queries / math.ceil(num_queries / limit))
 
 
 def _with_negatives(

@@ -29,6 +29,7 @@ from tercet.data.readers import find_sources
 from tercet.data.versions import read_head, read_manifest
 from tercet.errors import AlreadyExists, CorruptObject, ObjectNotFound
 from tercet.evaluation.comparison import IndexImpact, compare, impact, means
+from tercet.evaluation.evaluate import measuring_precision
 from tercet.evaluation.label_check import label_warning
 from tercet.evaluation.measurement import MeasuredModel, Request, measure, read_measured
 from tercet.pipeline.mining import mine, read_mined
@@ -228,12 +229,18 @@ def _reference(champion: Champion | None) -> Role:
 
 
 def _measured(storage: Storage, plan: TrainPlan, requests: list[Request]) -> dict[Role, MeasuredModel]:
-    """Return the measured model of each request. Only those without stored results are measured."""
-    missing = [request for request in requests if read_measured(storage, plan.run_id, request) is None]
-    if missing:
+    """Return the measured model of each request. Only those are measured that have no stored results, or results in
+    another precision than the others."""
+    stored = [read_measured(storage, plan.run_id, request) for request in requests]
+    if None in stored or len({model.measurement.precision for model in stored if model is not None}) > 1:
         session.start_ray(plan.config.workers)
         plan = plan.model_copy(update={"config": session.with_devices(plan.config)})
-        tasks = {request.role.key: partial(measure, plan, request) for request in missing}
+        precision = measuring_precision(plan, storage)
+        tasks = {
+            request.role.key: partial(measure, plan, request)
+            for request, model in zip(requests, stored, strict=True)
+            if model is None or model.measurement.precision != precision
+        }
         session.in_fresh_processes(plan.config.workers, tasks)
     models = {request.role: read_measured(storage, plan.run_id, request) for request in requests}
     return {role: model for role, model in models.items() if model is not None}

@@ -19,6 +19,7 @@ from tercet.cluster import session, train
 from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
 from tercet.config.recipe import Config, as_yaml
 from tercet.errors import CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
+from tercet.evaluation.evaluate import measuring_precision
 from tercet.pipeline.model_card import model_card
 from tercet.planning.plan import TrainPlan
 from tercet.planning.survey import read_report, survey
@@ -51,7 +52,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
             best = _best(storage, plan, evaluations, events)
             test_metrics = train.evaluate_test(plan, best)
         with events.timed("publish"):
-            metrics = _metrics(evaluations, best.step, test_metrics)
+            metrics = _metrics(evaluations, best.step, test_metrics, measuring_precision(plan, storage))
             log = _training_log(storage, plan.run_id)
             _publish(storage, plan, best, metrics, log.log_history)
         report = _report(storage, plan, events, metrics=metrics, throughput=log.throughput)
@@ -94,7 +95,9 @@ def _best(storage: Storage, plan: TrainPlan, evaluations: list[dict[str, float]]
     return best
 
 
-def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics]) -> RunMetrics:
+def _metrics(
+    evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics], test_precision: str | None = None
+) -> RunMetrics:
     """Collect the run's metrics. Raises LearnedNothing if every evaluation equals the baseline in every digit."""
 
     def values(entry: dict[str, float]) -> Metrics:
@@ -112,6 +115,7 @@ def _metrics(evaluations: list[dict[str, float]], best_step: int, test: dict[str
         best_step=best_step,
         best_eval=values(next(entry for entry in evaluations if entry["step"] == best_step)),
         best_test=test["best"],
+        test_precision=test_precision,
     )
 
 

@@ -132,7 +132,9 @@ def make_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.splits["eval"],
         loss=loss,
-        evaluator=make_evaluator(rows.splits, "eval", eval_batch_size, eval_loss),
+        evaluator=make_evaluator(
+            rows.splits, "eval", eval_batch_size, eval_loss, precision=training.precision or "fp32"
+        ),
     )
 
 

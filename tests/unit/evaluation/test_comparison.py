@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from support import tiny_model
+from support import builders, tiny_model
 from support.published import as_best_model
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.decision import BASE_MODEL, CANDIDATE, Role
+from tercet.artifacts.precision import Precision
+from tercet.cluster import session
 from tercet.config.recipe import Config
 from tercet.config.sections import SliceConfig
 from tercet.data.build import build_version
@@ -25,13 +27,16 @@ from tercet.data.ingest import IngestOptions
 from tercet.data.row_checks import RepeatCounter
 from tercet.data.versions import read_manifest
 from tercet.errors import CorruptObject, NonFiniteError
+from tercet.evaluation import measurement
 from tercet.evaluation.comparison import compare, impact, means, pair
-from tercet.evaluation.evaluate import evaluate
+from tercet.evaluation.evaluate import evaluate, measuring_precision
 from tercet.evaluation.measurement import MeasuredModel, Request, measure, read_measured
+from tercet.pipeline import nightly
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import load_splits
 from tercet.planning.survey import survey
-from tercet.storage import Storage, open_storage
+from tercet.storage import Storage, layout, open_storage
+from tercet.storage.documents import seal
 
 NUM_ROWS = 400
 
@@ -226,6 +231,75 @@ def test_results_are_stored_and_verified(
     table.write_bytes(table.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptObject):
         base.table("test", "queries")
+
+
+def test_both_models_are_measured_in_one_precision(
+    storage: Storage,
+    model_dir: Path,
+    changed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that was measured on another kind of machine is measured again."""
+    build(storage, tmp_path, tiny_model.triplets(NUM_ROWS))
+    made = plan(storage, model_dir)
+    requests = [
+        Request(role=BASE_MODEL, commit=None, out_of_domain={}),
+        Request(role=CANDIDATE, commit=as_best_model(storage, "b", changed("noisy", 0.1)), out_of_domain={}),
+    ]
+    measured: list[tuple[str, str]] = []
+
+    def in_this_process(_: Any, tasks: dict[str, Callable[[], None]]) -> None:
+        measured.extend((name, precision) for name in tasks)
+        for task in tasks.values():
+            task()
+
+    monkeypatch.setattr(session, "start_ray", lambda _: None)
+    monkeypatch.setattr(session, "with_devices", lambda config: config)
+    monkeypatch.setattr(session, "in_fresh_processes", in_this_process)
+    for module in (nightly, measurement):
+        monkeypatch.setattr(module, "measuring_precision", lambda *_: precision)
+
+    precision = "bf16"
+    measure(made, requests[0])
+    precision = "fp32"
+    assert all(model is not None for model in nightly._measured(storage, made, requests).values())
+    assert measured == [("base", "fp32"), ("candidate", "fp32")]
+    base, candidate = nightly._measured(storage, made, requests).values()
+    assert len(measured) == 2, "nothing is measured twice"
+    compare(made, base, candidate)
+
+    precision = "bf16"
+    measure(made, requests[1])
+    another = read_measured(storage, made.run_id, requests[1])
+    assert another is not None
+    with pytest.raises(CorruptObject, match="were measured in different precisions: fp32 and bf16"):
+        compare(made, base, another)
+    nightly._measured(storage, made, requests)
+    assert measured[2:] == [("base", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("named", "use_gpu", "kept", "expected"),
+    [
+        ("bf16", False, None, "fp32"),
+        ("bf16", True, None, "bf16"),
+        ("fp16", True, None, "fp16"),
+        ("auto", True, "tf32", "tf32"),
+        (None, True, "bf16", "bf16"),
+        (None, True, None, "fp32"),
+        (None, False, "bf16", "fp32"),
+    ],
+)
+def test_the_precision_of_a_measurement(
+    named: str | None, use_gpu: bool, kept: str | None, expected: str, storage: Storage
+) -> None:
+    """On GPUs that of the run, on CPUs fp32."""
+    made = builders.plan(training={"precision": named}, workers={"use_gpu": use_gpu})
+    if kept is not None:
+        chosen = Precision.model_validate({"precision": kept, "device": "cuda:0"})
+        storage.put(layout.precision_key(made.run_id), seal(chosen))
+    assert measuring_precision(made, storage) == expected
 
 
 def test_results_on_different_rows_are_not_compared() -> None:

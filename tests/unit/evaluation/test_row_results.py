@@ -59,6 +59,7 @@ class Embedded:
 
     _distributed_inference = None
     similarity_fn_name = "cosine"
+    device = torch.device("cpu")
 
     def __init__(self, embeddings: dict[str, torch.Tensor]) -> None:
         self._embeddings = embeddings

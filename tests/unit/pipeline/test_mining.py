@@ -21,7 +21,8 @@ from tercet.data.ingest import IngestOptions
 from tercet.data.manifest import Manifest
 from tercet.data.versions import read_manifest
 from tercet.errors import ConfigError
-from tercet.pipeline.mining import MineResult, mine, read_mined
+from tercet.pipeline import mining
+from tercet.pipeline.mining import LIBRARYS_QUERIES, MineResult, mine, queries_at_once, read_mined
 from tercet.storage import Storage, open_storage
 
 NUM_ROWS = 300
@@ -77,8 +78,8 @@ def rows_of(storage: Storage, manifest: Manifest) -> dict[str, list[dict[str, st
     return {split: list(load_split(storage, manifest, split)) for split in ("train", "eval", "test")}
 
 
-def mined(storage: Storage, model_dir: Path, mining: MiningConfig, rows_per_pool: int = 65_536) -> MineResult:
-    return mine(config(storage, model_dir), "mined", mining, rows_per_pool)
+def mined(storage: Storage, model_dir: Path, how: MiningConfig, rows_per_pool: int = 65_536) -> MineResult:
+    return mine(config(storage, model_dir), "mined", how, rows_per_pool)
 
 
 @pytest.mark.parametrize("rows_per_pool", [65_536, 60])
@@ -138,3 +139,32 @@ def test_mining_is_recorded(storage: Storage, model_dir: Path) -> None:
 def test_a_dataset_is_not_mined_into_itself(storage: Storage, model_dir: Path) -> None:
     with pytest.raises(ConfigError, match="dataset pairs cannot be mined into itself"):
         mine(config(storage, model_dir), "pairs", MiningConfig())
+
+
+def test_the_miner_of_a_gpu_finds_the_same_negatives(
+    storage: Storage, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here with its arithmetic on the CPU. It is packed, and its similarities are those of the model."""
+    monkeypatch.setattr(mining, "runs_on_gpu", lambda _: True)
+    packed = rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
+    monkeypatch.undo()
+    assert packed == rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 99, 100, 101, 1000, 70_000])
+@pytest.mark.parametrize("num_texts", [1, 100, 65_536])
+def test_scores_are_bounded(num_queries: int, num_texts: int) -> None:
+    """One block as in sentence-transformers where that fits, else blocks of about equal size."""
+    at_once = queries_at_once(num_queries, num_texts, max_bytes=4 * 100 * 1000)
+    if at_once != LIBRARYS_QUERIES:
+        assert at_once * num_texts <= max(100 * 1000, num_texts)
+        num_blocks = -(-num_queries // at_once)
+        assert num_queries - (num_blocks - 1) * at_once >= at_once - num_blocks
+
+
+def test_small_blocks_find_the_same_negatives(
+    storage: Storage, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
+    monkeypatch.setattr(mining, "queries_at_once", lambda *_: 64)
+    assert rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest) == one
