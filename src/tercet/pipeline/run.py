@@ -98,7 +98,10 @@ def _best(storage: Storage, plan: TrainPlan, evaluations: list[dict[str, float]]
 def _metrics(
     evaluations: list[dict[str, float]], best_step: int, test: dict[str, Metrics], test_precision: str | None = None
 ) -> RunMetrics:
-    """Collect the run's metrics. Raises LearnedNothing if every evaluation equals the baseline in every digit."""
+    """Collect the run's metrics. Raises LearnedNothing if every evaluation equals the baseline in every digit.
+
+    On a GPU, two evaluations of the same weights differ in the last digits, because sums are made in any order. There
+    only the guard on the weights notices a run that learns nothing, in its first steps."""
 
     def values(entry: dict[str, float]) -> Metrics:
         return {name: value for name, value in entry.items() if name not in ("step", "epoch")}
