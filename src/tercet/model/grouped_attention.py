@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -123,22 +124,41 @@ class Layout:
 
 
 def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> Matrices:
-    heads = torch.arange(num_heads)[:, None]
-    blocks, sources, paddings, first_token, start = [], [], [], 0, 0
-    for group in attention_groups(lengths):
-        own = torch.tensor(lengths[group.start : group.stop])
-        places = torch.arange(group.width)
-        is_real = places < own[:, None]
-        tokens = first_token + (own.cumsum(0) - own)[:, None] + places.clamp(max=own[:, None] - 1)
-        sources.append((tokens[:, None] * num_heads + heads).flatten())
-        paddings.append((~is_real)[:, None].expand(-1, num_heads, -1).flatten())
-        bias = torch.zeros(is_real.shape).masked_fill_(~is_real, MASKED_SCORE)[:, None, None].to(device)
-        blocks.append(Block(len(own), group.width, start, None if bool(is_real.all()) else bias))
-        first_token, start = first_token + int(own.sum()), blocks[-1].stop
-    source, is_padding = torch.cat(sources), torch.cat(paddings)
-    back = torch.empty(first_token * num_heads, dtype=torch.int64)
-    back[source[~is_padding]] = (~is_padding).nonzero().flatten()
-    return Matrices(blocks, source.to(device), is_padding.nonzero().flatten().to(device), back.to(device))
+    """Compute the indices on the host, each array in one piece of memory that is copied to the device once.
+
+    Within a block, text n and head h begin at row (n * num_heads + h) * width."""
+    groups = attention_groups(lengths)
+    own_lengths = np.asarray(lengths, dtype=np.int64)
+    first_tokens = np.cumsum(own_lengths) - own_lengths
+    num_rows = sum((group.stop - group.start) * group.width for group in groups)
+    heads = np.arange(num_heads)
+    source = np.empty(num_rows * num_heads, np.int64)
+    back = np.empty((int(own_lengths.sum()), num_heads), np.int64)
+    paddings, biases, blocks, start = [], [], [], 0
+    for group in groups:
+        own, texts = own_lengths[group.start : group.stop, None], np.arange(group.stop - group.start)[:, None]
+        first, width, places = int(first_tokens[group.start]), group.width, np.arange(group.width)
+        num_texts, stop = len(own), start + len(own) * width
+        tokens = first_tokens[group.start : group.stop, None] + np.minimum(places, own - 1)
+        matrices = source[start * num_heads : stop * num_heads].reshape(num_texts, num_heads, width)
+        np.add((tokens * num_heads)[:, None], heads[:, None], out=matrices)
+        rows = (start + texts * width) * num_heads + places  # of the first head
+        is_real = places < own
+        back[first : first + int(own.sum())] = rows[is_real][:, None] + heads * width
+        is_full = bool(own[0, 0] == width)
+        if not is_full:
+            paddings.append((rows[~is_real][:, None] + heads * width).ravel())
+            biases.append(np.where(is_real, np.float32(0), np.float32(MASKED_SCORE)).ravel())
+        blocks.append((num_texts, width, start, is_full))
+        start = stop
+    padding = np.concatenate([np.empty(0, np.int64), *paddings])
+    bias = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *biases])).to(device)
+    made, used = [], 0
+    for num_texts, width, first_row, is_full in blocks:
+        own_bias = None if is_full else bias[used : used + num_texts * width].view(num_texts, 1, 1, width)
+        used += 0 if is_full else num_texts * width
+        made.append(Block(num_texts, width, first_row, own_bias))
+    return Matrices(made, *(torch.from_numpy(x).to(device) for x in (source, padding, back.ravel())))
 
 
 class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]

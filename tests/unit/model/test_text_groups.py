@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from support.reference_groups import slow_attention_groups, slow_chunks
+from tercet.model.grouped_attention import MASKED_SCORE, Layout
 from tercet.model.text_groups import PAIRS_PER_GROUP, Group, attention_groups, chunks
 from tercet.planning.packing import NUM_CHUNKS
 
@@ -91,3 +93,32 @@ def test_the_number_of_chunks_depends_only_on_the_number_of_texts() -> None:
     for lengths in some_lengths():
         assert len(chunks(lengths)) == min(NUM_CHUNKS, len(lengths))
     assert len(chunks([7] * 100)) == NUM_CHUNKS
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("lengths", [[1], [4, 4], [1, 2, 3, 60], sorted(random.Random(3).choices(range(1, 80), k=40))])
+def test_matrices_hold_each_vector_of_their_texts_once(lengths: list[int], num_heads: int) -> None:
+    """Row by row: block, text, head, place."""
+    matrices = Layout(lengths, torch.device("cpu")).matrices(num_heads)
+    first_tokens = [sum(lengths[:text]) for text in range(len(lengths))]
+    source, padding, number = [], [], 0
+    for block, group in zip(matrices.blocks, attention_groups(lengths), strict=True):
+        assert (block.num_texts, block.width) == (group.stop - group.start, group.width)
+        assert block.start * num_heads == len(source)
+        for text, head, place in itertools.product(
+            range(group.start, group.stop), range(num_heads), range(group.width)
+        ):
+            last = lengths[text] - 1
+            source.append((first_tokens[text] + min(place, last)) * num_heads + head)
+            padding += [number] if place > last else []
+            number += 1
+        own = [[[[0.0 if p < lengths[t] else MASKED_SCORE for p in range(group.width)]]] for t in range(*group[:2])]
+        if lengths[group.start] == group.width:
+            assert block.bias is None
+        else:
+            assert block.bias is not None
+            assert torch.equal(block.bias, torch.tensor(own))
+    assert matrices.source.tolist() == source
+    assert sorted(matrices.padding.tolist()) == padding
+    real = sorted({*range(len(source))} - {*padding}, key=lambda row: source[row])
+    assert matrices.back.tolist() == real
