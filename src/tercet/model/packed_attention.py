@@ -47,6 +47,8 @@ UNSUPPORTED = {
     "block_indices": "a choice of keys for each query",
 }
 
+HINT = "Set workers.packing to `plain` or `chunked`."
+
 logger = logging.getLogger("tercet")
 
 
@@ -184,6 +186,8 @@ def _attention_function(
     Returns shape (1, num_tokens, num_heads, value_width), and None in place of the attention weights. Raises
     UnsupportedAttention where a row of texts is to have an attention that is not implemented."""
     if layout is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise UnsupportedAttention("The model does not pass the layout of a row on to its attention.", HINT)
         arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         padded: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
         return padded, None
@@ -208,13 +212,12 @@ def _window_of_masks(module: torch.nn.Module) -> int | None:
 
 
 def _check_supported(query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> None:
-    hint = "Set workers.packing to `plain` or `chunked`."
     for name, kind in UNSUPPORTED.items():
         if options.get(name) is not None:
-            raise UnsupportedAttention(f"The model's attention has {kind} (`{name}`), which a packed row lacks.", hint)
+            raise UnsupportedAttention(f"The model's attention has {kind} (`{name}`), which a packed row lacks.", HINT)
     if query.shape[2] != key.shape[2]:
         raise UnsupportedAttention(
-            "The model attends to tokens outside of the row, which packing does not allow.", hint
+            "The model attends to tokens outside of the row, which packing does not allow.", HINT
         )
 
 

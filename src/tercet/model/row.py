@@ -234,9 +234,6 @@ def forward_row(self: Any, features: Features, **kwargs: Any) -> Features:
     given = {
         "input_ids": input_ids,
         "position_ids": row["position_ids"][None],
-        # A mask that is complete, as its four dimensions say. Without one, some models search the position ids for the
-        # texts of a row, or a mask of ones for padding: on a GPU, both wait for the device.
-        "attention_mask": input_ids.new_empty((1, 1, 0, 0)),
         "layout": Layout(row.lengths, row.device, self.attention, row["attended_bounds"]),
         "modality": features["modality"],
         # No mask has four dimensions and no element. transformers hands it on as it is, without a look at the position

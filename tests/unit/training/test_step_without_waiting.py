@@ -19,11 +19,11 @@ from pydantic import TypeAdapter
 from sentence_transformers import SentenceTransformer
 
 from support.meta_step import META, CudaAutocast, KernelCount
-from support.tiny_families import tiny_encoder
+from support.tiny_families import FAMILIES, FURTHER, tiny_encoder
 from support.tiny_model import all_texts
 from tercet.config.losses import LossConfig
 from tercet.model.loss import make_loss
-from tercet.model.packed_model import Forward, prepare, take_rows
+from tercet.model.packed_model import Forward, prepare
 from tercet.training.guards import NonFiniteGuard
 from tercet.training.trainer import TercetTrainer
 
@@ -33,7 +33,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "MultipleNegativesRankingLoss": {},
     "TripletLoss": {"distance_metric": "cosine", "triplet_margin": 0.5},
 }
-FAMILIES = ("bert", "xlm-roberta", "distilbert", "modernbert", "electra")
+ALL_FAMILIES = tuple(family for family in (*FAMILIES, *FURTHER) if family != "mpnet")  # its bias needs matrices
 
 # Kernels of a layer of BERT in a forward and backward pass: 34 changes of type, 18 products of matrices, 2 for
 # attention, 22 others (docs/log.md). The optimizer, clipping and norms have few for all layers together.
@@ -51,8 +51,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(family: str, pooling: str = "mean", num_layers: int = 3) -> tuple[SentenceTransformer, Forward, Any]:
         options: dict[str, Any] = {"config_kwargs": {"num_hidden_layers": num_layers}} if family == "bert" else {}
         model = SentenceTransformer(str(folder(family, pooling)), device="cpu", **options).train()
-        take_rows(model, "fused")
-        forward = prepare(model, "packed", attention="fused")._replace(packing="packed")
+        forward = prepare(model, "packed", attention="fused")
         draw = random.Random(7)
         texts = [[" ".join(draw.choices(all_texts(), k=draw.randint(1, 30))) for _ in range(6)] for _ in range(3)]
         batch = forward.batch([model.preprocess(column) for column in texts])
@@ -88,15 +87,15 @@ def steps(model: SentenceTransformer, forward: Forward, batch: Any, loss: str) -
     return count.counts
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_reads_nothing_back(load: Any, family: str, loss: str) -> None:
-    steps(*load(family), loss)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_step_reads_nothing_back(load: Any, family: str) -> None:
+    counts = steps(*load(family), "MultipleNegativesRankingLoss")
+    assert counts["_flash_attention_forward"] == counts["_flash_attention_backward"] == 3
 
 
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken", "max", "mean_sqrt_len_tokens"])
 def test_a_step_with_any_pooling_reads_nothing_back(load: Any, pooling: str) -> None:
-    steps(*load("bert", pooling), "MultipleNegativesRankingLoss")
+    steps(*load("bert", pooling), "TripletLoss")
 
 
 @pytest.mark.parametrize("reads", [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool(x.any())])
