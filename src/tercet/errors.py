@@ -2,6 +2,7 @@
 
     TercetError                 1   the root: message, hint, exit code
     ├── ConfigError             2   a recipe or a flag is wrong
+    │   └── BatchTooLarge       2   the longest micro-batch of the run does not fit into the memory of a worker
     ├── DataError               3   rows or a dataset version are wrong
     │   ├── TooManyBadRows      3   the share of bad rows is above the limit; nothing was published
     │   └── DatasetNotFound     3   no such dataset, or no such version of it
@@ -20,6 +21,7 @@
     ├── TrainingError           6   training started and did not succeed
     │   ├── RunIsTaken          6   another attempt at the same run is alive
     │   ├── Preempted           6   the machine was preempted, with notice; the run was saved
+    │   ├── StartAgain          6   the run decided for smaller micro-batches: the same command starts it with them
     │   ├── OutOfMemory         6   a worker ran out of memory
     │   │   └── GpuOutOfMemory  6   a GPU is too small for the batch
     │   ├── NonFiniteError      6   NaN or Inf in a loss, gradient, weight, embedding or metric
@@ -56,6 +58,13 @@ class ConfigError(TercetError):
     """A recipe or a flag is wrong."""
 
     exit_code = 2
+
+
+class BatchTooLarge(ConfigError):
+    """The longest micro-batch of the run does not fit into the memory of a worker."""
+
+    left_group = False
+    """Whether the ranks had to leave their process group, which then cannot be used again."""
 
 
 class DataError(TercetError):
@@ -139,6 +148,13 @@ class RunIsTaken(TrainingError):
 
 class Preempted(TrainingError):
     """The machine was preempted, with notice. The run was saved; the same command resumes it."""
+
+
+class StartAgain(TrainingError):
+    """The run decided for smaller micro-batches, and stored that. The same command starts it with them."""
+
+    needs_new_processes = False
+    """Whether the process group of the ranks is lost."""
 
 
 class OutOfMemory(TrainingError):

@@ -19,6 +19,18 @@ from tercet.errors import TrainingError
 VARIABLE = "TERCET_CRASH"
 
 
+def limit(name: str) -> int | None:
+    """Return the number of tokens above which memory is said to be out at this place; None if there is no limit.
+
+    Armed by `at=longest_batch tokens=1000`, on all ranks; with `rank=1` on that one only."""
+    for text in os.environ.get(VARIABLE, "").split(";"):
+        armed = dict(item.split("=", 1) for item in text.split())
+        rank = os.environ.get("RANK", "0")
+        if armed.get("at") == name and "tokens" in armed and armed.get("rank", rank) == rank:
+            return int(armed["tokens"])
+    return None
+
+
 def crash_point(name: str, step: int | None = None) -> None:
     """Do what the environment asks for at this place, step and rank."""
     if VARIABLE not in os.environ:

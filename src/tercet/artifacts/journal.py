@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from tercet.errors import (
     AccessDenied,
     AlreadyExists,
+    BatchTooLarge,
     CorruptObject,
     DiskFull,
     GpuOutOfMemory,
@@ -42,6 +43,7 @@ logger = logging.getLogger("tercet")
 # The first class that matches gives the kind.
 _KINDS: tuple[tuple[type[TercetError], str], ...] = (
     (OutOfMemory, "out_of_memory"),
+    (BatchTooLarge, "out_of_memory"),
     (DiskFull, "disk_full"),
     (NonFiniteError, "non_finite"),
     (LearnedNothing, "learned_nothing"),

@@ -42,6 +42,9 @@ class TrainingLog(Document):
     storage_retries: dict[str, int]
     """Requests to storage that rank 0 repeated, by what was wrong."""
     first_step_unix_seconds: float | None
+    longest_batch_peak_bytes: int | None = None
+    """Memory of rank 0's device at its peak while the longest micro-batch was tried; None if it was not, or on a
+    CPU."""
     log_history: list[dict[str, Any]]
     """The trainer's log: one entry each `logging_steps`."""
     throughput: Throughput | None = None

@@ -14,7 +14,7 @@ from tercet.cli.datasets import add_datasets, print_manifest
 from tercet.cli.models import add_models
 from tercet.cli.nightly import add_nightly
 from tercet.config.examples import example_names, example_path
-from tercet.errors import TercetError, first_line
+from tercet.errors import StartAgain, TercetError, first_line
 
 if TYPE_CHECKING:
     from tercet.artifacts.report import RunReport
@@ -152,7 +152,13 @@ def _worker(arguments: argparse.Namespace) -> None:
     from tercet.planning.survey import plan_of_file
     from tercet.training.worker import notice_of_sigterm, run_worker
 
-    run_worker(plan_of_file(arguments.plan), notice=notice_of_sigterm())
+    notice = notice_of_sigterm()
+    while True:
+        try:
+            return run_worker(plan_of_file(arguments.plan), notice=notice)
+        except StartAgain as error:
+            if error.needs_new_processes:
+                raise
 
 
 def _print_report(report: RunReport, recipe: Path) -> None:

@@ -29,7 +29,8 @@ def plan_text(plan: TrainPlan) -> str:
         "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
         f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass excluded (they fill no batch)",
         "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
-        f"{training.gradient_accumulation_steps} accumulation × {plan.rows_per_rank_and_micro_batch}",  # noqa: RUF001
+        f"{training.num_micro_batches} accumulation × {plan.rows_per_rank_and_micro_batch}"  # noqa: RUF001
+        + (_AUTO if training.gradient_accumulation_steps == "auto" else ""),
         **({"workers": _workers(plan)} if workers.min is not None else {}),
         "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
         "each but the first with a checkpoint",
@@ -56,6 +57,9 @@ def _precision(config: Config) -> str:
         where = on_gpu if use_gpu is True else f"{on_gpu}; fp32 on a CPU"
         return f"{where}  (not set; chosen when the run begins, and kept)"
     return "the first worker measures which is fastest  (auto; the run keeps it)" if named == "auto" else named
+
+
+_AUTO = "; more accumulation if the longest micro-batch does not fit into a GPU, decided before the first step"
 
 
 def _rows(plan: TrainPlan) -> str:

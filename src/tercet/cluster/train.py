@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.journal import as_tercet_error
 from tercet.cluster.session import cluster_address, in_fresh_processes, run_while_head_alive, worker_resources
-from tercet.errors import GpuOutOfMemory, OutOfMemory, PlanError, Preempted, TercetError, TrainingError, first_line
+from tercet.errors import (
+    GpuOutOfMemory,
+    OutOfMemory,
+    PlanError,
+    Preempted,
+    StartAgain,
+    TercetError,
+    TrainingError,
+    first_line,
+)
 from tercet.planning.engine_settings import collective_timeout_seconds
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
@@ -34,9 +43,12 @@ def train(plan: TrainPlan) -> None:
     error: TercetError | None = None
     for _ in range(plan.config.workers.max_preemptions + 1):
         error = _run_workers(plan, owner)
-        if not isinstance(error, Preempted):
+        if isinstance(error, Preempted):
+            logger.warning("%s; continuing elsewhere", error)
+        elif isinstance(error, StartAgain):
+            logger.warning("%s; starting again", error)
+        else:
             break
-        logger.warning("%s; continuing elsewhere", error)
     if error is not None:
         raise error
 
@@ -53,7 +65,10 @@ def _run_workers(plan: TrainPlan, owner: str) -> TercetError | None:
         try:
             result = run_while_head_alive(trainer.fit)
         except (WorkerGroupError, PreemptionError, ControllerError, RayActorError) as error:
-            raise _explain(error, plan) from error
+            explained = _explain(error, plan)
+            if isinstance(explained, StartAgain):
+                return explained
+            raise explained from error
     return result.return_value if isinstance(result.return_value, TercetError) else None
 
 

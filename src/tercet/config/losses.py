@@ -71,6 +71,11 @@ class Loss(Section):
         return False
 
     @property
+    def compares_rows(self) -> bool:
+        """Whether a row's loss depends on the other rows of its micro-batch, such as by in-batch negatives."""
+        return True
+
+    @property
     def crosses_ranks(self) -> bool:
         """Whether the loss gathers the embeddings of all workers, which must then have equal numbers of rows."""
         return bool(getattr(self, "gather_across_devices", False))
@@ -187,6 +192,10 @@ class TripletLossConfig(Loss):
     """The margin."""
 
     num_negatives: ClassVar[tuple[int, int | None]] = (1, 1)
+
+    @property
+    def compares_rows(self) -> bool:
+        return False
 
 
 class MultipleNegativesRankingLossConfig(_Directions):

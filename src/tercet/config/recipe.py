@@ -161,7 +161,7 @@ def world_sizes(config: Config) -> tuple[int, ...]:
     """Return the numbers of workers that share the global batch evenly, ascending; empty if none does."""
     workers, training = config.workers, config.training
     allowed = range(workers.min or workers.num_workers, (workers.max or workers.num_workers) + 1)
-    num_rows_to_share, rest = divmod(training.global_batch_size, training.gradient_accumulation_steps)
+    num_rows_to_share, rest = divmod(training.global_batch_size, training.num_micro_batches)
     return () if rest else tuple(size for size in allowed if num_rows_to_share % size == 0)
 
 
@@ -173,7 +173,7 @@ def on_world(config: Config, world_size: int) -> Config:
 def rows_per_rank_and_micro_batch(config: Config) -> int:
     """Return the rows in one forward pass of one worker."""
     training = config.training
-    return training.global_batch_size // (config.workers.num_workers * training.gradient_accumulation_steps)
+    return training.global_batch_size // (config.workers.num_workers * training.num_micro_batches)
 
 
 def as_yaml(config: Config, exclude: set[str] | None = None) -> str:

@@ -123,8 +123,10 @@ class TrainingConfig(Section):
     """Passes over the train rows."""
     global_batch_size: PositiveInt = 32
     """Rows per optimizer step, over all workers and accumulation steps."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches per optimizer step, on each worker."""
+    gradient_accumulation_steps: PositiveInt | Literal["auto"] = 1
+    """Micro-batches per optimizer step, on each worker. `auto`: 1, or as many as it takes for the longest micro-batch
+    of the run to fit into a GPU; tried before the first step, and kept by the run. Not for losses that compare the rows
+    of a batch with each other: their value depends on the size of micro-batches."""
     learning_rate: PositiveFloat = 2e-5
     """Highest learning rate of AdamW."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -150,6 +152,11 @@ class TrainingConfig(Section):
     """Use only this many rows of each dataset's train split, chosen by the seed: for a quick trial."""
     log_every_steps: PositiveInt = 10
     """Steps between two entries of the training log."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per optimizer step, on each worker; with `auto`, the 1 that a run begins with."""
+        return 1 if self.gradient_accumulation_steps == "auto" else self.gradient_accumulation_steps
 
 
 class CheckpointConfig(Section):
@@ -202,6 +209,9 @@ class WorkersConfig(Section):
     """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of
     similar lengths (chunked), or column by column, as in sentence-transformers (plain). The loss is the same except for
     rounding and for the random numbers of dropout. `auto`: packed if the model allows it, else chunked."""
+    try_longest_batch: bool | Literal["auto"] = "auto"
+    """Try the longest micro-batch of the run before its first step, so that memory is known to be enough; then put
+    everything back. `auto`: on GPUs. A run that resumes tries again only with another number of workers."""
     use_gpu: bool | Literal["auto"] = "auto"
     """`auto`: a GPU for each worker if the cluster has enough or its autoscaler can start enough, else CPUs; the choice
     is printed with its reason. true: a GPU for each worker, or an error."""

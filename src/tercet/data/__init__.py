@@ -14,5 +14,6 @@
 - `token_cache`: token ids of shards on this machine, memory-mapped
 - `no_duplicates`: batches in which no text occurs twice
 - `order`: (seed, epoch, step, world size) to rows; no other module decides order
+- `longest_batches`: the micro-batches of a run that need the most memory
 - `text_stats`: which texts are equal, and about how many tokens a row has
 """

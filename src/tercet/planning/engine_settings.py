@@ -98,7 +98,7 @@ def deepspeed_settings(config: Config, parallelism: Parallelism, rows_per_rank_a
     settings: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": rows_per_rank_and_micro_batch,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_accumulation_steps": training.num_micro_batches,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

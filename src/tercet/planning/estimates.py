@@ -153,7 +153,7 @@ def memory_of(
             optimizer = math.ceil(shard(optimizer))
         case "zero3" | "fsdp2":
             weights = math.ceil(shard(weights)) + WEIGHT_BYTES * unit
-            whole = training.gradient_accumulation_steps > 1 if parallelism == "fsdp2" else loss_is_cached
+            whole = training.num_micro_batches > 1 if parallelism == "fsdp2" else loss_is_cached
             gradients = math.ceil(shard(gradients)) + (gradients if whole else GRADIENT_BYTES * trained_of_unit)
             gradients += buckets if parallelism == "zero3" else 0
             optimizer = math.ceil(shard(optimizer))

@@ -99,7 +99,7 @@ def _price(parallelism: Parallelism, workers: WorkersConfig) -> str:
 
 def _what_helps(config: Config) -> str:
     training, workers = config.training, config.workers
-    rows = training.global_batch_size // (workers.num_workers * training.gradient_accumulation_steps)
+    rows = training.global_batch_size // (workers.num_workers * training.num_micro_batches)
     ways = {
         "more workers": True,
         "smaller micro-batches (raise training.gradient_accumulation_steps)": rows > 1,

@@ -36,7 +36,13 @@ from tercet.planning.estimates import (
 )
 from tercet.planning.model_files import ModelFacts
 from tercet.planning.parallelism import choose
-from tercet.planning.problems import data_problems, dataset_problems, loss_problems, worker_problems
+from tercet.planning.problems import (
+    accumulation_problems,
+    data_problems,
+    dataset_problems,
+    loss_problems,
+    worker_problems,
+)
 from tercet.storage.documents import Document, Frozen
 
 ENGINE = 1
@@ -323,6 +329,7 @@ def check(config: Config, findings: Findings, counts: Counts, kept: Kept, memory
     kept: what a worker keeps for a backward pass. memory_bytes: what a worker has, None when unknown.
     Raises PlanError with all problems, one a line."""
     problems = data_problems(config, findings.datasets[0].manifest) + worker_problems(config)
+    problems += accumulation_problems(config)
     problems += [problem for dataset in counts.datasets for problem in dataset_problems(config, dataset)]
     mode = None
     try:

@@ -16,13 +16,13 @@ def data_problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
     training, workers = config.training, config.workers
     problems = []
     if not world_sizes(config):
-        num_micro_batches = (workers.min or workers.num_workers) * training.gradient_accumulation_steps
+        num_micro_batches = (workers.min or workers.num_workers) * training.num_micro_batches
         nearest = max(round(training.global_batch_size / num_micro_batches), 1) * num_micro_batches
         count = workers.num_workers if workers.min is None else f"any of {workers.min} to {workers.max}"
         problems.append(
             (
                 f"training.global_batch_size={training.global_batch_size} cannot be shared by "
-                f"{count} workers × {training.gradient_accumulation_steps} accumulation steps",  # noqa: RUF001
+                f"{count} workers × {training.num_micro_batches} accumulation steps",  # noqa: RUF001
                 f"make it a multiple of {num_micro_batches}, such as {nearest}",
             )
         )
@@ -89,6 +89,19 @@ def worker_problems(config: Config) -> list[tuple[str, str]]:
             )
         )
     return problems
+
+
+def accumulation_problems(config: Config) -> list[tuple[str, str]]:
+    """Return problems of `training.gradient_accumulation_steps: auto`."""
+    if config.training.gradient_accumulation_steps != "auto" or not config.loss.compares_rows:
+        return []
+    return [
+        (
+            f"training.gradient_accumulation_steps: auto cannot be used with {config.loss.name}, which compares the "
+            "rows of a micro-batch with each other: smaller micro-batches would make it another loss",
+            "name the number, or choose a Cached… loss, whose memory does not grow with the batch",
+        )
+    ]
 
 
 def dataset_problems(config: Config, dataset: PlannedDataset) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@
     runs/<run_id>/precision.json  the precision that the run chose when it began
     runs/<run_id>/forward.json  the packing and the attention kernel that the first machine chose
     runs/<run_id>/saved_form.json  the names, shapes and types of the tensors that its models are saved as
+    runs/<run_id>/accumulation.json  the micro-batches per step that fit into memory, where the recipe says auto
     runs/<run_id>/events.jsonl  what happened and when, one event a line
     runs/<run_id>/incidents/<incident>.json  one thing that went wrong
     runs/<run_id>/evaluations/<step>.json  metrics on the eval split after a step
@@ -98,6 +99,11 @@ def forward_key(run_id: str) -> str:
 def saved_form_key(run_id: str) -> str:
     """Return the key of how a run's models are saved."""
     return f"{run_prefix(run_id)}/saved_form.json"
+
+
+def accumulation_key(run_id: str) -> str:
+    """Return the key of the number of micro-batches chosen for a run."""
+    return f"{run_prefix(run_id)}/accumulation.json"
 
 
 def events_key(run_id: str) -> str:

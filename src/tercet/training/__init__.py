@@ -3,6 +3,9 @@
 - `arguments`: the plan as transformers' TrainingArguments
 - `choices`: choices that a trial on a machine decides, stored once per run
 - `precision`: the precision that the run began with: named, measured, or the default of its device
+- `accumulation`: micro-batches per step, and the trial that decides their number
+- `longest_batch`: tries the longest micro-batch before the first step
+- `saved_state`: keeps a copy of what a step changes, and puts it back
 - `forward`: the forward pass that the run chose: packing and attention kernel
 - `ledger`: which rows each step consumed, and the proof that each pass used each row once
 - `meter`: counts tokens, operations and the time of each phase

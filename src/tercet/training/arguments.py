@@ -76,7 +76,7 @@ def training_arguments(plan: TrainPlan, output_dir: Path) -> dict[str, Any]:
         "output_dir": str(output_dir),
         "per_device_train_batch_size": plan.rows_per_rank_and_micro_batch,
         "per_device_eval_batch_size": plan.rows_per_rank_and_micro_batch,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_accumulation_steps": training.num_micro_batches,
         "num_train_epochs": training.num_epochs,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.lr_scheduler,

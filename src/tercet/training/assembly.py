@@ -34,6 +34,7 @@ from tercet.planning.parallelism import shards_weights
 from tercet.planning.plan import TrainPlan
 from tercet.planning.rows import PlannedRows, concatenate, load_splits, load_train_rows, rows_to_order
 from tercet.storage import Storage, layout
+from tercet.training.accumulation import BatchTrial
 from tercet.training.arguments import column_prompts, gathers, training_arguments
 from tercet.training.attempt import HeldRun
 from tercet.training.callbacks import LeaseGuard, RunRecorder, StopOnPreemption
@@ -83,10 +84,12 @@ def make_trainer(
     rows: TrainingRows,
     guide: SentenceTransformer | None,
     start_dir: Path,
+    trial: BatchTrial,
 ) -> TercetTrainer:
     """Return the trainer of this rank, with the model of the checkpoint that the run resumes from.
 
-    guide: a frozen model that the loss reads. start_dir: where the weights of the plan's champion are brought to."""
+    guide: a frozen model that the loss reads. start_dir: where the weights of the plan's champion are brought to.
+    trial: of the longest micro-batch, before the first step."""
     config, training = plan.config, plan.config.training
     set_seed(training.seed)  # weights that the base model's files do not have are drawn at random
     start = config.model
@@ -113,7 +116,7 @@ def make_trainer(
         batches=RankBatches(
             datasets=rows_to_order(plan, rows.parts),
             global_batch_size=training.global_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            gradient_accumulation_steps=training.num_micro_batches,
             rank=args.process_index,
             world_size=args.world_size,
             seed=training.seed,
@@ -124,6 +127,7 @@ def make_trainer(
         loss_runs_backward=config.loss.is_cached,
         scales_loss=training.precision == "fp16",
         forward=forward,
+        before_first_step=trial,
         loss_reads_texts=guide is not None,
         precision=training.precision or "fp32",
         saved_form=saved_form,

@@ -61,6 +61,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_runs_backward: bool,
         scales_loss: bool,
         forward: Forward,
+        before_first_step: Callable[[Any], None] = lambda _: None,
         loss_reads_texts: bool = False,
         tokens: TokenSource | None = None,
         precision: str = "fp32",
@@ -72,6 +73,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
         scales_loss: passed to NonFiniteGuard.
         forward: how the columns of a batch share a forward pass.
+        before_first_step: called with this trainer once model and optimizer are wrapped and loaded.
         loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
         too.
         tokens: where token ids of the rows may be cached; None to tokenize each batch.
@@ -79,6 +81,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         saved_form: the tensors that a saved model must have; None for a model that is never saved."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
         self._batches, self._parallelism = batches, parallelism
+        self._before_first_step = before_first_step
         self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
         self._saved_form = saved_form
         self.ledger = Ledger()
@@ -135,8 +138,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Return a micro-batch as the forward pass takes it, so that a step has nothing left to prepare."""
         inputs: dict[str, Any] | None = self._tokens.collate(rows) if self._tokens is not None and rows else None
         if inputs is None:
-            inputs = self.data_collator(self.train_dataset.__getitems__(rows))
-        if not rows or not self._forward.is_together or self._loss_reads_texts:
+            inputs = self.features_of(rows)
+        return self.laid_out(inputs) if rows else inputs
+
+    def laid_out(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the features of a micro-batch as the forward pass takes them."""
+        if not self._forward.is_together or self._loss_reads_texts:
             return inputs
         columns, labels = self.collect_features(inputs)
         return {"batch": self._forward.batch(columns), "label": labels}
@@ -303,6 +310,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self._load_scaler(resume_from_checkpoint)
         elif self._save_whole is not None:
             self._rehearse_saving()
+        self._before_first_step(self)
         return prepared
 
     def _rehearse_saving(self) -> None:
@@ -318,6 +326,11 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
         weights = full_weights(self.model)
         run_on_rank_0(save)
+
+    def features_of(self, rows: list[int]) -> dict[str, Any]:
+        """Return the features of a micro-batch of these rows, as the tokenizer makes them."""
+        features: dict[str, Any] = self.data_collator(self.train_dataset.__getitems__(rows))
+        return features
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Replaces `BaseTrainer._load_from_checkpoint`, which cannot load sharded models: does nothing.

@@ -53,7 +53,8 @@ def run_worker(
     report: gets the metrics of each evaluation, on every rank. owner: name of the process that starts attempts at this
     run; one attempt takes over from another of the same owner without waiting. notice: whether this machine is about to
     be taken away. export: gets, at each line of the log, this rank's throughput since the line before. Raises Preempted
-    after a notice, once the run is saved, if there are steps left; PlanError for an engine that is not supported."""
+    after a notice, once the run is saved, if steps are left; PlanError for an engine that is not supported; and as
+    `BatchTrial`."""
     started = time.monotonic()
     check_engine(plan.engine, plan.run_id)
     os.environ.update(allocator_environment(plan.config.workers.use_gpu, os.environ))  # before torch is imported
@@ -63,12 +64,13 @@ def run_worker(
     from tercet.evaluation.evaluators import require_finite
     from tercet.model.collectives import gather_objects, wait_for_all_ranks
     from tercet.model.loss import load_guide
+    from tercet.training.accumulation import BatchTrial, resolve_accumulation
     from tercet.training.assembly import add_callbacks, load_rows, make_arguments, make_trainer
     from tercet.training.attempt import hold_run
     from tercet.training.deepspeed_engine import prepare_process
 
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
-    plan = resolve_precision(plan, storage, use_cpu(plan))
+    plan, decides = resolve_accumulation(resolve_precision(plan, storage, use_cpu(plan)), storage)
     prepare_process(plan.parallelism, use_cpu(plan), collective_timeout_seconds(plan.config.workers))
     guide = load_guide(plan.config.loss)  # before the arguments: transformers would shard it for ZeRO-3
     with tempfile.TemporaryDirectory(prefix="tercet-worker-") as name:
@@ -77,15 +79,16 @@ def run_worker(
         rows = load_rows(plan, storage)
         owner = owner or uuid.uuid4().hex
         with hold_run(storage, plan, owner, args.world_size, folder / "resume") as run:
-            trainer = make_trainer(plan, run, args, rows, guide, folder / "start")
+            trial = BatchTrial(plan, run, decides)
+            trainer = make_trainer(plan, run, args, rows, guide, folder / "start", trial)
             earlier = run.commit.throughput if run.commit is not None else None
             uploader = Uploader(storage, plan.run_id, run.lineage, args.process_index, run.confirm, earlier)
             recorder, preemption = add_callbacks(trainer, plan, run, uploader, notice, report, export)
-            if run.commit is not None:
-                num_workers = run.commit.attempt.world_size
-                logger.info("resuming from the checkpoint of step %d (%d workers)", run.commit.step, num_workers)
-            seconds = {"worker_start": time.monotonic() - started}
+            if (commit := run.commit) is not None:
+                what = "resuming from the checkpoint of step %d (%d workers)"
+                logger.info(what, commit.step, commit.attempt.world_size)
             training_started = time.monotonic()
+            seconds = {"worker_start": training_started - started}
             trainer.meter.start()
             trainer.train(resume_from_checkpoint=str(run.resume_dir) if run.resume_dir else None)
             seconds["training"] = time.monotonic() - training_started
@@ -93,10 +96,8 @@ def run_worker(
                 uploader.close()
             if preemption.step is not None:
                 wait_for_all_ranks()  # torchrun kills the others soon after the first one ends
-                raise Preempted(
-                    f"the machine is about to be taken away; step {preemption.step} is saved",
-                    hint="the same command resumes from there, on another machine",
-                )
+                saved = f"the machine is about to be taken away; step {preemption.step} is saved"
+                raise Preempted(saved, hint="the same command resumes from there, on another machine")
             seconds["last_upload"] = time.monotonic() - training_started - seconds["training"]
             throughput = (earlier or Throughput()).then(of_all_ranks(gather_objects(trainer.meter.reading())))
             if args.process_index == 0:
@@ -111,6 +112,7 @@ def run_worker(
                     device=str(args.device),
                     seconds=require_finite(seconds, "time"),
                     storage_retries=dict(retries),
+                    longest_batch_peak_bytes=trial.peak_bytes,
                     first_step_unix_seconds=recorder.first_step_unix_seconds,
                     log_history=trainer.state.log_history,
                     throughput=throughput,

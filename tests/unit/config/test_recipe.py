@@ -48,8 +48,8 @@ r.yaml:10:3: unknown key `loss.triplet_margn`; did you mean `triplet_margin`?
 r.yaml:13:3: `training.num_epochs`: input should be greater than 0, not 0
 r.yaml:14:3: `training.weight_decay`: input should be a finite number, not nan
 r.yaml:16:3: unknown key `workers.zzz`; known here: num_workers, min, max, grow_check_seconds, parallelism, deepspeed, \
-memory_gib_per_worker, packing, use_gpu, cpus_per_worker, max_failures, max_preemptions, step_timeout_seconds, \
-start_timeout_seconds, cache_dir, token_cache"""
+memory_gib_per_worker, packing, try_longest_batch, use_gpu, cpus_per_worker, max_failures, max_preemptions, \
+step_timeout_seconds, start_timeout_seconds, cache_dir, token_cache"""
 
 GOOD: dict[str, Any] = {
     "name": "x",
