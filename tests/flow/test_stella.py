@@ -1,12 +1,15 @@
-"""The published stella recipe on a tiny model with the same structure: custom code, mean pooling, Dense to 1,024."""
+"""The published stella recipe on a tiny model with its files, without their code; models with code of their own."""
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from support import tiny_model
 from support.commands import check, run_command
 from support.workers import commits, make_plan, model_folder, training_log, weights, worker_of
 from tercet.artifacts.best import best_commit, publish_best
@@ -14,20 +17,22 @@ from tercet.config.examples import example_path
 from tercet.config.losses import TripletLossConfig
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError
+from tercet.model.encoder import load_model
 from tercet.planning.plan import TrainPlan
 from tercet.storage import open_storage
 
 RECIPE = example_path("stella_triplet")
+TEXTS = tiny_model.all_texts()[:6]
 SWITCHED_OFF = {"use_memory_efficient_attention": False, "unpad_inputs": False}
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_stella_dir: Path, store: Path) -> TrainPlan:
+def plan(tiny_new_dir: Path, store: Path) -> TrainPlan:
     """The plan of the recipe, with only places and devices changed."""
     places = (
         f"storage.uri={store}",
         "dataset.name=tiny",
-        f"model.name_or_path={tiny_stella_dir}",
+        f"model.name_or_path={tiny_new_dir}",
         "model.revision=null",
     )
     return make_plan(RECIPE, "stella", (*places, "workers.use_gpu=false"))
@@ -49,7 +54,7 @@ def test_the_recipe_is_the_published_one(plan: TrainPlan) -> None:
     assert (training.num_epochs, training.global_batch_size, training.learning_rate) == (3, 16, 2e-5)
     assert (training.lr_scheduler, training.warmup_ratio, training.weight_decay) == ("cosine", 0.1, 0)
     assert (plan.metric, plan.num_steps, plan.evaluation_steps) == ("triplet_accuracy", 33, (0, 11, 22, 33))
-    assert plan.config.model.config_kwargs == SWITCHED_OFF
+    assert (plan.config.model.trust_remote_code, plan.config.model.config_kwargs) == (False, {})
 
 
 def test_every_epoch_is_measured_and_kept(trained: Path) -> None:
@@ -62,8 +67,9 @@ def test_every_epoch_is_measured_and_kept(trained: Path) -> None:
     assert max(rates) <= 2e-5
 
 
-def test_the_whole_model_is_trained(trained: Path, tiny_stella_dir: Path) -> None:
-    before, after = weights(tiny_stella_dir), weights(model_folder(trained, commits(trained, "stella")[0]))
+def test_the_whole_model_is_trained(trained: Path, tiny_new_dir: Path) -> None:
+    """Its weights keep the names of the original."""
+    before, after = weights(tiny_new_dir), weights(model_folder(trained, commits(trained, "stella")[0]))
     assert before.keys() == after.keys()
     assert after["2_Dense/linear.weight"].shape == (1024, 32)
     # The loss depends on differences of embeddings, in which the last bias cancels out.
@@ -71,22 +77,27 @@ def test_the_whole_model_is_trained(trained: Path, tiny_stella_dir: Path) -> Non
     assert still <= {"2_Dense/linear.bias"}
 
 
-def test_the_published_folder_loads_with_its_own_code(
+def test_the_published_folder_loads_without_any_code(
     trained: Path, plan: TrainPlan, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """A process without the recipe loads it, because the switches are in the saved configuration."""
+    """A process without tercet gives the embeddings of the trained model."""
     best = best_commit(commits(trained, "stella"), plan.metric)
     assert best is not None
     publish_best(open_storage(str(trained)), "stella", best, "# a card")
     folder = trained / "runs/stella/best"
-    assert {"modeling.py", "configuration.py"} <= {path.name for path in folder.iterdir()}
+    assert not [*folder.rglob("*.py")]
     script = f"""
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")
-print(type(model[0].auto_model).__name__, model[1].pooling_mode, model.encode(["a text"]).shape)
+model = SentenceTransformer({str(folder)!r}, device="cpu")
+print(type(model[0].auto_model).__name__, model[1].pooling_mode, model[0].auto_model.config.rope_parameters)
+numpy.save({str(tmp_path / "embeddings.npy")!r}, model.encode({TEXTS!r}))
 """
-    done = check(run_command([environment["PYTHON"], "-c", script], environment, tmp_path))
-    assert done.stdout.splitlines()[-1] == "NewModel mean (1, 1024)"
+    done = check(run_command([environment["PYTHON"], "-c", "import numpy" + script], environment, tmp_path))
+    scaling = {"rope_type": "linear", "rope_theta": 320000.0, "factor": 2 ** (2 / 16)}
+    name, mode, parameters = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert (name, mode, ast.literal_eval(parameters)) == ("GteModel", "mean", scaling)
+    loaded = load_model(ModelConfig(name_or_path=str(folder)), "cpu").encode(TEXTS)
+    assert abs(np.load(tmp_path / "embeddings.npy") - loaded).max() < 1e-6
 
 
 def test_a_model_that_saves_wrongly_ends_the_run_before_its_first_step(
@@ -102,7 +113,9 @@ def test_a_model_that_saves_wrongly_ends_the_run_before_its_first_step(
 """
     with (folder / "modeling.py").open("a") as code:
         code.write(saves_wrongly)
-    places = (f"storage.uri={store}", "dataset.name=tiny", f"model.name_or_path={folder}", "model.revision=null")
+    switches = (f"model.config_kwargs.{name}=false" for name in SWITCHED_OFF)
+    own_code = (f"model.name_or_path={folder}", "model.revision=null", "model.trust_remote_code=true", *switches)
+    places = (f"storage.uri={store}", "dataset.name=tiny", *own_code)
     path = tmp_path / "plan.json"
     path.write_text(make_plan(RECIPE, "wrong", (*places, "workers.use_gpu=false")).model_dump_json())
     done = check(run_command(worker_of(path), environment, tmp_path), ConfigError.exit_code)
@@ -112,8 +125,6 @@ def test_a_model_that_saves_wrongly_ends_the_run_before_its_first_step(
 
 
 def test_custom_code_needs_trust(tiny_stella_dir: Path) -> None:
-    from tercet.model.encoder import load_model
-
     with pytest.raises(ConfigError, match="contains custom code") as caught:
         load_model(ModelConfig(name_or_path=str(tiny_stella_dir), config_kwargs=SWITCHED_OFF))
     assert "model.trust_remote_code: true" in caught.value.hint
@@ -122,8 +133,6 @@ def test_custom_code_needs_trust(tiny_stella_dir: Path) -> None:
 def test_an_impossible_fast_path_is_named(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tercet.model.encoder import load_model
-
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="needs xformers") as caught:
         load_model(ModelConfig(name_or_path=str(tiny_stella_dir), trust_remote_code=True))
@@ -136,8 +145,6 @@ def test_an_impossible_fast_path_is_named(
 def test_an_architecture_that_differs_from_the_recipe_is_refused(
     tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, object], message: str
 ) -> None:
-    from tercet.model.encoder import load_model
-
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     known = {"name_or_path": str(tiny_stella_dir), "trust_remote_code": True, "config_kwargs": SWITCHED_OFF}
     with pytest.raises(ConfigError, match=message):

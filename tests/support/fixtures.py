@@ -29,8 +29,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_stella_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in the shape of stella_en_400M_v5: modeling code of its own, and a Dense layer of 1,024 features."""
+    """A model with modeling code of its own, and a Dense layer of 1,024 features."""
     return tiny_model.tiny_stella(tmp_path_factory.mktemp("model") / "stella")
+
+
+@pytest.fixture(scope="session")
+def tiny_new_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of stella_en_400M_v5, in miniature."""
+    return tiny_model.tiny_new(tmp_path_factory.mktemp("model") / "new")
 
 
 @pytest.fixture(scope="session")

@@ -245,6 +245,63 @@ def tiny_stella(folder: Path) -> Path:
     return folder
 
 
+def tiny_new(folder: Path, scaling: dict[str, Any] | None = None, prefix: str = "") -> Path:
+    """The files of dunzhang/stella_en_400M_v5 in miniature: its configuration, its names of weights, code that must
+    not run, mean pooling, and a Dense layer of 1,024 features.
+
+    scaling: `rope_scaling` of the configuration; fixed NTK with factor 2 by default. prefix: of the names."""
+    import torch
+    from safetensors.torch import save_file
+
+    tokenizer = tiny_tokenizer(all_texts())
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "configuration.py").write_text("raise SystemExit('the code of the folder ran')\n")
+    (folder / "modeling.py").write_text("raise SystemExit('the code of the folder ran')\n")
+    num_words = len(tokenizer) + 6  # the vocabulary is padded
+    config = {
+        "architectures": ["NewModel"],
+        "auto_map": {"AutoConfig": "configuration.NewConfig", "AutoModel": "modeling.NewModel"},
+        "model_type": "new",
+        "vocab_size": num_words,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * HIDDEN,
+        "hidden_dropout_prob": 0.1,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+        "position_embedding_type": "rope",
+        "layer_norm_type": "layer_norm",
+        "pack_qkv": True,
+        "rope_theta": 160000,
+        "rope_scaling": {"type": "ntk", "factor": 2.0} if scaling is None else scaling,
+        "unpad_inputs": True,
+        "use_memory_efficient_attention": True,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shapes = {"embeddings.word_embeddings.weight": (num_words, HIDDEN)}
+    shapes["embeddings.token_type_embeddings.weight"] = (2, HIDDEN)
+    linear = {"attention.qkv_proj": (3 * HIDDEN, HIDDEN), "attention.o_proj": (HIDDEN, HIDDEN)}
+    linear["mlp.down_proj"] = (HIDDEN, 2 * HIDDEN)
+    for layer in range(2):
+        start = f"encoder.layer.{layer}"
+        for name, shape in linear.items():
+            shapes[f"{start}.{name}.weight"], shapes[f"{start}.{name}.bias"] = shape, shape[:1]
+        shapes[f"{start}.mlp.up_gate_proj.weight"] = (4 * HIDDEN, HIDDEN)
+    norms = ["embeddings.LayerNorm", *(f"encoder.layer.{n}.{norm}" for n in range(2) for norm in ("attn_ln", "mlp_ln"))]
+    torch.manual_seed(0)
+    weights = {f"{prefix}{name}": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in norms:
+        weights[f"{prefix}{name}.weight"] = 1 + 0.1 * torch.randn(HIDDEN)
+        weights[f"{prefix}{name}.bias"] = 0.1 * torch.randn(HIDDEN)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_modules(folder, STELLA_DENSE_FEATURES)
+    return folder
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 

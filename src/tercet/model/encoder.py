@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.utils.hub import cached_file
 
 from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError, first_line
 from tercet.model.lora import add_adapter, load_trained, save_merged
 from tercet.model.sharding import fill, unsharded
-from tercet.planning.model_files import check_sha256, locate
+from tercet.planning.model_files import NativeConfig, check_sha256, encoder_folder, locate, native_config
+from tercet.planning.new_architecture import FAST_PATH, MODEL_TYPE
 from tercet.storage import Storage
+
+# For `cached_file`: None, not an error, where a file or the hub cannot be had. Loading then explains it.
+_OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+_LOADED_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransformer:
@@ -22,21 +38,25 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
 
     Raises ConfigError when it cannot be loaded, or when its files or architecture differ from what the recipe names."""
     folder = locate(config)
+    obstacle = None
     try:
-        model = SentenceTransformer(
-            str(folder or config.name_or_path),
-            device=device,
-            revision=None if folder else config.revision,
-            trust_remote_code=config.trust_remote_code,
-            config_kwargs=dict(config.config_kwargs) or None,
-            # By default, transformers 5 keeps the type of the files: small steps would be lost in fp16 weights.
-            model_kwargs={"dtype": "float32"},
-        )
+        with native_folder(config, folder or _new_on_hub(config)) as (place, obstacle):
+            model = SentenceTransformer(
+                str(place or config.name_or_path),
+                device=device,
+                revision=None if place else config.revision,
+                trust_remote_code=config.trust_remote_code,
+                config_kwargs=_config_kwargs(config, is_native=place != folder) or None,
+                # By default, transformers 5 keeps the type of the files: small steps would be lost in fp16 weights.
+                model_kwargs={"dtype": "float32"},
+            )
     except (OSError, ValueError, ImportError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
         hint = "is the name right, and can this machine reach the Hugging Face Hub?"
         if "trust_remote_code" in str(error):
             hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
+            if obstacle is not None:
+                hint += f" (without it: {obstacle})"
         elif isinstance(error, ImportError):
             hint = "install what the model's own code imports, or switch that part off in model.config_kwargs"
         elif offline:
@@ -50,6 +70,50 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
         model.prompts = {**model.prompts, "query": config.prompts.query, "document": config.prompts.document}
     _check_architecture(config, model)
     return model
+
+
+@contextlib.contextmanager
+def native_folder(config: ModelConfig, folder: Path | None) -> Iterator[tuple[Path | None, str | None]]:
+    """Inside the block, there is a folder to load a model from without its own code.
+
+    Yields `folder` itself, unless transformers has the architecture under another name; then a folder of links to its
+    files, without code, and with a configuration of that name. Also yields why such an architecture is not loaded so,
+    if it is not. Raises ConfigError if the files cannot be read."""
+    native = NativeConfig(None) if folder is None else native_config(config, folder)
+    if folder is None or native.config is None:
+        yield folder, native.obstacle
+        return
+    with tempfile.TemporaryDirectory(prefix="tercet-native-") as name:
+        place = Path(name) / "model"
+        # Hub snapshots are links already: to files whose names do not end in .py.
+        shutil.copytree(
+            folder.resolve(),
+            place,
+            copy_function=os.symlink,
+            ignore=shutil.ignore_patterns("*.py", "__pycache__", ".git"),
+        )
+        encoder = encoder_folder(place)
+        assert encoder is not None
+        (encoder / "config.json").unlink()
+        (encoder / "config.json").write_text(json.dumps(native.config, indent=2), encoding="utf-8")
+        yield place, None
+
+
+def _new_on_hub(config: ModelConfig) -> Path | None:
+    """Return the downloaded folder of a hub model whose architecture transformers may have under another name."""
+    if config.trust_remote_code or locate(config) is not None:
+        return None
+    path = cached_file(config.name_or_path, "config.json", revision=config.revision, **_OPTIONAL)
+    if path is None or json.loads(Path(path).read_text(encoding="utf-8")).get("model_type") != MODEL_TYPE:
+        return None
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=_LOADED_FILES))
+
+
+def _config_kwargs(config: ModelConfig, is_native: bool) -> dict[str, Any]:
+    """Return changes to the model's configuration, without switches that the native architecture does not have."""
+    return {key: value for key, value in config.config_kwargs.items() if not (is_native and key in FAST_PATH)}
 
 
 def stored_model(config: ModelConfig, folder: Path) -> ModelConfig:

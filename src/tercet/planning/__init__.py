@@ -1,6 +1,7 @@
 """Derive everything from a recipe and storage, or refuse it with reasons. No torch.
 
 - `model_files`: locate the base model, and read its size from its files
+- `new_architecture`: stella and GTE models as transformers has them natively
 - `gpus`: the memory of the GPUs that workers will use
 - `packing`: choose how texts share a forward pass
 - `estimates`: estimated memory, tokens and seconds

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError, CorruptObject
+from tercet.planning import new_architecture
 from tercet.storage.base import sha256_of
 
 PACKAGE_SCHEME = "package:"
@@ -110,12 +112,14 @@ def read_facts(folder: Path) -> ModelFacts | None:
 
 
 def _read_facts(folder: Path) -> ModelFacts | None:
-    transformer = next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
+    transformer = encoder_folder(folder)
     weights = _weight_files(transformer) if transformer else []
     if transformer is None or not weights:
         return None
     config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
     shapes = {name: shape for path in weights for name, shape in _tensor_shapes(path).items()}
+    if config.get("model_type") == new_architecture.MODEL_TYPE:
+        shapes = {name: shape for name, shape in shapes.items() if new_architecture.is_encoder_tensor(name)} or shapes
     limits = folder / "sentence_bert_config.json"
     max_seq_length = json.loads(limits.read_text(encoding="utf-8")).get("max_seq_length") if limits.is_file() else None
     try:
@@ -129,6 +133,35 @@ def _read_facts(folder: Path) -> ModelFacts | None:
         )
     except KeyError:
         return None
+
+
+def encoder_folder(folder: Path) -> Path | None:
+    """Return the folder of the encoder's config.json in a model's folder; None if there is none."""
+    return next((path for path in (folder, folder / "0_Transformer") if (path / "config.json").is_file()), None)
+
+
+class NativeConfig(NamedTuple):
+    """How an architecture that has code of its own is loaded without it."""
+
+    config: dict[str, Any] | None
+    """The configuration of the same architecture in transformers; None if the folder is loaded as it is."""
+    obstacle: str | None = None
+    """Why an architecture that transformers has cannot be loaded from this folder."""
+
+
+def native_config(model: ModelConfig, folder: Path) -> NativeConfig:
+    """Return how the model in `folder` is loaded. Raises ConfigError if its files cannot be read."""
+    place = encoder_folder(folder)
+    if model.trust_remote_code or place is None:
+        return NativeConfig(None)
+    with reading(folder):
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") != new_architecture.MODEL_TYPE:
+            return NativeConfig(None)
+        names = [name for path in _weight_files(place) for name in _tensor_shapes(path)]
+        if (obstacle := new_architecture.obstacle(config, names)) is not None:
+            return NativeConfig(None, obstacle)
+        return NativeConfig(new_architecture.as_gte(config))
 
 
 def _weight_files(folder: Path) -> list[Path]:

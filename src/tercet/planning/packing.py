@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from tercet.config.losses import GuidedLossConfig
 from tercet.config.recipe import Config
 from tercet.config.sections import ModelConfig
-from tercet.planning.model_files import locate, reading
+from tercet.planning.model_files import locate, native_config, reading
 from tercet.storage import Storage
 from tercet.storage.documents import Document, unseal
 from tercet.storage.layout import forward_key
@@ -164,7 +164,7 @@ def _of_model(model: ModelConfig, folder: Path | None, is_cached: bool) -> Facts
 
 def _read_facts(model: ModelConfig, folder: Path, is_cached: bool) -> Facts:
     transformer = _module(folder, "Transformer") or folder
-    config, pooling = _config(transformer), _pooling(folder)
+    config, pooling = native_config(model, folder).config or _config(transformer), _pooling(folder)
     return Facts(
         model_type=config.get("model_type"),
         own_code=model.trust_remote_code and "auto_map" in config,
