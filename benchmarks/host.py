@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from step import LENGTHS, draw_lengths
 
 NUM_TRIPLETS = (16, 64, 256, 1024)
 ROWS_OF_A_SHARD = 5_000
@@ -60,11 +62,11 @@ def median_of(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def measure_tokens(rounds: int, num_rows: int, name: str, folder: Path) -> list[dict[str, Any]]:
     """Return, for each batch size, the tokens a second of one thread in both ways."""
+    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from transformers import DataCollatorWithFlattening
 
-    from step import make_rows
     from tercet.config.sections import ModelConfig
     from tercet.data.manifest import Shard
     from tercet.model.packed_model import prepare
@@ -80,7 +82,15 @@ def measure_tokens(rounds: int, num_rows: int, name: str, folder: Path) -> list[
     before[0].data_collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     collators = [SentenceTransformerDataCollator(preprocess_fn=each.preprocess) for each in (before, model)]
 
-    rows = make_rows(num_rows, model.tokenizer)
+    words = np.array(sorted(word for word in model.tokenizer.get_vocab() if word.isascii() and word.isalpha()))
+    numbers = np.random.default_rng(0)
+    texts = {
+        column: [
+            " ".join(words[numbers.integers(len(words), size=n - 2)]) for n in draw_lengths(column, num_rows, numbers)
+        ]
+        for column in LENGTHS
+    }
+    rows = Dataset.from_dict(texts)
     counts = [ROWS_OF_A_SHARD] * (num_rows // ROWS_OF_A_SHARD)
     shards = [Shard(path="", num_rows=count, num_bytes=0, sha256=f"{n:064x}") for n, count in enumerate(counts)]
     part: Any = PlannedRows(None, rows)  # type: ignore[arg-type]
@@ -131,7 +141,6 @@ def measure_tokens(rounds: int, num_rows: int, name: str, folder: Path) -> list[
 
 def measure_cuts(rounds: int) -> list[dict[str, Any]]:
     """Return the milliseconds of chunks and groups, of a search over all texts and of tercet's."""
-    from step import draw_lengths
     from support.reference_groups import slow_attention_groups, slow_chunks
     from tercet.model.text_groups import attention_groups, chunks
 
