@@ -9,10 +9,11 @@ end the others, and none begins after `--seconds`. The exit code is 1 if a secti
 
 The steps are those of a 400 M encoder (BERT's layers: 24 of width 1,024, dropout 0.1) on triplets whose lengths are
 those of a published model card (step.py). `plain` is SentenceTransformerTrainer as it comes, with padded columns and
-torch's scaled_dot_product_attention. Both train in one process and take turns, round by round; a round is timed between
-two waits for the device, and nothing else waits. Share of peak: 6 floating-point operations a weight of the encoder's
-layers and real token (forward 2, backward 4; Kaplan et al. 2020, section 2.1), over the time, and over the rate that
-one large product of matrices reaches in bf16 on the same device in the same run.
+torch's scaled_dot_product_attention; where flash-attn is installed, `plain_flash` is the same with rows that
+sentence-transformers flattens by itself. They train in one process and take turns, round by round; a round is timed
+between two waits for the device, and nothing else waits. Share of peak: 6 floating-point operations a weight of the
+encoder's layers and real token (forward 2, backward 4; Kaplan et al. 2020, section 2.1), over the time, and over the
+rate that one large product of matrices reaches in bf16 on the same device in the same run.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ os.environ.setdefault("TERCET_FUSED_ATTENTION", "1")
 
 import numpy as np
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from step import Turns, draw_lengths, make_rows
 from tercet.model.libraries import import_quietly
 
 REPOSITORY = Path(__file__).parent.parent
 WAYS = ("plain", "tercet")
+FLASH = "plain_flash"  # sentence-transformers' own rows without padding, where flash-attn is installed
 
 
 class Size(NamedTuple):
@@ -75,6 +78,7 @@ class Bench:
         self.is_gpu = self.device.type == "cuda"
         self.size = ON_GPU if self.is_gpu else DRY_RUN
         self.rows: list[dict[str, Any]] = []
+        self.ways = WAYS if not (self.is_gpu and is_flash_attn_2_available()) else (*WAYS, FLASH)
 
     def record(self, what: str, **values: Any) -> None:
         """Add a row to the result, and print it."""
@@ -216,7 +220,11 @@ def _both(
 
 def make_trainer(bench: Bench, way: str, precision: str, batch_size: int, num_steps: int, callback: Any) -> Any:
     """Return a trainer that is ready for `num_steps` steps."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from transformers import PrinterCallback
 
     from tercet.config.losses import MultipleNegativesRankingLossConfig
@@ -229,6 +237,9 @@ def make_trainer(bench: Bench, way: str, precision: str, batch_size: int, num_st
 
     config = ModelConfig(name_or_path=str(bench.model_dir), max_seq_length=256)
     model = load_model(config, str(bench.device))
+    if way == FLASH:
+        chosen = {"attn_implementation": "flash_attention_2", "dtype": "float32"}
+        model = SentenceTransformer(str(bench.model_dir), device=str(bench.device), model_kwargs=chosen)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(bench.folder / way),
         per_device_train_batch_size=batch_size,
@@ -246,7 +257,7 @@ def make_trainer(bench: Bench, way: str, precision: str, batch_size: int, num_st
     rows = make_rows(batch_size * num_steps, model.tokenizer)
     loss = make_loss(MultipleNegativesRankingLossConfig(name="MultipleNegativesRankingLoss"), model)
     shared: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "loss": loss}
-    if way == "plain":
+    if way != "tercet":
         trainer: Any = SentenceTransformerTrainer(**shared)
     else:
         forward = prepare(model, "packed")
@@ -271,7 +282,7 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
     size = bench.size
     num_steps = size.num_steps * (size.num_rounds + 1)  # the first round warms up
     AcceleratorState._reset_state(True)  # it would keep the precision of the trainer before
-    turns, memory, failed = Turns(len(WAYS)), dict.fromkeys(WAYS, 0.0), {}
+    turns, memory, failed = Turns(len(bench.ways)), dict.fromkeys(bench.ways, 0.0), {}
 
     class TakeTurns(TrainerCallback):
         def __init__(self, me: int) -> None:
@@ -286,7 +297,7 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
         def end(self) -> None:
             bench.wait()
             if bench.is_gpu:
-                memory[WAYS[self.me]] = (torch.cuda.max_memory_allocated() - self.resting) / 2**30
+                memory[bench.ways[self.me]] = (torch.cuda.max_memory_allocated() - self.resting) / 2**30
             self.num_rounds += 1
             turns.end(self.me)
 
@@ -296,10 +307,10 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
                 if state.global_step < num_steps:
                     self.begin()
 
-    callbacks = [TakeTurns(me) for me in range(len(WAYS))]
+    callbacks = [TakeTurns(me) for me in range(len(bench.ways))]
     trainers = [
         make_trainer(bench, way, precision, batch_size, num_steps, callback)
-        for way, callback in zip(WAYS, callbacks, strict=True)
+        for way, callback in zip(bench.ways, callbacks, strict=True)
     ]
 
     def train(me: int) -> None:
@@ -307,14 +318,14 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
         try:
             trainers[me].train()
         except Exception as error:  # noqa: BLE001 - the other way goes on
-            failed[WAYS[me]] = f"{type(error).__name__}: {error}"[:300]
+            failed[bench.ways[me]] = f"{type(error).__name__}: {error}"[:300]
             traceback.print_exc()
             while callbacks[me].num_rounds <= size.num_rounds:
                 callbacks[me].end()
                 if callbacks[me].num_rounds <= size.num_rounds:
                     callbacks[me].begin()
 
-    threads = [threading.Thread(target=train, args=(me,)) for me in range(len(WAYS))]
+    threads = [threading.Thread(target=train, args=(me,)) for me in range(len(bench.ways))]
     for thread in threads:
         thread.start()
     turns.ready[0].release()
@@ -324,8 +335,8 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
     num_weights = sum(p.numel() for name, p in encoder.named_parameters() if "embeddings" not in name)
     draw = np.random.default_rng(0)
     per_row = sum(draw_lengths(column, 10_000, draw).mean() for column in ("anchor", "positive", "negative"))
-    rounds = {way: [wall for wall, _ in turns.seconds[me]][1:] for me, way in enumerate(WAYS)}
-    for way in WAYS:
+    rounds = {way: [wall for wall, _ in turns.seconds[me]][1:] for me, way in enumerate(bench.ways)}
+    for way in bench.ways:
         if way in failed:
             bench.record("step", way=way, precision=precision, rows=batch_size, failed=failed[way])
             continue
@@ -349,11 +360,11 @@ def _one_size(bench: Bench, precision: str, batch_size: int) -> None:
 
 
 def one_step(bench: Bench) -> Callable[[], None]:
-    """Return one packed step as tercet runs it, without optimizer, on a batch that lies on the device."""
+    """Return one packed step as tercet runs it, without optimizer, on a batch that was made ahead."""
     from sentence_transformers import SentenceTransformer
 
     from tercet.config.losses import MultipleNegativesRankingLossConfig
-    from tercet.model.loss import make_loss
+    from tercet.model.loss import loss_of, make_loss
     from tercet.model.packed_model import prepare
 
     model = SentenceTransformer(str(bench.model_dir), device=str(bench.device))
@@ -362,14 +373,13 @@ def one_step(bench: Bench) -> Callable[[], None]:
     loss = make_loss(MultipleNegativesRankingLossConfig(name="MultipleNegativesRankingLoss"), model)
     rows = make_rows(64 if bench.is_gpu else 4, model.tokenizer)
     columns = [model.preprocess(rows[name][:]) for name in ("anchor", "positive", "negative")]
-    on_device = [
-        {name: x.to(bench.device) if isinstance(x, torch.Tensor) else x for name, x in column.items()}
-        for column in columns
-    ]
+    batch = forward.batch(columns)
+    if bench.is_gpu:
+        batch = batch.pin_memory()
 
     def step() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16):
-            value = forward.loss(loss, model, on_device)
+            value = loss_of(loss, columns, batch.to(bench.device).embed(model), None)
         value.backward()
         model.zero_grad()
 

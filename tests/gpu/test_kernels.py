@@ -12,11 +12,11 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from support.tiny_families import FAMILIES, tiny_encoder
+from support.tiny_families import FAMILIES, FURTHER, tiny_encoder
 from support.tiny_model import all_texts, triplets
 from tercet.config.losses import MultipleNegativesRankingLossConfig
 from tercet.model.collectives import gather_objects, run_on_rank_0
-from tercet.model.loss import make_loss
+from tercet.model.loss import loss_of, make_loss
 from tercet.model.packed_model import prepare
 
 ON_CPU = os.environ.get("TERCET_GPU_TESTS_ON_CPU") == "1"
@@ -40,7 +40,8 @@ def gradients(model: SentenceTransformer, packed: bool, dtype: torch.dtype) -> d
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         if packed:
             forward = prepare(model, "packed")
-            value = forward.loss(loss, model, [model.preprocess(column) for column in columns])
+            features = [model.preprocess(texts) for texts in columns]
+            value = loss_of(loss, features, forward.batch(features).to(DEVICE).embed(model), None)
         else:
             features = [
                 {
@@ -57,7 +58,7 @@ def gradients(model: SentenceTransformer, packed: bool, dtype: torch.dtype) -> d
 
 @pytest.mark.parametrize("fused", ["0", "1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER])
 def test_a_packed_model_has_the_gradients_of_the_padded_one(
     family: str, dtype: torch.dtype, fused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,9 +66,9 @@ def test_a_packed_model_has_the_gradients_of_the_padded_one(
     folder = str(tiny_encoder(tmp_path / family, family, all_texts()))
     padded, packed = (gradients(SentenceTransformer(folder, device=str(DEVICE)), way, dtype) for way in (False, True))
     assert padded.keys() == packed.keys()
-    largest = max(float(value.abs().max()) for value in padded.values())
-    for name, value in padded.items():
-        assert float((value - packed[name]).abs().max()) < (1e-4 if dtype == torch.float32 else 5e-2) * largest, name
+    ways = [torch.cat([way[name].flatten() for name in padded]) for way in (padded, packed)]
+    # 8 bits: with random weights the two differ by some per cent. Texts that mix give 1 or more.
+    assert float((ways[0] - ways[1]).norm() / ways[0].norm()) < (1e-4 if dtype == torch.float32 else 0.2)
 
 
 @pytest.fixture
