@@ -58,7 +58,7 @@ AT = "a test asked for this error at "
                 ("at=before_step step=1", ""),
                 ("at=after_step step=11", ""),
                 # As in a collective of NCCL, which does not notice that a rank is gone.
-                ("at=after_backward step=6", "at=before_step step=6 do=hang once={fired}-0"),
+                ("at=before_step step=6", "at=before_step step=6 do=hang once={fired}-0"),
             ]
         ),
     ],
