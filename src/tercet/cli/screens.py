@@ -35,6 +35,7 @@ def plan_text(plan: TrainPlan) -> str:
         "evaluation": f"by {plan.metric} after steps {_steps(plan.evaluation_steps)}, "
         "each but the first with a checkpoint",
         "storage": _storage(plan) or unknown,
+        "devices": _devices(plan),
         "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
         "precision": _precision(plan.config),
         "forward": plan.forward or unknown,
@@ -76,6 +77,14 @@ def _workers(plan: TrainPlan) -> str:
     sizes = [str(size) for size in plan.world_sizes]
     several = " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
     return f"{several}: as many as there is room for; each number shares the batch evenly"
+
+
+def _devices(plan: TrainPlan) -> str:
+    workers = plan.config.workers
+    if workers.use_gpu != "auto":
+        return f"{'a GPU for each worker' if workers.use_gpu else 'CPUs'}  (workers.use_gpu)"
+    needed = workers.min or workers.num_workers
+    return f"GPUs if there are {needed} or the cluster can start them, else CPUs; chosen when the run starts"
 
 
 def _storage(plan: TrainPlan) -> str | None:

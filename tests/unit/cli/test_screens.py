@@ -17,7 +17,7 @@ def lines(**sections: object) -> dict[str, str]:
 def test_every_line() -> None:
     found = lines()
     assert list(found) == [
-        *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "parallelism"),
+        *("run", "data", "model", "loss", "steps", "batch", "evaluation", "storage", "devices", "parallelism"),
         *("precision", "forward", "memory", "time"),
     ]
     assert found["steps"] == "20 = 2 epochs \u00d7 10; warm-up 2; 5 rows of each pass excluded (they fill no batch)"
@@ -59,6 +59,14 @@ def test_what_stays_in_storage() -> None:
 
 def test_many_evaluations_are_not_all_named() -> None:
     assert "after steps 0, 10, 20, \u2026, 90," in lines(training={"num_epochs": 9})["evaluation"]
+
+
+def test_the_devices() -> None:
+    choice = "or the cluster can start them, else CPUs; chosen when the run starts"
+    assert lines(workers={"num_workers": 2})["devices"] == f"GPUs if there are 2 {choice}"
+    assert lines(workers={"min": 1, "max": 2})["devices"] == f"GPUs if there are 1 {choice}"
+    assert lines(workers={"use_gpu": True})["devices"] == "a GPU for each worker  (workers.use_gpu)"
+    assert lines(workers={"use_gpu": False})["devices"] == "CPUs  (workers.use_gpu)"
 
 
 def test_how_texts_share_a_forward_pass() -> None:
