@@ -120,8 +120,9 @@ def test_a_cluster_that_scales_from_zero(decide_on: Decide) -> None:
     has = "the Ray cluster has no GPUs"
     grows, as_many, too_many, wanted = decide_on(SCALED, *sections)
     assert grows[:2] == as_many[:2] == (True, f"{has}, and 4 workers need one each; it can start the missing machines")
-    assert too_many[:2] == (False, f"{has}, and 5 workers need one each")
-    assert wanted[:2] == (None, f"workers.use_gpu is true, but {has}, and 5 workers need one each")
+    # By then, machines may have joined.
+    assert [answer[0] for answer in (too_many, wanted)] == [False, None]
+    assert all(answer[1].endswith("and 5 workers need one each") for answer in (too_many, wanted))
     assert grows[2] < 25
     assert as_many[2] < 1  # the same question
     assert wanted[2] < 1
