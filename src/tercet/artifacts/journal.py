@@ -21,6 +21,7 @@ from tercet.errors import (
     AccessDenied,
     AlreadyExists,
     BatchTooLarge,
+    ConfigError,
     CorruptObject,
     DiskFull,
     GpuOutOfMemory,
@@ -101,6 +102,11 @@ def as_tercet_error(error: BaseException) -> BaseException:
             f"out of memory: {_line_about_memory(text) or first_line(error)}",
             hint="Raise training.gradient_accumulation_steps (smaller micro-batches), set "
             "training.gradient_checkpointing=true, or let workers.parallelism shard the model.",
+        )
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
+        return ConfigError(
+            f"training.deterministic: {first_line(error)}",
+            hint="Set training.deterministic=false: torch cannot compute this model with the same bits twice on a GPU.",
         )
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if is_disk or any(words in text for words in _WRITE_FAILED):

@@ -150,6 +150,9 @@ class TrainingConfig(Section):
     that, the run fails."""
     max_train_rows: PositiveInt | None = None
     """Use only this many rows of each dataset's train split, chosen by the seed: for a quick trial."""
+    deterministic: bool = False
+    """On a GPU, compute the same bits again from the same data, on the same kind and number of GPUs, as a CPU does
+    anyway. Slower, and an operation for which torch has no such way ends the run."""
     log_every_steps: PositiveInt = 10
     """Steps between two entries of the training log."""
 

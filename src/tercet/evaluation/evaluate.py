@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tercet.artifacts.checkpoint import Commit
 from tercet.artifacts.precision import read_precision
 from tercet.errors import PlanError
+from tercet.model.determinism import compute_deterministically
 from tercet.model.libraries import import_quietly
 from tercet.planning.packing import stored_choice
 from tercet.planning.plan import TrainPlan
@@ -113,6 +114,7 @@ def evaluate_test(plan: TrainPlan, commit: Commit | None) -> dict[str, float]:
     Run it in a process of its own that has seen nothing of training: the model is loaded from storage and verified.
     Raises NonFiniteError, and CorruptObject for a damaged model."""
     import_quietly()
+    compute_deterministically(plan.config.training.deterministic)
     storage = open_storage(plan.config.storage.uri, plan.config.storage.endpoint_url)
     splits = load_splits(plan, storage)
     with tempfile.TemporaryDirectory(prefix="tercet-evaluate-") as folder:

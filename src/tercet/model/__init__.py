@@ -9,6 +9,7 @@
 - `encoder`: loads the recipe's model, checks it, and saves it whole
 - `saved_form`: proves before the first step that the model can be saved and loaded again
 - `loss`: makes the recipe's loss, and computes it from embeddings
+- `determinism`: the same bits again on a GPU
 - `dropout`: a fast dropout for CPUs
 - `text_groups`: cuts texts, sorted by length, into groups of similar length
 - `grouped_attention`: attention over a row of texts, as matrices over groups of similar length

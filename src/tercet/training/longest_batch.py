@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 
-from tercet.errors import BatchTooLarge, first_line
+from tercet.artifacts.journal import as_tercet_error
+from tercet.errors import BatchTooLarge, OutOfMemory, first_line
 from tercet.failpoints import limit
 from tercet.model.collectives import run_on_rank_0
 from tercet.planning.estimates import size_text
@@ -44,9 +45,6 @@ POLL_SECONDS = 0.2
 
 # A process may try several runs in turn; the store is the same.
 _trials = itertools.count()
-
-# What CUDA's libraries say where no OutOfMemoryError of torch is raised (torch 2.13, CUDA 13).
-_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _size(features: dict[str, Any], num_rows: int) -> Size:
 
 
 def _is_shortage(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _TEXTS)
+    return isinstance(as_tercet_error(error), OutOfMemory)
 
 
 def _shortage(trainer: Any, size: Size, error: RuntimeError) -> Shortage:

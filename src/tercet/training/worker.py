@@ -23,6 +23,7 @@ from tercet.artifacts.throughput import Throughput, of_all_ranks
 from tercet.artifacts.training_log import TrainingLog
 from tercet.artifacts.uploader import Uploader
 from tercet.errors import Preempted
+from tercet.model.determinism import compute_deterministically
 from tercet.model.libraries import import_quietly
 from tercet.planning.engine_settings import allocator_environment, collective_timeout_seconds, environment
 from tercet.planning.plan import TrainPlan, check_engine
@@ -61,6 +62,7 @@ def run_worker(
     plan = with_device(plan.on(int(os.environ.get("WORLD_SIZE", "1"))))
     os.environ.update(environment(plan.parallelism, use_cpu(plan)))  # before anything imports DeepSpeed
     import_quietly()
+    compute_deterministically(plan.config.training.deterministic)
     from tercet.evaluation.evaluators import require_finite
     from tercet.model.collectives import gather_objects, wait_for_all_ranks
     from tercet.model.loss import load_guide
@@ -77,8 +79,7 @@ def run_worker(
         folder = Path(name)
         args = make_arguments(plan, folder / "out")
         rows = load_rows(plan, storage)
-        owner = owner or uuid.uuid4().hex
-        with hold_run(storage, plan, owner, args.world_size, folder / "resume") as run:
+        with hold_run(storage, plan, owner or uuid.uuid4().hex, args.world_size, folder / "resume") as run:
             trial = BatchTrial(plan, run, decides)
             trainer = make_trainer(plan, run, args, rows, guide, folder / "start", trial)
             earlier = run.commit.throughput if run.commit is not None else None

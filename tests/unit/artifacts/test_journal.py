@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from tercet.artifacts import journal
 from tercet.errors import (
     AccessDenied,
+    BatchTooLarge,
+    ConfigError,
     DiskFull,
     GpuOutOfMemory,
     LearnedNothing,
@@ -21,6 +23,7 @@ from tercet.errors import (
     OutOfMemory,
     PlanError,
     Preempted,
+    StartAgain,
     StorageUnavailable,
     TercetError,
 )
@@ -64,6 +67,8 @@ def test_a_warning_if_storage_fails_too(
     ("error", "kind"),
     [
         (OutOfMemory("x"), "out_of_memory"),
+        (BatchTooLarge("x"), "out_of_memory"),
+        (StartAgain("x"), None),
         (DiskFull("x"), "disk_full"),
         (NonFiniteError("x"), "non_finite"),
         (LearnedNothing("x"), "learned_nothing"),
@@ -104,6 +109,7 @@ NCCL_CUDA = (
         (ValueError("the shop is out of memory cards"), None),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), OutOfMemory),
         (RuntimeError("std::bad_alloc"), OutOfMemory),
+        (RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set"), ConfigError),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: not enough memory"), OutOfMemory),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), OutOfMemory),
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull),

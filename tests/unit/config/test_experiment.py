@@ -48,6 +48,7 @@ ANOTHER: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "no_duplicates": False,
         "max_train_rows": 10,
+        "deterministic": True,
         "log_every_steps": 3,
     },
     "evaluation": {"metric": "mrr@10", "batch_size": 8},
