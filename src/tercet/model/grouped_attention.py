@@ -123,6 +123,11 @@ class Layout:
         return self._cu_seq_lens
 
 
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device. To a GPU it is copied from pinned memory, and the host does not wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> Matrices:
     """Compute the indices on the host, each array in one piece of memory that is copied to the device once.
 
@@ -152,13 +157,13 @@ def _matrices(lengths: Sequence[int], num_heads: int, device: torch.device) -> M
         blocks.append((num_texts, width, start, is_full))
         start = stop
     padding = np.concatenate([np.empty(0, np.int64), *paddings])
-    bias = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *biases])).to(device)
+    bias = copied(torch.from_numpy(np.concatenate([np.empty(0, np.float32), *biases])), device)
     made, used = [], 0
     for num_texts, width, first_row, is_full in blocks:
         own_bias = None if is_full else bias[used : used + num_texts * width].view(num_texts, 1, 1, width)
         used += 0 if is_full else num_texts * width
         made.append(Block(num_texts, width, first_row, own_bias))
-    return Matrices(made, *(torch.from_numpy(x).to(device) for x in (source, padding, back.ravel())))
+    return Matrices(made, *(copied(torch.from_numpy(x), device) for x in (source, padding, back.ravel())))
 
 
 class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
-from tercet.model.grouped_attention import Layout
+from tercet.model.grouped_attention import Layout, copied
 from tercet.model.loss import Features
 from tercet.model.text_groups import chunks
 
@@ -109,8 +109,7 @@ class Row:
         """Return the row on a device. To a GPU it is one copy, for which the host does not wait."""
         if device == self.device:
             return self
-        memory = self._memory.pin_memory() if device.type == "cuda" else self._memory
-        return Row(self.lengths, self._parts, memory.to(device, non_blocking=True))
+        return Row(self.lengths, self._parts, copied(self._memory, device))
 
 
 def _one_block(arrays: dict[str, Numbers]) -> tuple[dict[str, tuple[int, int, torch.dtype]], torch.Tensor]:

@@ -27,7 +27,7 @@ from sentence_transformers import SentenceTransformer
 from tercet.data.manifest import Shard
 from tercet.data.order import Rows
 from tercet.data.token_cache import TokenCache, Tokenize, Tokens
-from tercet.errors import TercetError
+from tercet.errors import first_line
 from tercet.model.row import row_features
 from tercet.planning.rows import PlannedRows
 
@@ -75,6 +75,17 @@ class TokenSource:
     cache_dir: Path
     is_made: bool
     """Whether missing files are made."""
+
+
+def open_token_ids(source: TokenSource, collator: Any, model: SentenceTransformer) -> TokenIds | None:
+    """Return token ids as `TokenIds` takes them; None, with a warning, for a tokenizer that cannot be written to files.
+
+    A run that has no use for the cache otherwise must not end because of it."""
+    try:
+        return TokenIds(source, collator, model)
+    except Exception as error:  # noqa: BLE001 - the tokenizer may be code of the model
+        logger.warning(_NOT_CACHED, first_line(error))
+        return None
 
 
 class TokenIds:
@@ -143,13 +154,14 @@ class TokenIds:
                     self._is_stopped.wait(POLL_SECONDS)
         except _Stopped:
             return
-        except TercetError as error:
-            logger.warning("token ids are not cached, and batches are tokenized as they are needed: %s", error)
+        except Exception as error:  # noqa: BLE001 - the tokenizer may be code of the model
+            logger.warning(_NOT_CACHED, first_line(error))
             return
         if num_files and not missing:
             logger.info("token ids: %d files cached in %.0f s", num_files, time.monotonic() - began)
 
 
+_NOT_CACHED = "token ids are not cached, and batches are tokenized as they are needed: %s"
 _LOCAL_RANKS = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 

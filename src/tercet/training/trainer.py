@@ -37,7 +37,7 @@ from tercet.training.ledger import Ledger
 from tercet.training.meter import BatchSize, Meter, arithmetic_of
 from tercet.training.peak import peak_of
 from tercet.training.prefetch import Prefetcher
-from tercet.training.token_ids import TokenIds, TokenSource
+from tercet.training.token_ids import TokenSource, open_token_ids
 
 logger = logging.getLogger("tercet")
 
@@ -88,7 +88,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self._ahead: Prefetcher[Any] = Prefetcher()
         super().__init__(**kwargs)
         is_cached = tokens is not None and forward.packing == "packed" and not loss_reads_texts
-        self._tokens = TokenIds(tokens, self.data_collator, self.model) if tokens is not None and is_cached else None
+        self._tokens = (
+            open_token_ids(tokens, self.data_collator, self.model) if tokens is not None and is_cached else None
+        )
         if self._tokens is not None and self._tokens.is_complete and self.args.process_index == 0:
             logger.info("token ids: all of the train rows are in this machine's cache")
         self._finite = NonFiniteGuard(self.args.device, scales_loss)

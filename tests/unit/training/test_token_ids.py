@@ -16,7 +16,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import CanineTokenizer, PreTrainedTokenizerFast
 
 from support.tiny_families import tiny_encoder
 from support.tiny_model import all_texts
@@ -24,9 +24,9 @@ from tercet.data.manifest import Shard
 from tercet.model.packed_model import prepare
 from tercet.planning.rows import PlannedRows
 from tercet.training import token_ids
-from tercet.training.token_ids import TokenIds, TokenSource, digest_of_tokenizer
+from tercet.training.token_ids import TokenIds, TokenSource, digest_of_tokenizer, open_token_ids
 
-KINDS = ("wordpiece", "byte-bpe", "unigram", "words", "no special tokens")
+KINDS = ("wordpiece", "byte-bpe", "unigram", "words", "no special tokens", "Python")
 ALPHABETS = (
     string.ascii_letters + " .,'-",
     "äöüßéñ ",
@@ -48,6 +48,8 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def tokenizer_of(kind: str) -> Any:
+    if kind == "Python":  # without a file of the tokenizers library
+        return CanineTokenizer(model_max_length=48)
     corpus = [*texts(60, 9), *all_texts()]
     if kind == "byte-bpe":
         raw = Tokenizer(models.BPE())
@@ -231,6 +233,21 @@ def test_the_tokenizers_last_call_does_not_change_its_digest(model: SentenceTran
     before = digest_of_tokenizer(model.tokenizer)
     model.tokenizer(["a b c", "a"], truncation=True, max_length=3, padding=True)
     assert digest_of_tokenizer(model.tokenizer) == before
+
+
+def test_a_tokenizer_that_cannot_be_written_to_files_is_not_cached(
+    tmp_path: Path, model: SentenceTransformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Words:
+        def pre_tokenize(self, text: Any) -> None:
+            text.split(lambda _, part: part.split(" ", "removed"))
+
+    data = Data(tmp_path, model)
+    source = TokenSource([PlannedRows(None, data.rows)], [data.shards], tmp_path, True)  # type: ignore[arg-type]
+    model.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
+    assert open_token_ids(source, data.collator, model) is None
+    assert "token ids are not cached" in caplog.text
+    assert not data.files()
 
 
 def test_making_files_stops_and_the_next_run_continues(
