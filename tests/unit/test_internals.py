@@ -121,6 +121,7 @@ NAMES: dict[str, str | None] = {
     f"{EVALUATION}TripletEvaluator._get_similarity_functions": "self",
     f"{EVALUATION}TripletEvaluator.embed_inputs": "self, model, sentences, encode_fn_name, **kwargs",
     f"{TRANSFORMER}._infer_flatten_position_offset": "self",
+    "torch:_foreach_copy_": None,
     "torch:_foreach_norm": None,
     "torch:ops.aten._flash_attention_forward": (
         "Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "

@@ -11,6 +11,7 @@
 - `loss`: makes the recipe's loss, and computes it from embeddings
 - `determinism`: the same bits again on a GPU
 - `dropout`: a fast dropout for CPUs
+- `weight_casts`: changes the weights of a layer to 16 bits at once
 - `text_groups`: cuts texts, sorted by length, into groups of similar length
 - `grouped_attention`: attention over a row of texts, as matrices over groups of similar length
 - `fused_attention`: attention over a row of texts in one kernel of a GPU, after a trial

@@ -23,11 +23,13 @@ from tercet.data.order import RankBatches
 from tercet.errors import ConfigError, CorruptObject
 from tercet.failpoints import crash_point
 from tercet.model.collectives import gather_objects, run_on_rank_0
+from tercet.model.fused_attention import is_wanted
 from tercet.model.loss import loss_of
 from tercet.model.packed_model import Forward
 from tercet.model.row import ChunkBatch, RowBatch
 from tercet.model.saved_form import SavedForm, check_saved
 from tercet.model.sharding import check_recomputes, check_wrapped, full_weights, unit_classes
+from tercet.model.weight_casts import cast_by_layer
 from tercet.planning.parallelism import is_zero
 from tercet.training import optimizer_state
 from tercet.training.deepspeed_engine import OneReduction, gather_small_exactly
@@ -93,6 +95,8 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         )
         if self._tokens is not None and self._tokens.is_complete and self.args.process_index == 0:
             logger.info("token ids: all of the train rows are in this machine's cache")
+        if is_wanted() and parallelism == "ddp" and self.args.device.type == "cuda":
+            cast_by_layer(self.model)
         self._finite = NonFiniteGuard(self.args.device, scales_loss)
         self.add_callback(self._finite)
         device = self.args.device
