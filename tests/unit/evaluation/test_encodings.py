@@ -88,19 +88,45 @@ def test_a_gpu_encodes_by_tokens_and_in_its_precision(model: SentenceTransformer
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
-def test_ranks_make_equal_passes_on_gpus(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+class Counting:
+    """A model on a GPU that notes how many texts each forward pass has."""
+
+    device, max_seq_length, _distributed_inference = torch.device("cuda"), 64, None
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def encode_document(self, texts: list[str], **_: Any) -> torch.Tensor:
+        self.sizes.append(len(texts))
+        return torch.zeros(len(texts), 1)
+
+    encode_query = encode_document
+
+
+@pytest.mark.parametrize("num_texts", range(60, 90))
+def test_ranks_make_equal_passes_on_gpus(num_texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where weights are sharded, a forward pass is collective."""
-    texts, gpus, shares = texts_of(41), [NamedGpu(model) for _ in range(3)], list[torch.Tensor]()
+    sizes = []
     monkeypatch.setattr(encodings, "num_sharing_ranks", lambda _: 3)
-    monkeypatch.setattr(encodings, "gather", lambda own: shares.append(own) or [own] * 3)
-    for rank, gpu in enumerate(gpus):
+    monkeypatch.setattr(encodings, "gather", lambda own: [own] * 3)
+    for rank in range(3):
+        gpu = Counting()
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        encode_texts(gpu, texts, "document", BATCH_SIZE)
-    sizes = [[len(part) for part, _, _ in gpu.passes] for gpu in gpus]
+        encode_texts(gpu, texts_of(num_texts), "document", BATCH_SIZE)
+        sizes.append(gpu.sizes)
     assert sizes[0] == sizes[1] == sizes[2]
     assert len(sizes[0]) > 1
+
+
+def test_ranks_share_the_texts_on_gpus(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, shares = texts_of(41), list[torch.Tensor]()
+    monkeypatch.setattr(encodings, "num_sharing_ranks", lambda _: 3)
+    monkeypatch.setattr(encodings, "gather", lambda own: shares.append(own) or [own] * 3)
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        encode_texts(NamedGpu(model), texts, "document", BATCH_SIZE)
     monkeypatch.setattr(encodings, "gather", lambda _: shares)
-    embeddings = encode_texts(gpus[0], texts, "document", BATCH_SIZE)
+    embeddings = encode_texts(NamedGpu(model), texts, "document", BATCH_SIZE)
     torch.testing.assert_close(embeddings, model.encode(texts, convert_to_tensor=True), rtol=0, atol=1e-6)
 
 
