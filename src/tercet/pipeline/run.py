@@ -54,6 +54,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
         with events.timed("publish"):
             metrics = _metrics(evaluations, best.step, test_metrics, measuring_precision(plan, storage))
             log = _training_log(storage, plan.run_id)
+            plan = _as_trained(plan, log)
             _publish(storage, plan, best, metrics, log.log_history)
         report = _report(storage, plan, events, metrics=metrics, throughput=log.throughput)
     except BaseException as error:
@@ -120,6 +121,16 @@ def _metrics(
         best_test=test["best"],
         test_precision=test_precision,
     )
+
+
+def _as_trained(plan: TrainPlan, log: TrainingLog) -> TrainPlan:
+    """Return the plan with the precision that the run computed in, where its recipe names none. The model card and the
+    report show it."""
+    training = plan.config.training
+    if training.precision is not None:
+        return plan
+    training = training.model_copy(update={"precision": log.precision})
+    return plan.model_copy(update={"config": plan.config.model_copy(update={"training": training})})
 
 
 def _publish(

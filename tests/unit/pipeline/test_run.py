@@ -8,9 +8,11 @@ import pytest
 
 from support import builders
 from tercet.artifacts.journal import Events, report_incident
+from tercet.artifacts.training_log import TrainingLog
+from tercet.config.recipe import as_yaml
 from tercet.data.versions import publish
 from tercet.errors import ConfigError, LearnedNothing
-from tercet.pipeline.run import _incidents, _metrics, run
+from tercet.pipeline.run import _as_trained, _incidents, _metrics, run
 from tercet.planning.survey import survey
 from tercet.storage import layout, open_storage
 from tercet.storage.documents import seal
@@ -43,6 +45,25 @@ def test_a_run_whose_evaluations_are_all_equal_has_learned_nothing(changed: bool
     else:
         with pytest.raises(LearnedNothing, match="all 3 evaluations are equal in every digit"):
             _metrics(evaluations, 10, test)
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"), [(None, "bf16"), ("fp32", "fp32"), ("auto", "auto")], ids=["not-set", "named", "auto"]
+)
+def test_the_card_and_the_report_name_the_precision(named: str | None, shown: str) -> None:
+    log = TrainingLog(
+        resumed_from_step=0,
+        world_size=1,
+        parallelism="ddp",
+        precision="bf16",
+        device="cuda:0",
+        seconds={},
+        storage_retries={},
+        first_step_unix_seconds=None,
+        log_history=[],
+    )
+    trained = _as_trained(builders.plan(training={"precision": named}), log)
+    assert f"precision: {shown}\n" in as_yaml(trained.config)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff"])
