@@ -66,9 +66,19 @@ def _measured(run_id: str, storage: Storage, device: str) -> Precision:
         storage,
         layout.precision_key(run_id),
         Precision,
-        make=lambda: choose(device, speed_ups(device)),
+        make=lambda: _measure(device),
         obstacle=functools.partial(_obstacle, device),
     )
+
+
+def _measure(device: str) -> Precision:
+    import torch
+
+    choice = choose(device, speed_ups(device))
+    if device != "cpu":  # the memory of the trial is not the training's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return choice
 
 
 def choose(device: str, speed_ups: Mapping[str, float]) -> Precision:
