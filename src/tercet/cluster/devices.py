@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tercet.cluster.autoscaler import can_have
 from tercet.config.sections import WorkersConfig
 from tercet.errors import PlanError
+from tercet.planning.gpus import bytes_of_types
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ def choose_devices(workers: WorkersConfig, address: str) -> Devices:
         return Devices(True, f"workers.use_gpu is true; {short}, so {limit}")
     unknown = "; whether it can start machines with GPUs is not known: if it can, set workers.use_gpu to true"
     return Devices(False, short + (unknown if answer is None else ""))
+
+
+# Ray 2.60 gives a machine this resource for the type of its accelerators.
+_TYPE = "accelerator_type:"
+
+
+def gpu_bytes() -> int | None:
+    """Return the memory of the smallest GPU in the cluster; None if a type is unknown, or no machine with one is there
+    yet. Ray must be running."""
+    import ray
+
+    names = [name.removeprefix(_TYPE) for name in ray.cluster_resources() if name.startswith(_TYPE)]
+    return bytes_of_types(names)
 
 
 def _what_helps(num_gpus: int, workers: WorkersConfig) -> str:

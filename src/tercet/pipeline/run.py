@@ -15,7 +15,7 @@ from tercet.artifacts.lease import read_attempts
 from tercet.artifacts.report import Metrics, RunMetrics, RunReport, html
 from tercet.artifacts.throughput import Throughput
 from tercet.artifacts.training_log import Evaluation, TrainingLog
-from tercet.cluster import session, train
+from tercet.cluster import devices, session, train
 from tercet.config.experiment import NON_EXPERIMENT_SECTIONS
 from tercet.config.recipe import Config, as_yaml
 from tercet.errors import CorruptObject, LearnedNothing, ObjectNotFound, StorageError, TrainingError
@@ -44,6 +44,7 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
         with events.timed("start") as details:
             session.start_ray(plan.config.workers)
             plan = plan.model_copy(update={"config": session.with_devices(plan.config, details.update)})
+            plan = _with_gpu_memory(storage, plan)
         with events.timed("train"):
             if not storage.exists(layout.training_key(plan.run_id)):  # written last by the workers
                 train.train(plan)
@@ -65,6 +66,21 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
     _write(storage, report, log.log_history, plan)
     events.add("run finished")
     return report
+
+
+def _with_gpu_memory(storage: Storage, plan: TrainPlan) -> TrainPlan:
+    """Choose `parallelism: auto` again by the memory of the cluster's GPUs, if Ray knows their type.
+
+    The plan was made before Ray was joined. Raises PlanError if no mode fits."""
+    workers = plan.config.workers
+    is_open = workers.parallelism == "auto" and workers.memory_gib_per_worker is None
+    if workers.use_gpu is not True or not is_open or (memory_bytes := devices.gpu_bytes()) is None:
+        return plan
+    _, again = survey(plan.config, plan.run_id, gpu_bytes=memory_bytes)
+    names = ("parallelism", "parallelism_reason", "memory", "memory_bytes_available")
+    plan = plan.model_copy(update={name: getattr(again, name) for name in names})
+    storage.put(layout.plan_key(plan.run_id), seal(plan))
+    return plan
 
 
 def _evaluations(storage: Storage, plan: TrainPlan) -> list[dict[str, float]]:

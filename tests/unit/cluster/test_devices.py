@@ -143,3 +143,18 @@ def test_the_demo_on_a_machine_with_one_gpu(monkeypatch: pytest.MonkeyPatch, cap
     assert lines == [f"the workers use CPUs: {reason}"]
     alone = demo.model_copy(update={"workers": demo.workers.model_copy(update={"num_workers": 1})})
     assert with_devices(alone).workers.use_gpu is True
+
+
+@pytest.mark.parametrize(
+    ("resources", "gib"),
+    [
+        ({"GPU": 2.0, "accelerator_type:H100": 1.0, "accelerator_type:A10G": 1.0}, 24),
+        ({"GPU": 2.0, "accelerator_type:H100": 1.0, "accelerator_type:a card of tomorrow": 1.0}, None),
+        ({"GPU": 2.0, "CPU": 8.0}, None),
+    ],
+)
+def test_the_memory_of_the_smallest_gpu(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], gib: int | None
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    assert devices.gpu_bytes() == (None if gib is None else gib * 2**30)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support import builders
 from tercet.artifacts.journal import Events, report_incident
 from tercet.artifacts.training_log import TrainingLog
+from tercet.cluster import devices
 from tercet.config.recipe import as_yaml
 from tercet.data.versions import publish
-from tercet.errors import ConfigError, LearnedNothing
-from tercet.pipeline.run import _as_trained, _incidents, _metrics, run
-from tercet.planning.survey import survey
+from tercet.errors import ConfigError, LearnedNothing, PlanError
+from tercet.pipeline.run import _as_trained, _incidents, _metrics, _with_gpu_memory, run
+from tercet.planning import gpus
+from tercet.planning.survey import read_plan, survey
 from tercet.storage import layout, open_storage
 from tercet.storage.documents import seal
 
@@ -81,3 +84,47 @@ def test_a_damaged_training_log_does_not_keep_the_report_from_being_written(tmp_
     report_incident(storage, "mine", "0001-end", "hung", "rank 1 hung for 8 s")
     storage.put(layout.training_key("mine"), b"{")
     assert _incidents(storage, "mine")["hung"] == 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpu_bytes", "reason"),
+    [
+        ({"use_gpu": True}, 80 * 2**30, "auto: it fits into the 80.0 GiB of a worker, and no mode is faster"),
+        ({"use_gpu": True}, None, "the memory of a worker is unknown"),
+        ({"use_gpu": False}, 80 * 2**30, "auto: it fits into the"),  # of this machine
+        ({"use_gpu": True, "memory_gib_per_worker": 9}, 80 * 2**30, "auto: it fits into the 9.0 GiB of a worker"),
+        ({"use_gpu": True, "parallelism": "zero1"}, 80 * 2**30, "as the recipe says"),
+    ],
+)
+def test_the_memory_of_the_clusters_gpus_decides_the_parallelism(
+    workers: dict[str, Any],
+    gpu_bytes: int | None,
+    reason: str,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = open_storage(str(tmp_path))
+    publish(storage, builders.manifest())
+    model = {"name_or_path": str(tiny_model_dir)}
+    config = builders.config(storage={"uri": str(tmp_path)}, model=model, workers=workers)
+    monkeypatch.setattr(gpus, "bytes_of_this_machine", lambda: None)
+    _, plan = survey(config, "mine")
+    storage.put("runs/mine/plan.json", seal(plan))
+    monkeypatch.setattr(devices, "gpu_bytes", lambda: gpu_bytes)
+    assert reason in _with_gpu_memory(storage, plan).parallelism_reason
+    assert reason in read_plan(storage, "mine").parallelism_reason
+
+
+def test_a_gpu_that_is_too_small_is_noticed_when_ray_knows_its_type(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(str(tmp_path))
+    publish(storage, builders.manifest())
+    model = {"name_or_path": str(tiny_model_dir)}
+    config = builders.config(storage={"uri": str(tmp_path)}, model=model, workers={"use_gpu": True})
+    monkeypatch.setattr(gpus, "bytes_of_this_machine", lambda: None)
+    _, plan = survey(config, "mine")
+    monkeypatch.setattr(devices, "gpu_bytes", lambda: 2**30)
+    with pytest.raises(PlanError, match="the model does not fit into a worker"):
+        _with_gpu_memory(storage, plan)
