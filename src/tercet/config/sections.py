@@ -211,7 +211,8 @@ class WorkersConfig(Section):
     packing: Literal["auto", "packed", "chunked", "plain"] = "auto"
     """How texts share a forward pass: all columns in one row without padding (packed), in a few padded batches of
     similar lengths (chunked), or column by column, as in sentence-transformers (plain). The loss is the same except for
-    rounding and for the random numbers of dropout. `auto`: packed if the model allows it, else chunked."""
+    rounding and for the random numbers of dropout. `auto`: packed if a trial shows that the model allows it, else
+    chunked. `packed`: an error where the trial refuses."""
     try_longest_batch: bool | Literal["auto"] = "auto"
     """Try the longest micro-batch of the run before its first step, so that memory is known to be enough; then put
     everything back. `auto`: on GPUs. A run that resumes tries again only with another number of workers."""

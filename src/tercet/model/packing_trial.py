@@ -112,7 +112,8 @@ def try_rows(model: SentenceTransformer) -> Trial:
     except UnsupportedAttention as failure:
         return Trial(failure.message[:1].lower() + failure.message[1:].rstrip("."))
     except Exception as failure:  # noqa: BLE001 - code of any model, with inputs that it may not have been made for
-        return Trial(f"the trial on a small random copy of {_kind(model)} failed: {_in_words(failure)}")
+        why = first_line(failure) if type(failure) is ValueError else _in_words(failure)
+        return Trial(f"in a trial on a small random copy of {_kind(model)}, {why}")
     if not error <= MAX_ERROR:
         return Trial(f"in a trial on a small random copy of {_kind(model)}, {name} differs by {error:.1%}", error)
     return Trial(None, error)
@@ -163,9 +164,12 @@ def _undisturbed() -> Any:
 def _largest_error(model: SentenceTransformer) -> tuple[float, str]:
     """Return the largest relative difference between packed and padded values of a copy, and what differs."""
     expected = _embeddings_and_gradients(model, None)
-    actual = _embeddings_and_gradients(model, prepare(model, "packed"))
+    try:
+        actual = _embeddings_and_gradients(model, prepare(model, "packed"))
+    except (RuntimeError, TypeError, IndexError, KeyError) as failure:
+        raise ValueError(f"it does not run on a row of texts ({_in_words(failure)})") from failure
     if expected.keys() != actual.keys():
-        raise ValueError(f"{min(expected.keys() ^ actual.keys())} exists in one of the two only")
+        raise ValueError(f"{min(expected.keys() ^ actual.keys())} exists in one of both ways only")
     largest = max(float(value.abs().max()) for name, value in expected.items() if name != "the embedding")
     errors = []
     for name, value in expected.items():

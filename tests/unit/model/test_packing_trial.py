@@ -87,7 +87,7 @@ WRONG = {
     CountsFromTwo: "differs by",
     SeesPadding: "differs by",
     AddsMeanOfBatch: "differs by",
-    Fails: "the trial on a small random copy of bert failed: RuntimeError: this model has moods",
+    Fails: "in a trial on a small random copy of bert, RuntimeError: this model has moods",
 }
 
 
@@ -169,7 +169,7 @@ def odd_model(load: Any, kind: str) -> Any:
     ("kind", "reason"),
     [
         ("CNN", "differs by"),
-        ("WeightedLayerPooling", "failed"),
+        ("WeightedLayerPooling", "exists in one of both ways only"),
         ("StaticEmbedding", "its first module is StaticEmbedding, not a Transformer"),
     ],
 )
@@ -189,6 +189,17 @@ def test_code_of_the_model_that_does_not_call_the_attention_interface(
         str(tiny_stella(tmp_path / "stella")), trust_remote_code=True, config_kwargs=options, device="cpu"
     )
     assert try_rows(model).refusal == "its own code does not call the attention interface of transformers"
+
+
+class CallsTheInterface(BertModel):
+    """Code of a model's own, but for where it stands."""
+
+
+def test_code_of_the_model_that_calls_the_attention_interface(load: Any) -> None:
+    model = load()
+    model[0].model.__class__ = CallsTheInterface
+    assert packed_model.facts_of(model).own_code
+    assert choose_packing(model, "auto")[0] == "packed"
 
 
 # --- what the trial lets through, and leaves alone ------------------------------------------------------------------
@@ -218,7 +229,7 @@ def test_a_guide_is_tried_too(load: Any) -> None:
     guide[0].model.__class__ = Fails
     way, why = choose_packing(model, "auto", guide=guide)
     assert way == "chunked"
-    assert "not packed: the guide: the trial on a small random copy of electra failed" in why
+    assert "not packed: the guide: in a trial on a small random copy of electra, RuntimeError: this" in why
     assert ForwardChoice(packing="chunked", reason=why, attention="matrices").is_due_to_guide
 
 
