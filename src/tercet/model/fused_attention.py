@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tercet.errors import first_line
+from tercet.artifacts.journal import as_tercet_error
+from tercet.errors import OutOfMemory, first_line
 from tercet.model.grouped_attention import GroupedAttention, Layout, Reach
 
 SWITCH = "TERCET_FUSED_ATTENTION"
@@ -182,14 +183,22 @@ def fused_obstacle(device: torch.device, dtype: torch.dtype, case: Case) -> str 
         return None  # nothing is computed there
     if device.type != "cuda":
         return f"it needs a GPU, and here is {device.type}"
-    if dtype not in MAX_ERROR:
-        return f"it needs 16 or 32 bits, and here is {str(dtype).removeprefix('torch.')}"
-    if dtype not in SIXTEEN_BITS and case.is_windowed and not case.is_causal:
-        return "torch's kernel for 32 bits has no window on both sides"
+    why = known_obstacle(dtype, case)
+    if why is not None:
+        return why
     why = trial_obstacle(fused_attention, device, dtype, case)
     if why is not None:
         logger.warning("attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why)
     return why
+
+
+def known_obstacle(dtype: torch.dtype, case: Case) -> str | None:
+    """Return why no GPU can use `fused_attention` for this case; None if a trial must decide."""
+    if dtype not in MAX_ERROR:
+        return f"it needs 16 or 32 bits, and here is {str(dtype).removeprefix('torch.')}"
+    if dtype not in SIXTEEN_BITS and case.is_windowed and not case.is_causal:
+        return "torch's kernel for 32 bits has no window on both sides"
+    return None
 
 
 def trial_obstacle(
@@ -211,7 +220,11 @@ def trial_obstacle(
             _try(attention, device, dtype, case)
     except TRANSIENT:
         raise
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
+    except RuntimeError as error:
+        if isinstance(as_tercet_error(error), OutOfMemory):
+            raise
+        return first_line(error)
+    except (ValueError, TypeError, ArithmeticError) as error:
         return first_line(error)
     finally:
         for generator, state in zip(generators, states, strict=True):

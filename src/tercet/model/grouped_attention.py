@@ -196,7 +196,7 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
         saved: list[torch.Tensor] = []
         for block in matrices.blocks:
             q, k, v, out = (_block_matrices(x, block, num_heads) for x in (*rows, output))
-            scores = torch.bmm(q, k.mT).mul_(scaling)
+            scores = _scores(q, k, scaling)
             scores_of_texts = scores.view(block.num_texts, num_heads, block.width, block.width)
             for added in _biases(block, bias, reach, scores.device):
                 scores_of_texts += added
@@ -238,6 +238,12 @@ class GroupedAttention(torch.autograd.Function):  # type: ignore[misc]
             torch.bmm(grad_scores.mT, q, out=grad_k)
         gradients = (x.index_select(0, matrices.back).view(-1, num_heads, x.shape[-1]) for x in grad_rows)
         return (*gradients, grad_bias, *(None,) * 4)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    if query.dtype == torch.float16:
+        return torch.bmm(query * scaling, key.mT)  # their product may be more than 65,504 before it is scaled
+    return torch.bmm(query, key.mT).mul_(scaling)
 
 
 def attend_by_kernel(

@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.model.dropout import use_fast_cpu_dropout
-from tercet.model.fused_attention import SIXTEEN_BITS, SWITCH, cases_of, fused_obstacle, is_wanted
+from tercet.model.fused_attention import SIXTEEN_BITS, SWITCH, cases_of, fused_obstacle, is_wanted, known_obstacle
 from tercet.model.grouped_attention import Layout
 from tercet.model.loss import Features, loss_of
 from tercet.model.packed_attention import PACKED_ATTENTION, attend, bounds_obstacle
@@ -101,7 +101,10 @@ def fused_kernel_obstacle(model: SentenceTransformer, device: torch.device, dtyp
     encoder = model[0].model
     if encoder.config.model_type == "mpnet":
         return "it computes no gradient of a position bias, which MPNet has"
-    return next((why for case in cases_of(encoder) if (why := fused_obstacle(device, dtype, case))), None)
+    cases = cases_of(encoder)
+    # Layers of a kind that no GPU can run in this way use matrices; all others must pass.
+    to_try = [case for case in cases if known_obstacle(dtype, case) is None] or cases
+    return next((why for case in to_try if (why := fused_obstacle(device, dtype, case))), None)
 
 
 def facts_of(model: SentenceTransformer, is_cached: bool = False) -> Facts:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BertConfig, ModernBertConfig, Qwen2Config
 
+from support.tiny_families import tiny_encoder
+from support.tiny_model import all_texts
 from tercet.model import fused_attention as module
+from tercet.model import packed_model
 from tercet.model.fused_attention import Case, cases_of, fused_attention, fused_obstacle, trial_obstacle
 from tercet.model.grouped_attention import Layout, Reach
 from tercet.model.packed_attention import attend
@@ -121,7 +126,14 @@ def test_an_error_of_the_kernel_is_the_reason() -> None:
     assert trial_obstacle(fails, CPU, torch.bfloat16, Case(8)) == "FlashAttention only supports Ampere GPUs or newer."
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+TRANSIENT = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    torch.AcceleratorError("CUDA error"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
 def test_an_error_that_says_nothing_about_the_kernel_is_raised_and_forgotten(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,3 +226,21 @@ def test_only_the_switch_and_the_choice_of_a_run_lead_to_it(monkeypatch: pytest.
 def test_what_the_layers_of_a_model_ask_for(config: Any, expected: set[Case]) -> None:
     with torch.device("meta"):
         assert {*cases_of(AutoModel.from_config(config))} == expected
+
+
+def test_layers_that_no_gpu_can_run_so_do_not_keep_others_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ModernBERT in 32 bits has windows on both sides in some layers."""
+    tried: list[Case] = []
+    monkeypatch.setattr(packed_model, "fused_obstacle", lambda _, __, case: tried.append(case))
+    monkeypatch.setenv(module.SWITCH, "1")
+    gpu = torch.device("cuda", 0)
+    model = SentenceTransformer(str(tiny_encoder(tmp_path, "modernbert", all_texts())), device="cpu")
+    assert packed_model.fused_kernel_obstacle(model, gpu, torch.float32) is None
+    assert tried == [Case(8)]
+    tried.clear()
+    assert packed_model.fused_kernel_obstacle(model, gpu, torch.bfloat16) is None
+    assert tried == [Case(8), Case(8, is_windowed=True)]
+    monkeypatch.setenv(module.SWITCH, "0")
+    assert module.SWITCH in str(packed_model.fused_kernel_obstacle(model, gpu, torch.bfloat16))

@@ -150,3 +150,15 @@ def test_attention_that_a_row_does_not_support_is_refused(name: str) -> None:
     assert function(module, *rows, None, layout=layout, **{name: None})[0].shape == (1, 3, 2, 4)
     with pytest.raises(UnsupportedAttention, match="outside of the row"):
         function(module, rows[0], *(torch.cat([x, x], dim=2) for x in rows[1:]), None, layout=layout)
+
+
+def test_scores_beyond_the_range_of_fp16() -> None:
+    """They are in it after scaling."""
+    lengths = [2, 5]
+    rows = [torch.randn(7, 2, 64, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
+    rows[0], rows[1] = 60 * rows[0].sign(), 60 * rows[1].sign()
+    largest = (rows[0][0] * rows[0][0]).sum()
+    assert largest > torch.finfo(torch.float16).max
+    rows[1][0] = rows[0][0]
+    found = attend(*(x.half() for x in rows), Layout(lengths, CPU), 1e-3)
+    assert torch.allclose(found.float(), attend(*rows, Layout(lengths, CPU), 1e-3), atol=0.02, rtol=0.02)
