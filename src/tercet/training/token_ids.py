@@ -62,6 +62,8 @@ PROBES = (
     ),
 )
 
+NOT_CACHED = "token ids are not cached, and batches are tokenized as they are needed: %s"
+
 logger = logging.getLogger("tercet")
 
 
@@ -84,7 +86,7 @@ def open_token_ids(source: TokenSource, collator: Any, model: SentenceTransforme
     try:
         return TokenIds(source, collator, model)
     except Exception as error:  # noqa: BLE001 - the tokenizer may be code of the model
-        logger.warning(_NOT_CACHED, first_line(error))
+        logger.warning(NOT_CACHED, first_line(error))
         return None
 
 
@@ -93,6 +95,7 @@ class TokenIds:
 
     def __init__(self, source: TokenSource, collator: Any, model: SentenceTransformer) -> None:
         """collator: of the trainer, a dataclass with `preprocess_fn`. model: makes rows without padding."""
+        self._is_made = source.is_made
         make = own_collator(collator, model) if source.is_made else None
         tokenizer_key = digest_of_tokenizer(model.tokenizer)
         self._parts = [
@@ -137,32 +140,27 @@ class TokenIds:
 
     def _complete(self) -> None:
         """Open or make the missing files. Ranks of a machine begin at different ones, and share the work."""
-        ranks, rank = (int(os.environ.get(name, default)) for name, default in _LOCAL_RANKS)
-        turn = rank * len(self._missing) // max(ranks, 1)
-        missing = self._missing[turn:] + self._missing[:turn]
-        missing = [(part, number) for part, number in missing if not part.cache.open(number)]
+        num_ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        turn = rank * len(self._missing) // num_ranks
+        in_turn = self._missing[turn:] + self._missing[:turn]
+        missing = [(part, number) for part, number in in_turn if not part.cache.open(number)]
         self._is_training.wait()
+        if not self._is_made or not missing:
+            return
         began, num_files = time.monotonic(), len(missing)
         try:
-            while missing and not self._is_stopped.is_set():
+            while missing:
                 missing = [
-                    (part, number)
-                    for part, number in missing
-                    if self._is_stopped.is_set() or not part.open_or_make(number, self._is_stopped)
+                    (part, number) for part, number in missing if not part.open_or_make(number, self._is_stopped)
                 ]
-                if missing:
-                    self._is_stopped.wait(POLL_SECONDS)
+                if missing and self._is_stopped.wait(POLL_SECONDS):
+                    return
         except _Stopped:
             return
         except Exception as error:  # noqa: BLE001 - the tokenizer may be code of the model
-            logger.warning(_NOT_CACHED, first_line(error))
+            logger.warning(NOT_CACHED, first_line(error))
             return
-        if num_files and not missing:
-            logger.info("token ids: %d files cached in %.0f s", num_files, time.monotonic() - began)
-
-
-_NOT_CACHED = "token ids are not cached, and batches are tokenized as they are needed: %s"
-_LOCAL_RANKS = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        logger.info("token ids: %d files cached in %.0f s", num_files, time.monotonic() - began)
 
 
 class _Stopped(Exception):
@@ -202,9 +200,10 @@ class _Part:
         return inputs
 
     def open_or_make(self, number: int, is_stopped: threading.Event) -> bool:
-        """Return whether the file is mapped, or need not be waited for."""
-        if self._make is None:
-            return True
+        """Return whether the file is mapped. If not, another process is making it. Raises _Stopped."""
+        if is_stopped.is_set():
+            raise _Stopped
+        assert self._make is not None
         return self.cache.open(number) or self.cache.make(number, self._tokenize(self._make, is_stopped))
 
     def _tokenize(self, make: Collate, is_stopped: threading.Event) -> Tokenize:

@@ -179,14 +179,16 @@ def test_files_are_found_again_and_nothing_is_tokenized(
 
 
 def test_without_files_and_where_none_are_made_nothing_is_cached(
-    tmp_path: Path, model: SentenceTransformer, opened: list[TokenIds]
+    tmp_path: Path, model: SentenceTransformer, opened: list[TokenIds], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     made = Data(tmp_path, model).token_ids(opened, is_made=False)
     assert made.collate([0, 5]) is None
     assert made._thread is not None
     made._thread.join(60)
     assert made.collate([0, 5]) is None
     assert not Data(tmp_path, model).files()
+    assert "token ids" not in caplog.text
 
 
 def _lower_limit(data: Data) -> None:
