@@ -71,6 +71,10 @@ NAMES: dict[str, str | None] = {
     "deepspeed.ops:__compatible_ops__": None,
     "transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref": None,
     "transformers.integrations.deepspeed:unset_hf_deepspeed_config": "",
+    "transformers:PreTrainedModel._from_config": "config, **kwargs",
+    "transformers:PreTrainedModel._supports_attention_backend": None,
+    "transformers:PreTrainedConfig._attn_implementation": None,
+    "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data": "self",
     "transformers:Trainer._clip_grad_norm": "self, model",
     "transformers:Trainer._get_grad_norm": "self, model, grad_norm",
     "transformers:Trainer._init_training_state": (
@@ -154,6 +158,7 @@ NAMES: dict[str, str | None] = {
 
 # (module:class or module, text of its source)
 TEXTS = [
+    ("torch.nn:Module", '"_non_persistent_buffers_set"'),
     (f"{RAY_INTERNAL}execution.context:TrainContext", "preemption_context: PreemptionContext"),
     (f"{RAY_INTERNAL}execution.preemption:PreemptionContext", "preemption_info:"),
     (f"{RAY_INTERNAL}exceptions:WorkerHealthCheckFailedError", "self.health_check_failure ="),
