@@ -10,6 +10,8 @@ each PUT by --put-seconds. Measured from the second step to the last, medians ov
     stall    seconds in which `Uploader.submit` holds the training thread. It queues one checkpoint behind the one that
              is being uploaded, and waits if there are two: so uploads must not take longer than the steps between them
     save     seconds to write the checkpoint to the local disk, for which training waits as well
+    CPU      seconds of all cores and threads of the worker for a checkpoint: those of the run, less those of the run
+             without checkpoints in the same round, divided by the checkpoints
     steps/s  with everything: on a machine without idle cores an upload also slows the steps beside it
 """
 
@@ -43,12 +45,13 @@ def work(plan: str) -> None:
     from tercet.cli.main import main
     from tercet.training import callbacks, trainer
 
-    submits, saves, steps = [], [], []
+    submits, saves, steps, cpu = [], [], [], []
 
     class Clocked(callbacks.RunRecorder):
         def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
             super().on_step_end(args, state, control, **kwargs)
             steps.append(time.perf_counter())
+            cpu.append(time.process_time())
 
     def timed(method: object, into: list[float]) -> object:
         def around(*args: object, **kwargs: object) -> object:
@@ -67,7 +70,9 @@ def work(plan: str) -> None:
     Uploader.submit = timed(Uploader.submit, submits)
     main(["worker", plan])
     seconds = steps[-1] - steps[1]
-    found = {"seconds": seconds, "steps": len(steps) - 2, "submits": submits, "saves": saves}
+    # What the last checkpoint before the end still costs counts too: the process is asked after its end.
+    process = time.process_time() - cpu[1]
+    found = {"cpu": process, "seconds": seconds, "steps": len(steps) - 2, "submits": submits, "saves": saves}
     print(RESULT + json.dumps(found), flush=True)
 
 
@@ -171,18 +176,22 @@ def measure(folder: Path, model: Path, places: dict[str, dict[str, str]], argume
                 "steps/s": one["steps"] / one["seconds"],
                 "stall": 100 * sum(one["submits"]) / one["seconds"],
                 "longest": max(one["submits"], default=0.0),
+                "CPU": max(one["cpu"] - found["no checkpoints"][number]["process"], 0.0) / checkpoints
+                if len(found["no checkpoints"]) > number
+                else 0.0,
+                "process": one["cpu"],
                 "save": sum(one["saves"]) / checkpoints,
                 "save share": 100 * sum(one["saves"]) / one["seconds"],
             }
             found[place].append(values)
             print(f"{run_id:<20}", "  ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
-    print("\n| to | steps/s | stall, % of time | longest submit, s | save, s each | save, % of time |")
-    print("|:--|--:|--:|--:|--:|--:|")
+    print("\n| to | steps/s | stall, % of time | longest submit, s | save, s each | save, % of time | CPU, s each |")
+    print("|:--|--:|--:|--:|--:|--:|--:|")
     for place, runs in found.items():
         medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         print(
             f"| {place} | {medians['steps/s']:.3f} | {medians['stall']:.3f} | {medians['longest']:.3f} "
-            f"| {medians['save']:.2f} | {medians['save share']:.1f} |"
+            f"| {medians['save']:.2f} | {medians['save share']:.1f} | {medians['CPU']:.2f} |"
         )
 
 

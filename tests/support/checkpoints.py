@@ -39,8 +39,8 @@ class Recording(LocalStorage):
         super().__init__(root)
         self.written: list[str] = []
 
-    def upload(self, path: Path, key: str) -> None:
-        super().upload(path, key)
+    def upload(self, path: Path, key: str, move: bool = False) -> None:
+        super().upload(path, key, move)
         self.written.append(key)
 
     def _write(self, key: str, data: bytes, expected: str | None) -> str:

@@ -3,7 +3,8 @@
 - `lease`: one attempt at a time may commit
 - `checkpoint`: files of every rank, and the commit that makes them count
 - `best`: the best model of a run, and which checkpoints are kept
-- `uploader`: uploads checkpoints in the background
+- `tensor_file`: writes safetensors files, and hashes them on the way
+- `uploader`: writes and uploads checkpoints in the background
 - `journal`: the events and incidents of a run
 - `precision`: the precision that a run chose when it began
 - `training_log`: metrics of each evaluation, and the log of a finished training

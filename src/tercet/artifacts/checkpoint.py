@@ -11,8 +11,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tercet.artifacts.lease import Attempt, is_fenced, read_attempts
 from tercet.artifacts.throughput import Throughput, of_all_ranks
@@ -83,21 +84,36 @@ class Commit(Document):
 
 
 def upload_part(
-    storage: Storage, local_dir: Path, folder: str, rank: int, throughput: Throughput | None = None
+    storage: Storage,
+    local_dir: Path,
+    folder: str,
+    rank: int,
+    throughput: Throughput | None = None,
+    sha256s: Mapping[str, str] | None = None,
 ) -> None:
-    """Upload every file below `local_dir`, then the document that lists them."""
-    records = upload_files(storage, local_dir, folder)
+    """Move every file below `local_dir` to storage, then write the document that lists them.
+
+    sha256s: of files whose hash is known already, by path below `local_dir`."""
+    records = upload_files(storage, local_dir, folder, sha256s or {}, move=True)
     crash_point("mid_upload", step_of(folder))
     storage.put(part_key(folder, rank), seal(Part(folder=folder, rank=rank, files=records, throughput=throughput)))
 
 
-def upload_files(storage: Storage, local_dir: Path, folder: str) -> dict[str, FileRecord]:
-    """Upload every file below `local_dir` to `folder` and return their records by relative path."""
+def upload_files(
+    storage: Storage,
+    local_dir: Path,
+    folder: str,
+    sha256s: Mapping[str, str] = MappingProxyType({}),
+    move: bool = False,
+) -> dict[str, FileRecord]:
+    """Upload every file below `local_dir` to `folder` and return their records by relative path.
+
+    sha256s: of files whose hash is known already. move: nothing else needs the files, which may be gone afterwards."""
     records = {}
     for path in sorted(path for path in local_dir.rglob("*") if path.is_file()):
         name = path.relative_to(local_dir).as_posix()
-        records[name] = FileRecord(sha256=sha256_of(path), num_bytes=path.stat().st_size)
-        storage.upload(path, f"{folder}/{name}")
+        records[name] = FileRecord(sha256=sha256s.get(name) or sha256_of(path), num_bytes=path.stat().st_size)
+        storage.upload(path, f"{folder}/{name}", move=move)
     return records
 
 

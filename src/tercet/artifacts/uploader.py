@@ -1,11 +1,11 @@
-"""Upload of checkpoints in the background."""
+"""Writing and upload of checkpoints in the background."""
 
 from __future__ import annotations
 
 import queue
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tercet.artifacts.checkpoint import Commit, commit_step, upload_part
@@ -15,11 +15,14 @@ from tercet.failpoints import crash_point
 from tercet.storage import Storage
 from tercet.storage.layout import attempt_folder
 
+Write = Callable[[], Mapping[str, str]]
+"""Writes files of a checkpoint, and returns the sha256 of those whose hash it knows, by path in the folder."""
+
 
 class Uploader:
-    """Uploads and commits checkpoints on a background thread of each rank, one checkpoint at a time.
+    """Writes, uploads and commits checkpoints on a background thread of each rank, one checkpoint at a time.
 
-    An error of an upload is raised by the next `submit` or by `close`, so no run finishes without its checkpoints."""
+    An error of that thread is raised by the next call, so no run finishes without its checkpoints."""
 
     def __init__(
         self,
@@ -35,9 +38,22 @@ class Uploader:
         self._storage, self._run_id, self._lineage, self._rank = storage, run_id, lineage, rank
         self._confirm, self._earlier = confirm, earlier
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
+        self._writes: list[Write] = []
+        self._written = threading.Event()
+        """Whether no checkpoint waits to be written, so that the memory that it is written from is free."""
+        self._written.set()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint-uploader", daemon=True)
         self._thread.start()
+
+    def wait_until_written(self) -> None:
+        """Wait until the files of the checkpoint before are written. Raises the error of the background thread."""
+        self._written.wait()
+        self._raise_error()
+
+    def write_later(self, write: Write) -> None:
+        """Have files of the checkpoint that is submitted next written on the background thread."""
+        self._writes.append(write)
 
     def submit(
         self,
@@ -48,17 +64,23 @@ class Uploader:
         on_commit: Callable[[Commit], None],
         throughput: Throughput | None = None,
     ) -> None:
-        """Queue a folder, which is deleted once uploaded. Blocks only while an earlier folder has not begun to upload.
+        """Queue a folder, which is deleted once uploaded. Blocks only while an earlier one has not begun to be written.
 
         `on_commit` is called on rank 0, on the background thread. throughput: what this rank counted in this attempt.
         Raises the error of an earlier upload."""
         self._raise_error()
+        writes, self._writes = self._writes, []
+        self._written.clear()
 
         def job() -> None:
+            sha256s: dict[str, str] = {}
+            for write in writes:
+                sha256s.update(write())
+            self._written.set()
             folder = attempt_folder(self._run_id, step, self._lineage[-1].name)
             crash_point("before_upload", step)
             self._confirm()
-            upload_part(self._storage, local_dir, folder, self._rank, throughput)
+            upload_part(self._storage, local_dir, folder, self._rank, throughput, sha256s)
             shutil.rmtree(local_dir)
             crash_point("before_commit", step)
             if self._rank == 0:
@@ -83,6 +105,8 @@ class Uploader:
                     job()
                 except BaseException as error:  # noqa: BLE001 - raised again on the training thread
                     self._error = error
+            if self._error is not None:
+                self._written.set()  # nothing will be written any more
 
     def _raise_error(self) -> None:
         if self._error is not None:

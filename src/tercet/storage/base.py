@@ -138,8 +138,10 @@ class Storage(ABC):
         """Return the sorted keys of all objects below the folder `prefix` ("" is the root), at any depth."""
 
     @abstractmethod
-    def upload(self, path: Path, key: str) -> None:
-        """Write an object atomically from a local file of any size, replacing any earlier one."""
+    def upload(self, path: Path, key: str, move: bool = False) -> None:
+        """Write an object atomically from a local file of any size, replacing any earlier one.
+
+        move: the file is not needed afterwards. A folder on the same file system then takes it instead of a copy."""
 
     @abstractmethod
     def delete(self, prefix: str) -> None:

@@ -60,10 +60,13 @@ class LocalStorage(Storage):
                 keys += [str(Path(folder, name).relative_to(self._root)) for name in files]
         return sorted(keys)
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, move: bool = False) -> None:
         target = self._path(key)
         with local_errors(path), self._staged() as temp:
-            shutil.copyfile(path, temp)
+            if move and path.stat().st_dev == temp.parent.stat().st_dev:
+                path.rename(temp)
+            else:
+                shutil.copyfile(path, temp)
             self._install(temp, target, ANYTHING)
 
     def delete(self, prefix: str) -> None:

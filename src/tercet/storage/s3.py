@@ -94,7 +94,7 @@ class S3Storage(Storage):
             for _ in pool.map(lambda name: self._call("delete_object", name, Key=name), names):
                 pass
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, move: bool = False) -> None:  # noqa: ARG002 - S3 takes no files
         with local_errors(path):
             size = path.stat().st_size
             if size <= PART_BYTES:

@@ -183,6 +183,7 @@ def add_callbacks(
     rank, seconds = trainer.args.process_index, plan.config.workers.step_timeout_seconds
     recorder = RunRecorder(plan, run.storage, uploader, trainer.ledger, trainer.meter, run.confirm, report, export)
     preemption = StopOnPreemption(notice, plan.steps_per_epoch, functools.partial(trainer.meter.phase, "ranks"))
+    trainer.uploader = uploader
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LearningGuard(shards_weights(plan.parallelism)))
     if run.lease is not None:

@@ -12,7 +12,7 @@ another number of workers or another parallelism. Every element must be stored e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tercet.artifacts.tensor_file import write_tensors
 from tercet.config.sections import Parallelism
 from tercet.errors import CorruptObject, TrainingError
 from tercet.model.sharding import reshard
@@ -47,16 +48,25 @@ def file_name(rank: int, world_size: int) -> str:
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def save(pieces: Iterator[Piece], folder: Path, rank: int, world_size: int) -> None:
-    """Write this rank's pieces to its file in a folder."""
-    tensors: dict[str, torch.Tensor] = {}
+def tensors_of(pieces: Iterator[Piece]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of pieces by their names in the file. They are the optimizer's own, on its device."""
     for piece in pieces:
         step = torch.as_tensor(piece.state.get("step", 0), dtype=torch.float32)
-        tensors[f"{piece.name}|step"] = step.cpu().reshape(()).clone()
+        yield f"{piece.name}|step", step.reshape(())
         for moment, view in piece.moments.items():
-            tensors[f"{piece.name}|{moment}|{piece.start}"] = view.detach().cpu().clone()
+            yield f"{piece.name}|{moment}|{piece.start}", view.detach()
+
+
+def save(tensors: Mapping[str, torch.Tensor], folder: Path, rank: int, world_size: int) -> dict[str, str]:
+    """Write a rank's tensors, copied to host memory, to its file in a folder.
+
+    Returns the file's sha256 by its name, where it is known without reading the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / file_name(rank, world_size))
+    name = file_name(rank, world_size)
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        save_file(dict(tensors), folder / name)
+        return {}
+    return {name: write_tensors(tensors, folder / name)}
 
 
 def load(pieces: Iterator[Piece], folder: Path) -> None:

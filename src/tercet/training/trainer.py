@@ -18,6 +18,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from tercet.artifacts.throughput import log_entry
+from tercet.artifacts.uploader import Uploader
 from tercet.config.sections import Parallelism
 from tercet.data.order import RankBatches
 from tercet.errors import ConfigError, CorruptObject
@@ -35,6 +36,7 @@ from tercet.training import optimizer_state
 from tercet.training.deepspeed_engine import OneReduction, gather_small_exactly
 from tercet.training.embedding_gradient import embedding_gradient
 from tercet.training.guards import NonFiniteGuard
+from tercet.training.host_copies import HostCopies
 from tercet.training.ledger import Ledger
 from tercet.training.meter import BatchSize, Meter, arithmetic_of
 from tercet.training.peak import peak_of
@@ -103,6 +105,9 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self.meter = Meter(arithmetic_of(self.model, loss_runs_backward), peak_of(device, precision), device)
         self.meter.count_positions(self.model)
         self._host_group: Any = None
+        self._copies = HostCopies(device)
+        self.uploader: Uploader | None = None
+        """Writes what checkpoints copy, in its thread. Without one, a checkpoint is written at once."""
         # Not if the scaler may skip a step: clipping would leave NaN in rows that the next step does not clear.
         can_be_sparse = parallelism == "ddp" and not scales_loss
         self._embedding = embedding_gradient(self.model) if can_be_sparse else None
@@ -211,8 +216,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Extends `Trainer._save_checkpoint`: its time does not count as training."""
+        """Extends `Trainer._save_checkpoint`: its time does not count as training.
+
+        The memory of the copies is free once the checkpoint before is written."""
         with self.meter.phase("storage"):
+            if self.uploader is not None:
+                self.uploader.wait_until_written()
             super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -291,6 +300,7 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """Extends `Trainer._get_grad_norm`, called once per step: keeps the norms also if nothing is clipped."""
         if grad_norm is None and not is_zero(self._parallelism):
             self._finite.add_gradients(self.model)
+        self._copies.before_update()
         norm = super()._get_grad_norm(model, grad_norm)
         self._finite.close_step(self.state.global_step + 1, norm)
         return norm
@@ -365,9 +375,26 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         check_saved(folder, self._saved_form)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Replaces `Trainer._save_optimizer_and_scheduler`: one format for every parallelism; saves the ledger too."""
-        pieces = optimizer_state.pieces(self, self._parallelism)
-        optimizer_state.save(pieces, Path(output_dir), self.args.process_index, self.args.world_size)
+        """Replaces `Trainer._save_optimizer_and_scheduler`: one format for every parallelism; saves the ledger too.
+
+        The state is copied here, and written by the uploader's thread while the next steps run."""
+        rank, world_size, folder = self.args.process_index, self.args.world_size, Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._copies.copying():
+            pieces = optimizer_state.pieces(self, self._parallelism)
+            tensors = self._copies.copies(optimizer_state.tensors_of(pieces))
+        wait_for_copies = self._copies.waiter()
+        if is_zero(self._parallelism):  # its optimizer steps within the backward pass
+            self._copies.before_update()
+
+        def write() -> dict[str, str]:
+            wait_for_copies()
+            return optimizer_state.save(tensors, folder, rank, world_size)
+
+        if self.uploader is None:
+            write()
+        else:
+            self.uploader.write_later(write)
         self.ledger.save(Path(output_dir), self.args.process_index, self.args.world_size, self.state.global_step)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tercet.errors import CorruptObject, TrainingError
-from tercet.training.optimizer_state import MOMENTS, Piece, _torch, file_name, load, save
+from tercet.storage.base import sha256_of
+from tercet.training.optimizer_state import MOMENTS, Piece, _torch, file_name, load, save, tensors_of
 
 
 class Model(torch.nn.Module):
@@ -58,7 +59,7 @@ def torch_pieces(
 
 def save_as_ranks(model: Model, optimizer: torch.optim.Optimizer, folder: Path, world_size: int) -> None:
     for rank in range(world_size):
-        save(torch_pieces(model, optimizer, rank, world_size), folder, rank, world_size)
+        save(dict(tensors_of(torch_pieces(model, optimizer, rank, world_size))), folder, rank, world_size)
 
 
 @pytest.fixture
@@ -115,6 +116,14 @@ def test_a_trained_parameter_missing_from_the_optimizer_is_refused() -> None:
         list(torch_pieces(model, optimizer))
 
 
+def test_the_state_is_hashed_as_it_is_written(tmp_path: Path) -> None:
+    tensors = dict(tensors_of(torch_pieces(*trained())))
+    assert save(tensors, tmp_path, 0, 1) == {file_name(0, 1): sha256_of(tmp_path / file_name(0, 1))}
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    assert save(half, tmp_path, 0, 1) == {}  # safetensors orders tensors of several types in its own way
+    assert load_file(tmp_path / file_name(0, 1)).keys() == tensors.keys()
+
+
 # --- pieces cut anywhere --------------------------------------------------------------------------------------------
 
 SIZES = {"one": 1, "none": 0, "table": 37, "vector": 8}
@@ -149,7 +158,7 @@ def cut(values: dict[str, dict[str, torch.Tensor]], world_size: int, draw: rando
 
 def write(ranks: list[list[Piece]], folder: Path) -> Path:
     for rank, pieces in enumerate(ranks):
-        save(iter(pieces), folder, rank, len(ranks))
+        save(dict(tensors_of(iter(pieces))), folder, rank, len(ranks))
     return folder
 
 
@@ -290,7 +299,8 @@ def test_parameters_at_different_steps(tmp_path: Path, shared: bool) -> None:
     """torch keeps one step per parameter, DeepSpeed one for all."""
     states = [{"step": torch.tensor(STEP)}, {"step": torch.tensor(STEP - 1)}]
     tensors = {moment: torch.ones(2) for moment in MOMENTS}
-    save(iter([Piece(name, 0, tensors, state) for name, state in zip("ab", states, strict=True)]), tmp_path, 0, 1)
+    pieces = [Piece(name, 0, tensors, state) for name, state in zip("ab", states, strict=True)]
+    save(dict(tensors_of(iter(pieces))), tmp_path, 0, 1)
     read: list[dict[str, Any]] = [{}, {}]
     if shared:
         read[1] = read[0]
@@ -307,7 +317,7 @@ def test_a_parameter_without_gradient_in_a_shared_state(tmp_path: Path) -> None:
     """It does not reset the step that DeepSpeed keeps for all parameters."""
     ones = {moment: torch.ones(2) for moment in MOMENTS}
     written = [Piece("b", 0, ones, {"step": torch.tensor(STEP)}), *(Piece(name, 0, {}, {}) for name in "ac")]
-    save(iter(written), tmp_path, 0, 1)
+    save(dict(tensors_of(iter(written))), tmp_path, 0, 1)
     state: dict[str, Any] = {}
     moments = {name: {moment: torch.full((2,), 9.0) for moment in MOMENTS} for name in "abc"}
     load(iter([Piece(name, 0, views, state) for name, views in moments.items()]), tmp_path)
