@@ -37,7 +37,7 @@ def kill(at: str, step: int, resumes_from: int, rank: int = 0, num_workers: int 
     return Kill(at, step, rank, num_workers, resumes_from)
 
 
-IN_UPLOADER = {"before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention"}
+IN_UPLOADER = {"after_write", "before_upload", "mid_upload", "before_commit", "after_commit", "mid_retention"}
 KILLS = [
     kill("after_backward", step=7, resumes_from=4, rank=1, num_workers=2),
     kill("before_commit", step=12, resumes_from=11),
@@ -46,6 +46,7 @@ KILLS = [
 MORE_KILLS = [
     kill("before_step", step=1, resumes_from=0),  # there is no checkpoint yet
     kill("before_upload", step=8, resumes_from=4, rank=1, num_workers=2),
+    kill("after_write", step=8, resumes_from=4),
     kill("after_commit", step=16, resumes_from=16, num_workers=2),
     kill("in_evaluation", step=11, resumes_from=8),
     kill("after_commit", step=22, resumes_from=22),  # only cleaning up is left

@@ -77,6 +77,7 @@ class Uploader:
             for write in writes:
                 sha256s.update(write())
             self._written.set()
+            crash_point("after_write", step)
             folder = attempt_folder(self._run_id, step, self._lineage[-1].name)
             crash_point("before_upload", step)
             self._confirm()

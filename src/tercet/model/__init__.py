@@ -7,6 +7,7 @@
 - `sharding`: checks how weights are distributed over ranks, and gathers them
 - `lora`: adds an adapter beside frozen weights, and merges it to publish
 - `encoder`: loads the recipe's model, checks it, and saves it whole
+- `host_model`: takes the trained weights on the host, to be written from there
 - `saved_form`: proves before the first step that the model can be saved and loaded again
 - `loss`: makes the recipe's loss, and computes it from embeddings
 - `determinism`: the same bits again on a GPU

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 from transformers.utils.hub import cached_file
 
@@ -19,7 +18,6 @@ from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.config.sections import ModelConfig
 from tercet.errors import ConfigError, first_line
 from tercet.model.lora import add_adapter, load_trained, save_merged
-from tercet.model.sharding import fill, unsharded
 from tercet.planning.model_files import NativeConfig, check_sha256, encoder_folder, locate, native_config
 from tercet.planning.new_architecture import FAST_PATH, MODEL_TYPE
 from tercet.storage import Storage
@@ -187,14 +185,3 @@ def save(config: ModelConfig, model: SentenceTransformer, folder: Path) -> None:
         model.save_pretrained(str(folder), create_model_card=False)
     else:
         save_merged(model, folder)
-
-
-def save_whole(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a servable model to a folder, from the gathered weights of a trained one.
-
-    The weights go into a new model on the CPU, so no rank's shards change, nor does the training's random state.
-    Raises CorruptObject unless there is a weight of the right shape for every parameter."""
-    with unsharded(), torch.random.fork_rng(devices=[]):
-        model = make_model(config, "cpu")
-    fill(model, weights)
-    save(config, model, folder)

@@ -7,7 +7,7 @@ and a sharded model is saved with empty tensors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from tercet.config.sections import Parallelism
-from tercet.errors import ConfigError, CorruptObject, TrainingError
+from tercet.errors import ConfigError, TrainingError
 from tercet.planning import parallelism as settings
 
 
@@ -143,9 +143,16 @@ def local_values(parameter: Any) -> torch.Tensor:
     return parameter.detach()
 
 
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+def _copied(name: str, value: torch.Tensor) -> torch.Tensor:  # noqa: ARG001 - one way to keep a weight
+    return value.to("cpu", copy=True)
+
+
+def full_weights(
+    model: torch.nn.Module, keep: Callable[[str, torch.Tensor], torch.Tensor] = _copied
+) -> dict[str, torch.Tensor] | None:
     """Return all whole weights and buffers by name, on the CPU of rank 0; None on the other ranks.
 
+    keep: called on rank 0 with each name and value; returns what to keep of it, which is no part of the model.
     A collective where weights are sharded: every rank must call it. One parameter is gathered at a time, so no device
     needs room for the whole model. They are in fp32 whatever the precision of the training: an optimizer's step is
     often too small for 16 bits."""
@@ -155,10 +162,10 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         value = _whole(parameter)
         if rank == 0:
-            gathered[name] = value.detach().cpu().clone()
+            gathered[name] = keep(name, value.detach())
     if rank != 0:
         return None
-    gathered.update({name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()})
+    gathered.update({name: keep(name, buffer.detach()) for name, buffer in model.named_buffers()})
     return gathered
 
 
@@ -172,22 +179,3 @@ def _whole(parameter: Any) -> torch.Tensor:
     if isinstance(parameter, dist.tensor.DTensor):
         return parameter.detach().full_tensor()
     return parameter.detach()
-
-
-def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy gathered weights into a whole model of the same architecture.
-
-    Raises CorruptObject when a parameter is missing or has another shape."""
-    for name, parameter in model.named_parameters():
-        weight = weights.get(name)
-        if weight is None or weight.shape != parameter.shape:
-            shape = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
-            raise CorruptObject(
-                f"{name} is {shape} among the gathered weights, and should be of shape {tuple(parameter.shape)}",
-                hint="the model would be saved incomplete: this is a fault of tercet or of the installed libraries",
-            )
-        parameter.data.copy_(weight)
-    buffers = dict(model.named_buffers())
-    for name, value in weights.items():
-        if name in buffers:
-            buffers[name].copy_(value)

@@ -13,6 +13,7 @@
 - `prefetch`: prepares the next batch while a step runs
 - `token_ids`: token ids of the rows to train on, from the cache of this machine
 - `embedding_gradient`: a sparse gradient for the word embeddings
+- `checkpointing`: the part of the trainer that saves and loads checkpoints
 - `host_copies`: copies of weights and moments, from which a thread writes a checkpoint
 - `optimizer_state`: saves and loads optimizer state in one format for every parallelism
 - `deepspeed_engine`: everything that changes DeepSpeed's engine

@@ -27,7 +27,8 @@ from tercet.data.versions import read_manifest
 from tercet.evaluation.evaluate import make_evaluator
 from tercet.evaluation.evaluators import split_loss
 from tercet.model.collectives import run_on_rank_0
-from tercet.model.encoder import make_model, reloaded, save_whole
+from tercet.model.encoder import make_model, reloaded
+from tercet.model.host_model import HostModel
 from tercet.model.loss import make_loss
 from tercet.model.saved_form import SavedForm, prove_saving
 from tercet.planning.parallelism import shards_weights
@@ -101,6 +102,8 @@ def make_trainer(
             run.storage, layout.saved_form_key(plan.run_id), SavedForm, lambda: _try_saving(start, model)
         )
     )
+    # Before the forward pass and the trainer change the model.
+    host_model = HostModel.of(start, model, gathers(plan)) if args.process_index == 0 else None
     args.prompts = column_prompts(tuple(rows.train.column_names), model.prompts)
     loss = make_loss(config.loss, model, guide)
     forward = resolve_forward(plan, run.storage, model, guide, args.device)
@@ -123,7 +126,8 @@ def make_trainer(
             row_tokens=estimated_tokens(rows.train, model.max_seq_length) if args.world_size > 1 else None,
         ),
         parallelism=plan.parallelism,
-        save_whole=functools.partial(save_whole, start) if gathers(plan) else None,
+        host_model=host_model,
+        gathers=gathers(plan),
         loss_runs_backward=config.loss.is_cached,
         scales_loss=training.precision == "fp16",
         forward=forward,

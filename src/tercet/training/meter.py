@@ -136,6 +136,7 @@ class Meter:
         """Count the batches of one step."""
         if self._phase == "start":
             self._switch("compute")
+            self._num_positions = 0  # forward passes until now were no steps, such as that of the longest batch
         for size in sizes:
             self._size = BatchSize(*(mine + its for mine, its in zip(self._size, size, strict=True)))
 

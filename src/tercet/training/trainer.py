@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from tercet.artifacts.throughput import log_entry
-from tercet.artifacts.uploader import Uploader
 from tercet.config.sections import Parallelism
 from tercet.data.order import RankBatches
-from tercet.errors import ConfigError, CorruptObject
 from tercet.failpoints import crash_point
-from tercet.model.collectives import gather_objects, run_on_rank_0
+from tercet.model.collectives import gather_objects
 from tercet.model.fused_attention import is_wanted
+from tercet.model.host_model import HostModel
 from tercet.model.loss import loss_of
 from tercet.model.packed_model import Forward
 from tercet.model.row import ChunkBatch, RowBatch
-from tercet.model.saved_form import SavedForm, check_saved
-from tercet.model.sharding import check_recomputes, check_wrapped, full_weights, unit_classes
+from tercet.model.saved_form import SavedForm
+from tercet.model.sharding import check_recomputes, check_wrapped, unit_classes
 from tercet.model.weight_casts import cast_by_layer
 from tercet.planning.parallelism import is_zero
-from tercet.training import optimizer_state
+from tercet.training.checkpointing import CheckpointingTrainer
 from tercet.training.deepspeed_engine import OneReduction, gather_small_exactly
 from tercet.training.embedding_gradient import embedding_gradient
 from tercet.training.guards import NonFiniteGuard
-from tercet.training.host_copies import HostCopies
-from tercet.training.ledger import Ledger
 from tercet.training.meter import BatchSize, Meter, arithmetic_of
 from tercet.training.peak import peak_of
 from tercet.training.prefetch import Prefetcher
@@ -54,14 +48,14 @@ class EpochLoader(DataLoader):  # type: ignore[misc]
         self.batch_sampler.set_epoch(epoch)
 
 
-class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
+class TercetTrainer(CheckpointingTrainer):
     """Overrides methods of sentence-transformers 6.2 and transformers 5.23; each says why."""
 
     def __init__(
         self,
         batches: RankBatches,
         parallelism: Parallelism,
-        save_whole: Callable[[dict[str, Any], Path], None] | None,
+        host_model: HostModel | None,
         loss_runs_backward: bool,
         scales_loss: bool,
         forward: Forward,
@@ -70,10 +64,11 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         tokens: TokenSource | None = None,
         precision: str = "fp32",
         saved_form: SavedForm | None = None,
+        gathers: bool = False,
         **kwargs: Any,
     ) -> None:
         """batches: the order of rows; `ledger` records which of them were trained on.
-        save_whole: writes a model from its gathered weights; None if the trained model can write itself.
+        host_model, saved_form, gathers: passed to CheckpointingTrainer.
         loss_runs_backward: the loss runs a backward pass of its own for each mini-batch (gradient caching).
         scales_loss: passed to NonFiniteGuard.
         forward: how the columns of a batch share a forward pass.
@@ -81,16 +76,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         loss_reads_texts: the loss has a guide, and may tokenize by itself. Otherwise the evaluator measures the loss
         too.
         tokens: where token ids of the rows may be cached; None to tokenize each batch.
-        precision: in which matrices are multiplied, for the meter.
-        saved_form: the tensors that a saved model must have; None for a model that is never saved."""
+        precision: in which matrices are multiplied, for the meter."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
-        self._batches, self._parallelism = batches, parallelism
         self._before_first_step = before_first_step
-        self._save_whole, self._loss_runs_backward = save_whole, loss_runs_backward
-        self._saved_form = saved_form
-        self.ledger = Ledger()
+        self._batches, self._loss_runs_backward = batches, loss_runs_backward
         self._ahead: Prefetcher[Any] = Prefetcher()
-        super().__init__(**kwargs)
+        super().__init__(parallelism, host_model, saved_form, gathers, **kwargs)
         is_cached = tokens is not None and forward.packing == "packed" and not loss_reads_texts
         self._tokens = (
             open_token_ids(tokens, self.data_collator, self.model) if tokens is not None and is_cached else None
@@ -105,9 +96,6 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self.meter = Meter(arithmetic_of(self.model, loss_runs_backward), peak_of(device, precision), device)
         self.meter.count_positions(self.model)
         self._host_group: Any = None
-        self._copies = HostCopies(device)
-        self.uploader: Uploader | None = None
-        """Writes what checkpoints copy, in its thread. Without one, a checkpoint is written at once."""
         # Not if the scaler may skip a step: clipping would leave NaN in rows that the next step does not clear.
         can_be_sparse = parallelism == "ddp" and not scales_loss
         self._embedding = embedding_gradient(self.model) if can_be_sparse else None
@@ -215,15 +203,6 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             return metrics
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Extends `Trainer._save_checkpoint`: its time does not count as training.
-
-        The memory of the copies is free once the checkpoint before is written."""
-        with self.meter.phase("storage"):
-            if self.uploader is not None:
-                self.uploader.wait_until_written()
-            super()._save_checkpoint(*args, **kwargs)
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Replaces `BaseTrainer.evaluation_loop`.
 
@@ -324,98 +303,12 @@ class TercetTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
-        elif self._save_whole is not None:
+        elif self._gathers:
             self._rehearse_saving()
         self._before_first_step(self)
         return prepared
-
-    def _rehearse_saving(self) -> None:
-        """Gather the weights and save them once, as each checkpoint will. Raises ConfigError where that fails."""
-
-        def save() -> None:
-            try:
-                with tempfile.TemporaryDirectory(prefix="tercet-rehearsal-") as folder:
-                    self._write_model(weights, Path(folder))
-            except CorruptObject as error:
-                hint = "choose another workers.parallelism, or another model"
-                raise ConfigError(f"{self._parallelism} cannot save this model: {error}", hint) from error
-
-        weights = full_weights(self.model)
-        run_on_rank_0(save)
 
     def features_of(self, rows: list[int]) -> dict[str, Any]:
         """Return the features of a micro-batch of these rows, as the tokenizer makes them."""
         features: dict[str, Any] = self.data_collator(self.train_dataset.__getitems__(rows))
         return features
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Replaces `BaseTrainer._load_from_checkpoint`, which cannot load sharded models: does nothing.
-
-        The checkpoint's weights were loaded when the model was made."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Replaces `Trainer.save_model` and `BaseTrainer._save`.
-
-        The original drops the gathered weights, and writes what one rank holds. Here all ranks take part in gathering;
-        rank 0 writes, and checks that nothing is missing."""
-        self._ahead.drain()
-        folder = Path(output_dir or self.args.output_dir)
-        weights = full_weights(self.model) if self._save_whole is not None else None
-        if self.args.should_save:
-            self._write_model(weights, folder)
-
-    def _write_model(self, weights: dict[str, Any] | None, folder: Path) -> None:
-        """Write the model to a folder, and check that nothing is missing. weights: as gathered, if they must be."""
-        if self._save_whole is None:
-            self.model.save_pretrained(str(folder), create_model_card=False)
-        else:
-            assert weights is not None
-            self._save_whole(weights, folder)
-        assert self._saved_form is not None
-        check_saved(folder, self._saved_form)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Replaces `Trainer._save_optimizer_and_scheduler`: one format for every parallelism; saves the ledger too.
-
-        The state is copied here, and written by the uploader's thread while the next steps run."""
-        rank, world_size, folder = self.args.process_index, self.args.world_size, Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._copies.copying():
-            pieces = optimizer_state.pieces(self, self._parallelism)
-            tensors = self._copies.copies(optimizer_state.tensors_of(pieces))
-        wait_for_copies = self._copies.waiter()
-        if is_zero(self._parallelism):  # its optimizer steps within the backward pass
-            self._copies.before_update()
-
-        def write() -> dict[str, str]:
-            wait_for_copies()
-            return optimizer_state.save(tensors, folder, rank, world_size)
-
-        if self.uploader is None:
-            write()
-        else:
-            self.uploader.write_later(write)
-        self.ledger.save(Path(output_dir), self.args.process_index, self.args.world_size, self.state.global_step)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Replaces `Trainer._load_optimizer_and_scheduler`: loads what `_save_optimizer_and_scheduler` wrote."""
-        if checkpoint is not None:
-            optimizer_state.load(optimizer_state.pieces(self, self._parallelism, create=True), Path(checkpoint))
-            self.ledger.load(Path(checkpoint), self.args.process_index)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-            # The schedule sets the rate only after a step: the first step would run at the rate of step 0.
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Extends `Trainer._load_rng_state`: on another number of ranks, each seeds itself from seed, step and rank.
-
-        The original leaves a rank unchanged if the checkpoint has no random state for it."""
-        if checkpoint is not None and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
-            # Python's random numbers must be equal on all ranks: MatryoshkaLoss draws its dimensions from them.
-            set_seed((self.args.seed + self.state.global_step) % 2**32)
-            torch.manual_seed((self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index) % 2**32)
-            return
-        super()._load_rng_state(checkpoint)

@@ -15,9 +15,9 @@ from transformers import AutoModel
 from support.tiny_model import all_texts, tiny_bert, triplets
 from tercet.config.sections import LoraConfig, ModelConfig
 from tercet.errors import ConfigError, CorruptObject
-from tercet.model.encoder import make_model, save_whole
+from tercet.model.encoder import make_model
+from tercet.model.host_model import HostModel
 from tercet.model.lora import ADAPTER_FOLDER, TRAINED_WEIGHTS
-from tercet.model.sharding import full_weights
 
 TEXTS = [row["anchor"] for row in triplets(6)]
 ATTENTION = ("query", "key", "value")
@@ -45,9 +45,9 @@ def trained(base: Path, **lora: Any) -> SentenceTransformer:
 
 
 def save(model: SentenceTransformer, base: Path, folder: Path, **lora: Any) -> Path:
-    weights = full_weights(model)
-    assert weights is not None
-    save_whole(config(base, **lora), weights, folder)
+    host_model = HostModel.of(config(base, **lora), model, is_gathered=True)
+    host_model.take(model, torch.Tensor.copy_)
+    host_model.write(folder)
     return folder
 
 
