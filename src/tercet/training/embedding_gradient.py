@@ -4,12 +4,12 @@ A step uses a few thousand tokens of a vocabulary of 30,000 to 250,000; the othe
 autograd allocates and clears a whole gradient in each step (46 MB for all-MiniLM-L6-v2, 3 % of a packed step on a CPU),
 and DistributedDataParallel sends all of it: half of what it sends for that model, two thirds for a multilingual encoder
 of base size. Here one gradient is kept. Each step clears only the rows of the step before, and ranks exchange only the
-rows that they used. That exchange overlaps with nothing: in a backward pass this gradient comes last.
+rows that they used. That exchange overlaps with nothing: in a backward pass this gradient comes last. On GPUs autograd
+and DDP do it, because here the host reads how many rows there are.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -111,9 +111,8 @@ def embedding_gradient(model: Any) -> EmbeddingGradient | None:
 
 
 def _saves_time(embedding: torch.nn.Embedding) -> bool:
-    """Return whether a sparse gradient is faster: on CPUs, and between machines.
+    """Return whether a sparse gradient is faster: on CPUs.
 
-    GPUs of one machine clear and send tens of megabytes faster than a step could read the row counts back from the GPU
-    (estimated, not measured)."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return embedding.weight.device.type == "cpu" or ranks_here < world_size()
+    On a GPU, the number of rows that a step used must be read back, once in each backward pass, so the host would wait
+    for the device in every step. DDP sends the whole gradient while the backward pass still runs; see docs/log.md."""
+    return embedding.weight.device.type == "cpu"

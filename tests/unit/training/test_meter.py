@@ -183,7 +183,8 @@ def test_a_row_of_texts_has_no_padding(tmp_path: Path) -> None:
     measured.count_positions(packed)
     batch = forward.batch([packed.preprocess(["ba be bi", "do"])])
     packed.train()
-    batch.embed(packed)
+    batch.embed(packed)  # such as the trial of the longest batch: not a step
     measured.add(measured.sizes([{"batch": batch}]))
+    batch.embed(packed)
     assert measured.reading().num_padding_tokens == 0
     assert measured.reading().num_tokens == sum(batch.lengths)
