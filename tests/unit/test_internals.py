@@ -85,6 +85,7 @@ NAMES: dict[str, str | None] = {
     "transformers:Trainer._load_scaler": "self, checkpoint",
     "transformers:Trainer._prepare_input": "self, data",
     "transformers:Trainer._prepare_for_training": "self, max_steps, train_dataloader, resume_from_checkpoint",
+    "transformers:Trainer._save_checkpoint": "self, model, trial",
     "transformers:Trainer._save_optimizer_and_scheduler": "self, output_dir",
     "transformers:Trainer.create_accelerator_and_postprocess": "self",
     "transformers:Trainer.evaluation_loop": (

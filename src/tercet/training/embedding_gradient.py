@@ -115,4 +115,4 @@ def _saves_time(embedding: torch.nn.Embedding) -> bool:
 
     On a GPU, the number of rows that a step used must be read back, once in each backward pass, so the host would wait
     for the device in every step. DDP sends the whole gradient while the backward pass still runs; see docs/log.md."""
-    return embedding.weight.device.type == "cpu"
+    return bool(embedding.weight.device.type == "cpu")
