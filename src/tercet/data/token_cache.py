@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tercet.data.cache import default_cache_dir, hash_of
 from tercet.data.manifest import Shard
 from tercet.data.order import Rows
-from tercet.errors import ConfigError, TercetError
+from tercet.errors import TercetError
 from tercet.storage.base import expand_home, local_errors
 
 logger = logging.getLogger("tercet")
@@ -59,18 +59,12 @@ class TokenCache:
     def __init__(
         self, cache_dir: Path | None, key: str, shards: Sequence[Shard], num_columns: int, max_id: int
     ) -> None:
-        """key: of the tokenizer and the columns. shards: of the split, in order. max_id: the largest token id.
-
-        Raises ConfigError if the folder cannot be made."""
+        """key: of the tokenizer and the columns. shards: of the split, in order. max_id: the largest token id."""
         self._folder = expand_home(cache_dir or default_cache_dir()).resolve() / FOLDER / key
         self._shards, self._num_columns = tuple(shards), num_columns
         self._type = np.dtype(np.uint16 if max_id < 2**16 else np.uint32)
         self._first_rows = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self._files: list[tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None] = [None] * len(shards)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make the cache folder: {error}", "Set TERCET_CACHE_DIR.") from error
 
     @property
     def num_shards(self) -> int:
@@ -97,6 +91,8 @@ class TokenCache:
         from filelock import FileLock, Timeout
 
         shard, first = self._shards[number], int(self._first_rows[number])
+        with local_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self._folder / f"{shard.sha256}.lock", timeout=0):
                 if not self.open(number):

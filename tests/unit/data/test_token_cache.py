@@ -99,6 +99,8 @@ def test_files_are_made_once_by_many(tmp_path: Path) -> None:
 def test_a_file_that_another_process_makes_is_not_waited_for(tmp_path: Path) -> None:
     texts = Texts()
     cache = texts.cache(tmp_path)
+    assert not (tmp_path / "tokens").exists(), "a run that makes no files leaves nothing behind"
+    (tmp_path / "tokens" / "k").mkdir(parents=True)
     with FileLock(tmp_path / "tokens" / "k" / f"{SHARDS[0].sha256}.lock"):
         assert not cache.make(0, texts.tokenize)
     assert cache.make(0, texts.tokenize)
@@ -125,6 +127,7 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
     texts = Texts()
     texts.cache(tmp_path)
     partial = tmp_path / "tokens" / "k" / f"{SHARDS[0].sha256}.partial"
+    partial.parent.mkdir(parents=True)
     partial.write_bytes(b"half")
     texts.made(tmp_path)
     assert not partial.exists()
