@@ -62,6 +62,18 @@ FURTHER: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": True,
     },
 }
+# Families that cannot be packed, for a reason each.
+REFUSED: dict[str, dict[str, Any]] = {
+    "gemma2": _GROUPED,
+    "deberta-v2": {"type_vocab_size": 0, "pad_token_id": 0},
+    "lfm2": {"num_key_value_heads": 2, "pad_token_id": 0, "layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": {**_GROUPED, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "llama": {
+        **_GROUPED,
+        "max_position_embeddings": MAX_LENGTH // 2,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    },
+}
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "embeddinggemma")
 
 
@@ -71,10 +83,10 @@ def _config(family: str, vocab_size: int, dropout: float) -> PretrainedConfig:
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if family == "bert":
         return BertConfig(**shared, **drops)
-    if family in FURTHER:
+    if family in FURTHER or family.startswith("refused "):
         drops |= {"attention_dropout": dropout}
-        kind = "gemma3_text" if family == "embeddinggemma" else family
-        return AutoConfig.for_model(kind, **shared, **drops, **FURTHER[family])
+        kind = "gemma3_text" if family == "embeddinggemma" else family.removeprefix("refused ")
+        return AutoConfig.for_model(kind, **{**shared, **drops, **(FURTHER.get(family) or REFUSED[kind])})
     if family in ("roberta", "xlm-roberta", "camembert"):
         # Position ids start after the id of the padding token.
         kind = {"roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}[family]

@@ -191,6 +191,47 @@ def test_code_of_the_model_that_does_not_call_the_attention_interface(
     assert try_rows(model).refusal == "its own code does not call the attention interface of transformers"
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "the model's attention has a soft cap on the scores"),
+        ("deberta-v2", "the code of deberta-v2 does not call the attention interface of transformers"),
+        ("lfm2", "differs by"),  # its convolutions see the text before
+        ("llama4_text", "differs by"),  # it attends within chunks of the row
+    ],
+)
+def test_a_family_that_takes_no_rows(load: Any, family: str, reason: str) -> None:
+    trial = try_rows(load(f"refused {family}"))
+    assert trial.refusal is not None
+    assert reason in trial.refusal
+
+
+def test_rotary_positions_that_depend_on_the_longest_text_of_a_batch(load: Any) -> None:
+    model = load("refused llama")
+    assert try_rows(model).refusal is None  # no text is longer than 24 tokens
+    model.max_seq_length = 48
+    assert "rotary positions (dynamic) depend on the longest text" in str(try_rows(model).refusal)
+
+
+def test_padding_on_the_left_that_shifts_positions(load: Any) -> None:
+    """The plain forward pass then depends on the padding; rows have none."""
+    model = load()
+    model.tokenizer.padding_side = "left"
+    assert try_rows(model).error > 10 * MAX_ERROR
+    assert choose_packing(model, "auto")[0] == "plain"
+
+
+def test_the_copy_is_whole_where_zero3_would_shard_it(load: Any) -> None:
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    model = load()
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert is_deepspeed_zero3_enabled()
+    assert try_rows(model).refusal is None
+    assert is_deepspeed_zero3_enabled()
+    del settings
+
+
 class CallsTheInterface(BertModel):
     """Code of a model's own, but for where it stands."""
 
