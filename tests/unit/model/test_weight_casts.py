@@ -101,3 +101,15 @@ def test_gradients_arrive_a_layer_at_a_time(load: Any) -> None:
     gradients(model)
     layers = [name.split("layer.")[1][0] for name in arrived if "layer." in name and ".dense." in name]
     assert layers == sorted(layers, reverse=True)
+
+
+def test_a_copy_of_the_model_casts_its_own_weights(load: Any) -> None:
+    model = load()
+    expected = gradients(copy.deepcopy(model))
+    cast_by_layer(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = gradients(copied)
+    assert all(found[name].equal(value) for name, value in expected.items())
