@@ -109,6 +109,12 @@ def as_tercet_error(error: BaseException) -> BaseException:
             hint="Set training.deterministic=false: torch cannot compute this model with the same bits twice on a GPU.",
         )
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if "/dev/shm" in text and (is_disk or _WRITE_FAILED[0] in text):
+        line = next(line.strip() for line in text.splitlines() if "/dev/shm" in line)
+        return DiskFull(
+            f"the shared memory of this machine is full: {line}",
+            hint="Give the container more at /dev/shm: `--shm-size` of Docker, or a volume of kind Memory in a pod.",
+        )
     if is_disk or any(words in text for words in _WRITE_FAILED):
         return DiskFull(
             f"a disk of this machine is full, or fails: {first_line(error)}",

@@ -128,6 +128,15 @@ def test_errors_of_memory_and_disk_are_recognised(error: Exception, wanted: type
     assert (own is error) == (wanted is None)
 
 
+def test_shared_memory_that_is_full() -> None:
+    """NCCL's message comes after one about its source. No larger disk would help."""
+    line = "Error while creating shared memory segment /dev/shm/nccl-a1 (size 9637888), error: No space left on device"
+    own = journal.as_tercet_error(RuntimeError(f"NCCL error in: x.cpp:1, unhandled system error\nLast error:\n{line}"))
+    assert isinstance(own, DiskFull)
+    assert own.message == f"the shared memory of this machine is full: {line}"
+    assert "--shm-size" in own.hint
+
+
 def test_the_line_that_names_the_cause_is_shown() -> None:
     error = RuntimeError(f"{NCCL_CUDA}Cuda failure 2 'out of memory'")
     assert str(journal.as_tercet_error(error)) == "out of memory: Cuda failure 2 'out of memory'"
