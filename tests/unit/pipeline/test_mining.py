@@ -145,9 +145,9 @@ def test_the_miner_of_a_gpu_finds_the_same_negatives(
     storage: Storage, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here with its arithmetic on the CPU. It is packed, and its similarities are those of the model."""
-    monkeypatch.setattr(mining, "runs_on_gpu", lambda _: True)
-    packed = rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(mining, "runs_on_gpu", lambda _: True)
+        packed = rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
     assert packed == rows_of(storage, mined(storage, model_dir, MiningConfig()).build.manifest)
 
 
