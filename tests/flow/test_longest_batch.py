@@ -53,7 +53,9 @@ def test_the_bits_of_a_run_are_those_of_one_without_a_trial(
     plans = []
     for name, sections in runs:
         for tries in (True, False):
-            training = {"num_epochs": 1, "learning_rate": 0.002, "max_train_rows": 64, **sections.get("training", {})}
+            # Without warm-up: at a learning rate of 0, the trial would not move the weights.
+            own = {"warmup_ratio": 0.0, "weight_decay": 0.1, **sections.get("training", {})}
+            training = {"num_epochs": 1, "learning_rate": 0.002, "max_train_rows": 64, **own}
             workers = {"num_workers": num_workers, "parallelism": name.partition("-")[0], "try_longest_batch": tries}
             run_id = f"longest-{start}-{name}-{tries}"
             plan = write_plan(

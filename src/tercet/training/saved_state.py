@@ -56,7 +56,7 @@ class SavedState:
         trainer.model_wrapped.zero_grad()
         for parameter in trainer.model.parameters():
             parameter.grad = None
-        reshard(trainer.model)
+        _release_gathered(trainer)
         with torch.no_grad():
             for tensor, copy in self._tensors:
                 tensor.copy_(copy)
@@ -108,6 +108,13 @@ class _Scaler:
         self._scaler._per_optimizer_states.clear()
 
 
+def _release_gathered(trainer: Any) -> None:
+    """Free the weights that are gathered: those of the step, which are to be put back, not to be used again."""
+    reshard(trainer.model)
+    if trainer._parallelism in ("zero3", "zero3_offload"):  # which keeps small ones gathered between steps
+        trainer.model_wrapped.optimizer.parameter_offload.partition_all_parameters()
+
+
 def _torch_optimizer(trainer: Any) -> torch.optim.Optimizer:
     """Return torch's optimizer inside accelerate's and DeepSpeed's wrappers."""
     optimizer = trainer.optimizer
@@ -151,8 +158,6 @@ def _weights(trainer: Any) -> Iterator[torch.Tensor]:
     for module in _modules(trainer):
         for parameter in module.parameters(recurse=False):
             yield local_values(parameter)
-            if hasattr(parameter, "ds_id"):  # ZeRO-3 keeps small ones gathered too
-                yield parameter.data
         for buffer in module.buffers(recurse=False):
             yield local_values(buffer)
 
