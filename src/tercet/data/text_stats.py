@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _PER_MARK, _PER_LETTER, _PER_WIDE_LETTER, _PER_WORD = 16, 2, 5, 10
 
 
+MAX_TOKENS = 2**31
+"""No text has more. A tokenizer without a limit says 1e30, which no 64-bit number holds."""
+
+
 def _cost_of(byte: int) -> int:
     if byte >= 0x80:
         return _PER_WIDE_LETTER if byte >= 0xE0 else _PER_LETTER
@@ -62,7 +66,7 @@ def estimated_tokens_of(texts: Iterable[str], max_tokens: int | None) -> npt.NDA
     """Estimate the tokens of each text, with the two at its ends: shape (num_texts,). At most `max_tokens` each."""
     sixteenths = _tokens(memoryview(text.encode()) for text in texts)
     tokens = -(-sixteenths // 16) + 2
-    return tokens if max_tokens is None else np.minimum(tokens, max_tokens).astype(np.int64)
+    return tokens if max_tokens is None else np.minimum(tokens, np.int64(min(max_tokens, MAX_TOKENS)))
 
 
 def _tokens(texts: Iterator[memoryview]) -> npt.NDArray[np.int64]:

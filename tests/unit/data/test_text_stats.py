@@ -12,7 +12,7 @@ from datasets.table import MemoryMappedTable, concat_tables
 
 from tercet.config.sections import ModelConfig
 from tercet.data.order import balance_by_tokens
-from tercet.data.text_stats import estimated_tokens, text_ids
+from tercet.data.text_stats import estimated_tokens, estimated_tokens_of, text_ids
 from tercet.model.encoder import load_model
 
 TEXTS = {"anchor": ["a", "b", "a", "\u00e9", "d"], "positive": ["x", "a", "y", "x", "d"]}
@@ -63,6 +63,11 @@ def test_tokens_of_words_and_marks() -> None:
     assert estimated_tokens(pairs, 3)(np.array([3, 0])).tolist() == [48 + 18, 18]
     unlimited = int(1e30)  # what a tokenizer without a limit has
     assert estimated_tokens(pairs, unlimited)(np.array([3])).tolist() == [78 + 18]
+    # Of texts alone: whole tokens, rounded up, and the two at the ends.
+    for no_limit in (None, unlimited):
+        tokens = estimated_tokens_of([text for text in texts if text is not None], no_limit)
+        assert tokens.tolist() == [2 + n for n in (0, 1, 2, 5, 2, 3)]
+    assert estimated_tokens_of(["", "a", "one two"], 3).tolist() == [2, 3, 3]
 
 
 def test_ranks_balanced_by_estimates_have_about_equally_many_tokens() -> None:
