@@ -60,7 +60,9 @@ def run(config: Config, run_id: str | None = None) -> RunReport:
         report = _report(storage, plan, events, metrics=metrics, throughput=log.throughput)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # storage may be what failed
-            _write(storage, _report(storage, plan, events, error=error), [], plan)
+            _write(
+                storage, _report(storage, plan, events, error=error, throughput=_throughput(storage, plan)), [], plan
+            )
             events.add("run failed", error=str(error) or type(error).__name__)
         raise
     _write(storage, report, log.log_history, plan)
@@ -156,6 +158,12 @@ def _publish(
     public_recipe = as_yaml(plan.config, exclude=set(NON_EXPERIMENT_SECTIONS))
     publish_best(storage, plan.run_id, best, model_card(plan, metrics, log_history, public_recipe))
     storage.put(layout.metrics_key(plan.run_id), seal(metrics))
+
+
+def _throughput(storage: Storage, plan: TrainPlan) -> Throughput | None:
+    """Return the throughput up to the newest checkpoint; None if there is none."""
+    commits = read_commits(storage, plan.run_id)
+    return commits[0].throughput if commits else None
 
 
 def _report(
