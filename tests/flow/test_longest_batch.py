@@ -145,3 +145,21 @@ def test_one_rank_alone_runs_out_of_memory(
     assert done.stdout.count("tercet: the longest micro-batch of this run, ") == 2
     assert done.stdout.count("does not fit into the memory of rank 1") == 2
     assert time.monotonic() - started < 60
+
+
+def test_a_run_that_resumes_on_more_workers_tries_again_and_keeps_its_optimizer(
+    tmp_path: Path, dropout_model: Path, store: Path, environment: dict[str, str]
+) -> None:
+    run_ids = [f"longest-resumed-{tries}" for tries in (True, False)]
+    for run_id, tries in zip(run_ids, (True, False), strict=True):
+        sections = settings(try_longest_batch=tries)
+        sections["training"] |= {"num_epochs": 2, "warmup_ratio": 0.0}
+        plan = write_plan(tmp_path, run_id, dropout_model, store, **sections)
+        preempted = f"at=before_step step=6 do=notice once={tmp_path / run_id}"
+        check(run_command(worker_of(plan), {**environment, VARIABLE: preempted}, tmp_path), code=6)
+        sections["workers"]["num_workers"] = 2
+        plan = write_plan(tmp_path, run_id, dropout_model, store, **sections)
+        output = check(run_command(worker_of(plan), environment, tmp_path)).stdout
+        assert "resuming from the checkpoint of step 6" in output
+        assert (FITS in output) == tries
+    assert largest_difference(*(final_weights(store, run_id) for run_id in run_ids)) == 0.0

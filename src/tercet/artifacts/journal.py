@@ -31,6 +31,7 @@ from tercet.errors import (
     ObjectNotFound,
     OutOfMemory,
     Preempted,
+    StartAgain,
     StorageError,
     StorageUnavailable,
     TercetError,
@@ -45,6 +46,7 @@ logger = logging.getLogger("tercet")
 _KINDS: tuple[tuple[type[TercetError], str], ...] = (
     (OutOfMemory, "out_of_memory"),
     (BatchTooLarge, "out_of_memory"),
+    (StartAgain, "out_of_memory"),
     (DiskFull, "disk_full"),
     (NonFiniteError, "non_finite"),
     (LearnedNothing, "learned_nothing"),

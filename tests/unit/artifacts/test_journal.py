@@ -68,7 +68,7 @@ def test_a_warning_if_storage_fails_too(
     [
         (OutOfMemory("x"), "out_of_memory"),
         (BatchTooLarge("x"), "out_of_memory"),
-        (StartAgain("x"), None),
+        (StartAgain("x"), "out_of_memory"),
         (DiskFull("x"), "disk_full"),
         (NonFiniteError("x"), "non_finite"),
         (LearnedNothing("x"), "learned_nothing"),
