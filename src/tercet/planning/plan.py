@@ -228,6 +228,8 @@ class Findings:
     """A CPU worker's share of this machine's memory; None when unknown."""
     gpu_bytes: int | None = None
     """Memory of a GPU of the workers; None when unknown, or if they use none."""
+    has_fused_attention: bool = False
+    """Whether packed texts on a GPU may use an attention kernel that keeps no weights."""
     champion: PlannedChampion | None = None
     engine: int = ENGINE
     """Engine of the run: that of its stored plan if it was started before."""
@@ -349,6 +351,8 @@ def _most_kept(config: Config, findings: Findings) -> Kept:
     way = "plain" if facts is None else packing.expected(config.workers.packing, facts)
     on_gpu = config.workers.use_gpu is True or (config.workers.use_gpu == "auto" and findings.gpu_bytes is not None)
     kept = max(kept_for_backward(config, dataset.manifest, findings.model, way) for dataset in findings.datasets)
+    if on_gpu and findings.has_fused_attention:
+        kept = kept._replace(attention_bytes=0.0)
     return kept._replace(overhead_bytes=GPU_OVERHEAD_BYTES if on_gpu else 0)
 
 

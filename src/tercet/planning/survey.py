@@ -80,6 +80,7 @@ def survey(
         model=read_facts(model_dir) if model_dir else None,
         packing=read_packing_facts(config, model_dir),
         cpu_worker_bytes=_bytes_per_worker(config.workers.num_workers),
+        has_fused_attention=os.environ.get("TERCET_FUSED_ATTENTION") == "1",  # see model/fused_attention.py
         gpu_bytes=None if config.workers.use_gpu is False else gpu_bytes or gpus.bytes_of_this_machine(),
         champion=champion,
         engine=ENGINE if earlier is None else earlier.engine,

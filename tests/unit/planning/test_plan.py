@@ -10,7 +10,9 @@ import pytest
 from support.builders import TODAY, config, manifest, mixed_manifest, plan, plan_of
 from tercet.data.versions import publish, read_manifest
 from tercet.errors import PlanError
-from tercet.planning.plan import TrainPlan, make_run_id
+from tercet.planning import packing
+from tercet.planning.dataset_plan import FoundDataset
+from tercet.planning.plan import Findings, TrainPlan, _most_kept, make_run_id
 from tercet.storage import open_storage
 
 
@@ -362,3 +364,14 @@ def test_mini_batches_by_tokens_are_refused_with_sharded_weights(parallelism: st
         plan(loss=loss, workers=workers)
     assert plan(loss={**loss, "mini_batch_num_tokens": None}, workers=workers)
     assert plan(loss=loss, workers={**workers, "parallelism": "zero2"})
+
+
+def test_a_fused_kernel_on_a_gpu_keeps_no_attention_weights() -> None:
+    def kept(use_gpu: bool, fused: bool) -> float:
+        recipe = config(workers={"use_gpu": use_gpu})
+        facts = packing.Facts(model_type="bert", own_code=False, is_cached=False)
+        findings = Findings("mine", (FoundDataset(recipe.dataset, manifest()),), None, facts, has_fused_attention=fused)
+        return _most_kept(recipe, findings).attention_bytes
+
+    assert kept(True, True) == 0.0
+    assert kept(True, False) == kept(False, True) == kept(False, False) > 0.0
