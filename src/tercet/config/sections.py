@@ -148,6 +148,9 @@ class TrainingConfig(Section):
     """Keep every text from appearing twice in a global batch: with in-batch negatives, a duplicate is a wrong negative.
     If a text is in more rows than there are batches, up to 1 % of all rows may repeat a text, with a warning; above
     that, the run fails."""
+    last_batch: Literal["drop", "keep"] = "drop"
+    """What becomes of the rows of a pass that do not fill a last global batch. `drop`: that pass does without them.
+    `keep`: they are a smaller batch, as with the plain trainer."""
     max_train_rows: PositiveInt | None = None
     """Use only this many rows of each dataset's train split, chosen by the seed: for a quick trial."""
     deterministic: bool = False

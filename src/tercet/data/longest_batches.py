@@ -69,13 +69,13 @@ def longest_micro_batches(
     longest: list[list[tuple[int, int, int, int, int]]] = [[], []]
     offset = 0
     for dataset, rows in enumerate(datasets):
-        per_pass = num_steps_per_epoch(rows.num_rows, global_batch_size)
+        per_pass = num_steps_per_epoch(rows.num_rows, global_batch_size, keeps_last=rows.keeps_last)
         num_steps = num_epochs * rows.num_steps_per_epoch
         for pass_number in range(-(-num_steps // per_pass) if per_pass else 0):
             if pass_number and time.monotonic() > ends_at:
                 break
             batches = global_batches(rows.num_rows, global_batch_size, seed, pass_number, dataset=dataset)
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(batches):  # whole ones: a smaller one needs less memory
                 if pass_number * per_pass + step >= num_steps or (step % 1000 == 999 and time.monotonic() > ends_at):
                     break
                 of_micro = costs[batch + offset].reshape(gradient_accumulation_steps, -1, 2).sum(axis=1)
@@ -96,7 +96,14 @@ def longest_micro_batches(
             rows = datasets[dataset]
             batch = next(
                 global_batches(
-                    rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset, start_step=step
+                    rows.num_rows,
+                    global_batch_size,
+                    seed,
+                    pass_number,
+                    rows.text_ids,
+                    dataset,
+                    start_step=step,
+                    keeps_last=rows.keeps_last,
                 )
             )
             batch = batch + offsets[dataset]

@@ -31,6 +31,8 @@ def without_duplicates(texts: Texts, num_batches: int, batch_size: int) -> npt.N
     frequent, a few rows repeat it within their batch, which is logged.
 
     Raises TrainingError if more than MAX_REPEATS of the rows would repeat a text."""
+    if num_batches == 0:
+        return np.arange(len(texts))
     in_order = np.sort(texts[: num_batches * batch_size].reshape(num_batches, -1), axis=1)
     with_equal_texts = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))
     if not len(with_equal_texts):
@@ -51,6 +53,34 @@ def without_duplicates(texts: Texts, num_batches: int, batch_size: int) -> npt.N
             *(num_repeats, len(texts), batch_size),
         )
     return block.order
+
+
+def separate_rest(
+    texts: Texts, order: npt.NDArray[np.int64], num_batches: int, batch_size: int
+) -> npt.NDArray[np.int64]:
+    """Return an order in which the rows after the whole batches, which form a smaller one, share no text either.
+
+    order: as `without_duplicates` returns it. A row that repeats a text trades places with one of a whole batch, so
+    that neither batch gets a new repeat; if none fits, it stays, which is logged."""
+    order, num_whole = order.copy(), num_batches * batch_size
+    num_repeats = 0
+    for place in range(num_whole, len(order)):
+        others = [*order[num_whole:place], *order[place + 1 :]]
+        rest = texts[others]
+        if not np.isin(texts[order[place]], rest).any():
+            continue
+        fits = ~np.isin(texts[order[:num_whole]], rest).any(axis=1)
+        for candidate in np.flatnonzero(fits).tolist():
+            start = candidate // batch_size * batch_size
+            batch = [row for row in order[start : start + batch_size].tolist() if row != order[candidate]]
+            if not np.isin(texts[order[place]], texts[batch]).any():
+                order[[place, candidate]] = order[[candidate, place]]
+                break
+        else:
+            num_repeats += 1
+    if num_repeats:
+        logger.warning("%d of the last %d rows of a pass repeat a text", num_repeats, len(order) - num_whole)
+    return order
 
 
 class _Block:

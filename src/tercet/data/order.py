@@ -10,8 +10,9 @@ ranks take the same number of steps.
 blocks of about 30,000 rows, and each block can be made without the ones before it. So memory does not grow with the
 dataset, and a run that resumes at step k makes one block instead of replaying k steps.
 
-**Whole batches only.** A pass skips the rows that would fill only part of a last global batch. Each pass is shuffled
-differently, so each skips other rows.
+**Whole batches only**, unless a recipe keeps the last one. A pass skips the rows that would fill only part of a last
+global batch. Each pass is shuffled differently, so each skips other rows. Where they are kept, the ranks share them as
+far as they go (see `MicroBatch`).
 
 **One dataset per global batch.** In-batch negatives therefore come from the same dataset. Each dataset is an endless
 sequence of batches, pass after pass. Each epoch continues where the last one stopped: it takes one pass with weight 1,
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tercet.data.no_duplicates import without_duplicates
+from tercet.data.no_duplicates import separate_rest, without_duplicates
 
 Rows = npt.NDArray[np.int64]
 """Row numbers, from 0."""
@@ -58,11 +59,15 @@ class DatasetRows:
     """Global batches that the dataset contributes to each epoch."""
     text_ids: TextIds | None = None
     """None if a text may occur more than once in a batch."""
+    keeps_last: bool = False
+    """Whether the rows of a pass that do not fill a global batch are a smaller one."""
 
 
-def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1.0) -> int:
-    """Return the optimizer steps that a dataset contributes to an epoch: `weight` passes of whole global batches."""
-    return round(weight * (num_rows // global_batch_size))
+def num_steps_per_epoch(num_rows: int, global_batch_size: int, weight: float = 1.0, keeps_last: bool = False) -> int:
+    """Return the optimizer steps that a dataset contributes to an epoch: `weight` passes of global batches.
+
+    keeps_last: rows that do not fill a last one count as one."""
+    return round(weight * (-(-num_rows // global_batch_size) if keeps_last else num_rows // global_batch_size))
 
 
 def subset(num_rows: int, max_rows: int | None, seed: int, dataset: int = 0, draw: tuple[int, ...] = ()) -> Rows:
@@ -112,31 +117,41 @@ def global_batches(
     text_ids: TextIds | None = None,
     dataset: int = 0,
     start_step: int = 0,
+    keeps_last: bool = False,
 ) -> Iterator[Rows]:
-    """Yield the global batches of one pass over a dataset, from batch `start_step`: each of shape (global_batch_size,).
+    """Yield the global batches of one pass over a dataset, from batch `start_step`: each of shape (global_batch_size,),
+    or smaller for the last one, with `keeps_last`.
 
     With `text_ids`, no two rows of a batch share a text. A row that would repeat one trades places with a row of
     another batch of its block, or with a skipped row. If a text is too frequent for that, a few repeats remain, which
     is logged. dataset: position in the recipe.
 
     Raises TrainingError as `without_duplicates` does, when the block is made."""
-    num_steps = num_steps_per_epoch(num_rows, global_batch_size)
+    num_steps = num_steps_per_epoch(num_rows, global_batch_size, keeps_last=keeps_last)
     steps_per_block = max(ROWS_PER_BLOCK // global_batch_size, MIN_STEPS_PER_BLOCK)
     for block in range(start_step // steps_per_block, -(-num_steps // steps_per_block)):
         first, end = block * steps_per_block, min((block + 1) * steps_per_block, num_steps)
-        # The last block also holds the rows that the pass skips.
+        # The last block also holds the rows that fill no batch.
         positions = np.arange(first * global_batch_size, num_rows if end == num_steps else end * global_batch_size)
         rows = shuffled(positions, num_rows, (seed, _PASS_STREAM, dataset, pass_number))
+        num_whole = min(end, num_rows // global_batch_size) - first
         if text_ids is not None:
-            rows = rows[without_duplicates(text_ids(rows), end - first, global_batch_size)]
-        batches = rows[: (end - first) * global_batch_size].reshape(end - first, global_batch_size)
-        yield from batches[max(start_step - first, 0) :]
+            texts = text_ids(rows)
+            order = without_duplicates(texts, num_whole, global_batch_size)
+            if first + num_whole < end:
+                order = separate_rest(texts, order, num_whole, global_batch_size)
+            rows = rows[order]
+        starts = range(
+            max(start_step - first, 0) * global_batch_size, (end - first) * global_batch_size, global_batch_size
+        )
+        yield from (rows[start : start + global_batch_size] for start in starts)
 
 
 def mixed_batches(
     datasets: Sequence[DatasetRows], global_batch_size: int, seed: int, epoch: int, start_step: int = 0
 ) -> Iterator[Rows]:
-    """Yield the global batches of an epoch (from 0), from batch `start_step`: each of shape (global_batch_size,).
+    """Yield the global batches of an epoch (from 0), from batch `start_step`: each of shape (global_batch_size,), or
+    smaller where a dataset keeps the last one of a pass.
 
     Rows are numbered across the concatenated datasets. If there are several, they take turns in an order drawn from
     (seed, epoch). Raises TrainingError as `global_batches` does."""
@@ -157,10 +172,11 @@ def mixed_batches(
 
 def _batches_from(rows: DatasetRows, first: int, global_batch_size: int, seed: int, dataset: int) -> Iterator[Rows]:
     """Yield the dataset's batches from number `first`, pass after pass, without end. Holds one block at a time."""
-    first_pass, start_step = divmod(first, num_steps_per_epoch(rows.num_rows, global_batch_size))
+    per_pass = num_steps_per_epoch(rows.num_rows, global_batch_size, keeps_last=rows.keeps_last)
+    first_pass, start_step = divmod(first, per_pass)
     for pass_number in itertools.count(first_pass):
         yield from global_batches(
-            rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset, start_step
+            rows.num_rows, global_batch_size, seed, pass_number, rows.text_ids, dataset, start_step, rows.keeps_last
         )
         start_step = 0
 
@@ -199,6 +215,55 @@ def balance_by_tokens(sizes: npt.NDArray[np.integer], num_ranks: int) -> Rows:
     return np.sort(ranks, axis=1)
 
 
+class MicroBatch(list[int]):
+    """The rows that one rank embeds for a micro-batch, and how the ranks share a batch that is not whole."""
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        weight: float = 1.0,
+        shares: tuple[int, ...] | None = None,
+        is_copied: bool = False,
+        own: list[int] | None = None,
+    ) -> None:
+        """rows: a rank without any has one of another, so that it takes part in all that the ranks do together.
+        weight: of the micro-batch's loss. The trainer divides each loss by the number of micro-batches of a whole
+        batch; a smaller batch has fewer, each of which weighs more, and the missing ones weigh 0.
+        shares: how many of its rows count, of each rank, where the ranks differ.
+        is_copied: every rank has all rows, and computes the loss alone.
+        own: rows that this rank records as trained on; all if None. Over all ranks, each row once."""
+        super().__init__(rows)
+        self.weight, self.shares, self.is_copied = weight, shares, is_copied
+        self.own = list(rows) if own is None else own
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a part of a whole global batch."""
+        return self.weight == 1.0 and self.shares is None
+
+
+def share_last_batch(
+    batch: Rows, rank: int, world_size: int, num_micro_batches: int, micro_batch_size: int, copies: bool
+) -> Iterator[MicroBatch]:
+    """Yield one rank's micro-batches of a global batch that is not whole: as many as of a whole one.
+
+    The rows fill micro-batches of the usual size, over all ranks, of which the last may be smaller: as with the plain
+    trainer on one device. copies: every rank gets all rows of a micro-batch, instead of its share."""
+    cuts = np.split(batch, range(micro_batch_size, len(batch), micro_batch_size))
+    weights = [num_micro_batches / len(cuts)] * len(cuts) + [0.0] * (num_micro_batches - len(cuts))
+    # Without rows of its own, a missing micro-batch has one that no rank records.
+    cuts += [batch[:1]] * (num_micro_batches - len(cuts))
+    for rows, weight in zip(cuts, weights, strict=True):
+        parts = [part.tolist() for part in np.array_split(rows, world_size)]
+        own = parts[rank] if weight else []
+        if world_size == 1:
+            yield MicroBatch(rows.tolist(), weight, own=own)
+        elif copies:
+            yield MicroBatch(rows.tolist(), weight, tuple(map(len, parts)), is_copied=True, own=own)
+        else:
+            yield MicroBatch(parts[rank] or rows[:1].tolist(), weight, tuple(map(len, parts)), own=own)
+
+
 class RankBatches:
     """The batch sampler of one rank: one list of rows per micro-batch of an epoch."""
 
@@ -211,13 +276,15 @@ class RankBatches:
         world_size: int,
         seed: int,
         row_tokens: RowTokens | None = None,
+        copies_last: bool = False,
     ) -> None:
-        """row_tokens: balances the ranks' work; takes rows numbered as in `mixed_batches`."""
-        self.row_tokens = row_tokens
+        """row_tokens: balances the ranks' work; takes rows numbered as in `mixed_batches`. copies_last: all ranks get
+        all rows of a batch that is not whole."""
+        self.row_tokens, self._copies_last = row_tokens, copies_last
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
-        self.handed_out: deque[list[int]] = deque()
+        self.handed_out: deque[MicroBatch] = deque()
         """Micro-batches that were yielded and not trained on yet. The trainer removes each when it trains on it."""
         self._num_skipped_steps = 0
 
@@ -240,8 +307,15 @@ class RankBatches:
         num_skipped, self._num_skipped_steps = self._num_skipped_steps, 0
         yield from ([] for _ in range(num_skipped * self.gradient_accumulation_steps))
         for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch, num_skipped):
-            for micro in rank_micro_batches(
-                batch, self.rank, self.world_size, self.gradient_accumulation_steps, self.row_tokens
-            ):
-                self.handed_out.append(micro.tolist())
-                yield self.handed_out[-1]
+            for micro in self._micro_batches(batch):
+                self.handed_out.append(micro)
+                yield micro
+
+    def _micro_batches(self, batch: Rows) -> Iterator[MicroBatch]:
+        steps = self.gradient_accumulation_steps
+        if len(batch) < self.global_batch_size:
+            size = self.global_batch_size // steps
+            yield from share_last_batch(batch, self.rank, self.world_size, steps, size, self._copies_last)
+            return
+        for micro in rank_micro_batches(batch, self.rank, self.world_size, steps, self.row_tokens):
+            yield MicroBatch(micro.tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,31 @@ def gather(own: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own.contiguous())
     return gathered
+
+
+class _GatherRows(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, shares: tuple[int, ...]) -> torch.Tensor:
+        rank = dist.get_rank()
+        ctx.start, ctx.num_rows, ctx.shape = sum(shares[:rank]), shares[rank], own.shape
+        padded = own.new_zeros((max(shares), *own.shape[1:]))
+        padded[: shares[rank]] = own[: shares[rank]]
+        return torch.cat([part[:num_rows] for part, num_rows in zip(gather(padded), shares, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = gradient.new_zeros(ctx.shape)
+        own[: ctx.num_rows] = dist.get_world_size() * gradient[ctx.start : ctx.start + ctx.num_rows]
+        return own, None
+
+
+def gather_rows(own: torch.Tensor, shares: tuple[int, ...]) -> torch.Tensor:
+    """Return the rows of all ranks, in the order of ranks: shape (sum of shares, …). Every rank must call it.
+
+    own: this rank's rows, of which the first `shares[rank]` count. All ranks must compute the same loss from the
+    result. Then the mean of the ranks' gradients, which they form afterwards, is the gradient of that loss: each rank's
+    rows get their gradient times the number of ranks."""
+    return cast(torch.Tensor, _GatherRows.apply(own, shares))
 
 
 def gather_objects(own: Any, group: Any = None) -> list[Any]:

@@ -116,6 +116,23 @@ def loss_value(loss: Any, embeddings: Sequence[torch.Tensor]) -> float:
         return float(loss_of(loss, [{} for _ in embeddings], embeddings))
 
 
+@contextmanager
+def not_gathering(loss: Any) -> Iterator[None]:
+    """Inside the block, the loss does not gather the embeddings of other ranks."""
+    holders, holder = [], loss
+    while holder is not None:  # a loss may hold another one
+        holders += [holder] if "gather_across_devices" in vars(holder) else []
+        holder = vars(holder).get("loss") or getattr(holder, "_modules", {}).get("loss")
+    gathers = [holder.gather_across_devices for holder in holders]
+    try:
+        for holder in holders:
+            holder.gather_across_devices = False
+        yield
+    finally:
+        for holder, before in zip(holders, gathers, strict=True):
+            holder.gather_across_devices = before
+
+
 class _Given(torch.nn.Module):  # type: ignore[misc]
     """Stands in for a model: returns the embeddings that the features already contain."""
 

@@ -58,14 +58,15 @@ def plan_dataset(config: Config, dataset: FoundDataset) -> PlannedDataset:
     if parts:
         num_rows = sum(cohort.num_kept_rows for cohort in parts)
     num_rows = min(num_rows, config.training.max_train_rows or num_rows)
+    keeps_last = config.training.last_batch == "keep"
     return PlannedDataset(
         name=manifest.dataset,
         version=manifest.version,
         weight=dataset.config.weight,
         columns=manifest.text_columns,
         num_train_rows=num_rows,
-        num_dropped_rows=num_rows % batch_size,
-        steps_per_epoch=num_steps_per_epoch(num_rows, batch_size, dataset.config.weight),
+        num_dropped_rows=0 if keeps_last else num_rows % batch_size,
+        steps_per_epoch=num_steps_per_epoch(num_rows, batch_size, dataset.config.weight, keeps_last),
         cohorts=parts,
     )
 

@@ -108,7 +108,8 @@ def dataset_problems(config: Config, dataset: PlannedDataset) -> list[tuple[str,
     """Return problems of a dataset to train on."""
     problems = []
     batch_size = config.training.global_batch_size
-    num_batches = num_steps_per_epoch(dataset.num_train_rows, batch_size)
+    keeps_last = config.training.last_batch == "keep"
+    num_batches = num_steps_per_epoch(dataset.num_train_rows, batch_size, keeps_last=keeps_last)
     if num_batches == 0:
         problems.append(
             (

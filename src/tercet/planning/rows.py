@@ -62,9 +62,11 @@ def rows_to_order(plan: TrainPlan, train_rows: Sequence[PlannedRows]) -> list[Da
     """Return what the order of rows is computed from. train_rows: the result of `load_train_rows`."""
     from tercet.data.text_stats import text_ids
 
-    no_duplicates = plan.config.training.no_duplicates
+    no_duplicates, keeps_last = plan.config.training.no_duplicates, plan.config.training.last_batch == "keep"
     return [
-        DatasetRows(len(part.rows), part.dataset.steps_per_epoch, text_ids(part.rows) if no_duplicates else None)
+        DatasetRows(
+            len(part.rows), part.dataset.steps_per_epoch, text_ids(part.rows) if no_duplicates else None, keeps_last
+        )
         for part in train_rows
     ]
 

@@ -19,6 +19,7 @@
 - `deepspeed_engine`: everything that changes DeepSpeed's engine
 - `guards`: stop a run that cannot succeed: NaN, no learning, ranks that differ or hang
 - `callbacks`: record evaluations, checkpoints and progress; stop on preemption
+- `shared_loss`: the loss of rows that the ranks share unequally
 - `trainer`: SentenceTransformerTrainer with tercet's row order and checkpoints
 - `attempt`: one attempt at a run, which rank 0 holds the lease for
 - `assembly`: makes what a rank trains with: rows, model, loss, trainer, callbacks

@@ -124,6 +124,11 @@ def make_trainer(
             world_size=args.world_size,
             seed=training.seed,
             row_tokens=estimated_tokens(rows.train, model.max_seq_length) if args.world_size > 1 else None,
+            # A loss that calls the model itself, or reads texts, cannot take rows that others embedded. Where weights
+            # are sharded, all ranks must make equally many forward passes.
+            copies_last=config.loss.is_cached
+            or guide is not None
+            or (shards_weights(plan.parallelism) and forward.packing == "chunked"),
         ),
         parallelism=plan.parallelism,
         host_model=host_model,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tercet.artifacts.checkpoint import Commit, fetch, read_commits
-from tercet.data.order import Rows, mixed_batches, splitmix64
+from tercet.data.order import Rows, mixed_batches, num_steps_per_epoch, splitmix64
 from tercet.errors import CorruptObject, ObjectNotFound, TrainingError
 from tercet.planning.plan import TrainPlan, check_engine
 from tercet.storage import Storage
@@ -185,7 +185,8 @@ def _newest_ledger(storage: Storage, plan: TrainPlan) -> tuple[Commit, Digests]:
 
 
 def _batches(storage: Storage, plan: TrainPlan) -> Iterator[Rows]:
-    """Yield every global batch of the run in order: row numbers over all datasets, shape (global_batch_size,)."""
+    """Yield every global batch of the run in order: row numbers over all datasets, shape (global_batch_size,), or
+    smaller for the last one of a pass, where it is kept."""
     from tercet.planning.rows import load_splits, load_train_rows, rows_to_order
 
     training = plan.config.training
@@ -198,7 +199,13 @@ class _Counts:
     """Counts how often each row was consumed in each pass."""
 
     def __init__(self, plan: TrainPlan) -> None:
-        self._datasets, self._batch_size = plan.datasets, plan.config.training.global_batch_size
+        self._datasets, training = plan.datasets, plan.config.training
+        self._per_pass = [
+            num_steps_per_epoch(
+                dataset.num_train_rows, training.global_batch_size, keeps_last=training.last_batch == "keep"
+            )
+            for dataset in plan.datasets
+        ]
         self._ends = np.cumsum([dataset.num_train_rows for dataset in plan.datasets])
         self._used = [np.zeros(dataset.num_train_rows, dtype=np.uint8) for dataset in plan.datasets]
         self._num_batches = [0] * len(plan.datasets)
@@ -210,7 +217,7 @@ class _Counts:
         first = 0 if number == 0 else int(self._ends[number - 1])
         np.add.at(self._used[number], batch - first, 1)
         self._num_batches[number] += 1
-        if self._num_batches[number] == len(self._used[number]) // self._batch_size:
+        if self._num_batches[number] == self._per_pass[number]:
             self._close(number, ended=True)
 
     def passes(self) -> Iterator[PassProof]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
@@ -16,12 +17,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tercet.artifacts.throughput import log_entry
 from tercet.config.sections import Parallelism
-from tercet.data.order import RankBatches
+from tercet.data.order import MicroBatch, RankBatches
 from tercet.failpoints import crash_point
 from tercet.model.collectives import gather_objects
 from tercet.model.fused_attention import is_wanted
 from tercet.model.host_model import HostModel
-from tercet.model.loss import loss_of
+from tercet.model.loss import loss_of, not_gathering
 from tercet.model.packed_model import Forward
 from tercet.model.row import ChunkBatch, RowBatch
 from tercet.model.saved_form import SavedForm
@@ -35,6 +36,7 @@ from tercet.training.guards import NonFiniteGuard
 from tercet.training.meter import BatchSize, Meter, arithmetic_of
 from tercet.training.peak import peak_of
 from tercet.training.prefetch import Prefetcher
+from tercet.training.shared_loss import shared_loss
 from tercet.training.token_ids import TokenSource, open_token_ids
 
 logger = logging.getLogger("tercet")
@@ -78,6 +80,8 @@ class TercetTrainer(CheckpointingTrainer):
         tokens: where token ids of the rows may be cached; None to tokenize each batch.
         precision: in which matrices are multiplied, for the meter."""
         self._forward, self._loss_reads_texts = forward, loss_reads_texts
+        self._micro_batch: MicroBatch | None = None
+        """The one that is trained on; None outside of a training step."""
         self._before_first_step = before_first_step
         self._batches, self._loss_runs_backward = batches, loss_runs_backward
         self._ahead: Prefetcher[Any] = Prefetcher()
@@ -241,6 +245,8 @@ class TercetTrainer(CheckpointingTrainer):
 
         The original passes the wrapped model to the loss, which calls it for each column. A loss with gradient caching
         still calls the model for each of its mini-batches."""
+        if self._micro_batch is not None and not self._micro_batch.is_whole:
+            return self._loss_of_last_batch(model, inputs)
         if not self._forward.is_together:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "batch" in inputs:
@@ -251,14 +257,27 @@ class TercetTrainer(CheckpointingTrainer):
             loss = self._forward.loss(self.loss, model, features, labels)
         return (loss, {}) if return_outputs else loss
 
+    def _loss_of_last_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the weighted loss of a micro-batch of a batch that is not whole: of all ranks' rows."""
+        micro, self._micro_batch = self._micro_batch, None
+        assert micro is not None
+        with not_gathering(self.loss) if micro.shares is not None else contextlib.nullcontext():
+            if micro.shares is None or micro.is_copied:
+                return cast(torch.Tensor, micro.weight * self.compute_loss(model, inputs))
+            return micro.weight * shared_loss(self, model, inputs, micro.shares)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Extends `Trainer.training_step`: records the rows of the micro-batch and its loss."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._micro_batch = self._batches.handed_out[0]
+        try:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        finally:
+            self._micro_batch = None
         self._finite.add_loss(loss)
         if self._embedding is not None and self.accelerator.sync_gradients:
             self._embedding.average()
         crash_point("after_backward", self.state.global_step + 1)
-        self.ledger.consume(self._batches.handed_out.popleft())
+        self.ledger.consume(self._batches.handed_out.popleft().own)
         return loss
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:

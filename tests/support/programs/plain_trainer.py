@@ -1,6 +1,7 @@
 """A training without tercet: SentenceTransformerTrainer, and a sampler that lists tercet's batches.
 
 python plain_trainer.py MODEL STORE OUT
+python plain_trainer.py MODEL STORE OUT LOSS MAX_ROWS ACCUMULATION_STEPS    # with the incomplete last batch
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch.utils.data import BatchSampler
 
-from tercet.data.order import global_batches
+from tercet.data.order import global_batches, subset
 from tercet.data.versions import read_manifest
 from tercet.storage import open_storage
 from tercet.storage.layout import version_prefix
@@ -39,12 +40,16 @@ def read_rows(store: Path, split: str) -> Dataset:
 class Batches(BatchSampler):
     """A batch sampler of given lists of rows, by epoch."""
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, keeps_last: bool, micro_batch_size: int) -> None:
         numbers: dict[str, int] = {}
         texts = [[numbers.setdefault(row[name], len(numbers)) for name in rows.column_names] for row in rows]
         ids = np.array(texts, dtype=np.int64)
         self.epochs = [
-            [batch.tolist() for batch in global_batches(len(rows), BATCH_SIZE, SEED, epoch, ids.__getitem__)]
+            [
+                batch.tolist()[start : start + micro_batch_size]
+                for batch in global_batches(len(rows), BATCH_SIZE, SEED, epoch, ids.__getitem__, keeps_last=keeps_last)
+                for start in range(0, len(batch), micro_batch_size)
+            ]
             for epoch in range(NUM_EPOCHS)
         ]
         self.epoch = 0
@@ -59,7 +64,7 @@ class Batches(BatchSampler):
         return iter(self.epochs[self.epoch])
 
 
-def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str) -> None:
+def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str, keeps_last: bool = False, steps: int = 1) -> None:
     """Train, and write the model to OUT/loss_name."""
     model = SentenceTransformer(str(model_dir), device="cpu")
     if loss_name == "triplet":
@@ -68,24 +73,31 @@ def train(model_dir: Path, rows: Dataset, out: Path, loss_name: str) -> None:
         loss = MultipleNegativesRankingLoss(model, scale=20.0)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(out / "trainer"),
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=BATCH_SIZE // steps,
+        gradient_accumulation_steps=steps,
         num_train_epochs=NUM_EPOCHS,
         learning_rate=0.005,
         lr_scheduler_type="linear",
-        warmup_steps=3,  # a tenth of 22 steps, rounded up
+        warmup_steps=0.1,
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=SEED,
         use_cpu=True,
         save_strategy="no",
         report_to="none",
-        batch_sampler=lambda dataset, **_: Batches(dataset),
+        batch_sampler=lambda dataset, **_: Batches(dataset, keeps_last, BATCH_SIZE // steps),
     )
     SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, loss=loss).train()
     model.save_pretrained(str(out / loss_name))
 
 
 if __name__ == "__main__":
-    model_dir, store, out = map(Path, sys.argv[1:])
+    model_dir, store, out = map(Path, sys.argv[1:4])
+    if sys.argv[4:]:
+        loss_name, max_rows, steps = sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+        rows = read_rows(store, "train")
+        rows = rows.select(subset(len(rows), max_rows, SEED))
+        train(model_dir, rows, out, loss_name, keeps_last=True, steps=steps)
+        sys.exit()
     for loss_name in ("ranking", "triplet"):
         train(model_dir, read_rows(store, "train"), out, loss_name)

@@ -21,6 +21,7 @@ from tercet.data.order import (
     mixed_batches,
     num_steps_per_epoch,
     rank_micro_batches,
+    share_last_batch,
     shuffled,
     subset,
 )
@@ -455,3 +456,65 @@ def test_the_rows_of_each_rank_never_change_between_versions(balanced: bool, wor
         sampler.set_epoch(1)
         ranks.append(list(sampler))
     assert sha256(np.array(ranks))[:16] == expected
+
+
+# --- the last batch of a pass, where it is kept ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(41, [16, 16, 9]), (48, [16, 16, 16]), (9, [9]), (33, [16, 16, 1])])
+def test_a_kept_last_batch_has_the_other_rows_of_the_pass(num_rows: int, sizes: list[int]) -> None:
+    kept = [*global_batches(num_rows, 16, 42, 3, keeps_last=True)]
+    assert [len(batch) for batch in kept] == sizes
+    assert sorted(np.concatenate(kept).tolist()) == list(range(num_rows))
+    for ours, theirs in zip(kept, global_batches(num_rows, 16, 42, 3), strict=False):
+        assert ours.tolist() == theirs.tolist()
+    resumed = [*global_batches(num_rows, 16, 42, 3, start_step=len(sizes) - 1, keeps_last=True)]
+    assert [batch.tolist() for batch in resumed] == [kept[-1].tolist()]
+    assert num_steps_per_epoch(num_rows, 16, keeps_last=True) == len(sizes)
+
+
+def test_a_kept_last_batch_has_no_text_twice() -> None:
+    """Each text is in two rows, so without a trade the last batch would sometimes have both."""
+    num_trades = 0
+    for pass_number in range(40):
+        texts = np.stack([np.arange(90) // 2, 100 + np.arange(90)], axis=1)
+        batches = [*global_batches(90, 16, 1, pass_number, texts.__getitem__, keeps_last=True)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(90))
+        assert all(len({*texts[batch].ravel().tolist()}) == texts[batch].size for batch in batches)
+        last = shuffled(np.arange(80, 90), 90, (1, 0, 0, pass_number))
+        num_trades += len({*texts[last].ravel().tolist()}) < texts[last].size
+    assert num_trades > 0
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 15])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_share_a_last_batch(world_size: int, num_rows: int, steps: int, copies: bool) -> None:
+    batch = np.arange(100, 100 + num_rows)
+    ranks = [[*share_last_batch(batch, rank, world_size, steps, 16 // steps, copies)] for rank in range(world_size)]
+    assert sorted(row for micros in ranks for micro in micros for row in micro.own) == batch.tolist()
+    for micros in zip(*ranks, strict=True):
+        assert all(len(micro) > 0 for micro in micros)  # no rank may be without rows in a forward pass
+        assert len({(micro.weight, micro.shares, micro.is_copied) for micro in micros}) == 1
+        assert (micros[0].shares is None) == (world_size == 1)
+        if world_size > 1 and not copies:
+            counted = [micro[:share] for micro, share in zip(micros, micros[0].shares or (), strict=True)]
+            if micros[0].weight:
+                assert [row for rows in counted for row in rows] == [row for micro in micros for row in micro.own]
+    # The mean over micro-batches, of which the trainer divides by all that a whole batch has.
+    assert [micro.weight for micro in ranks[0]] == pytest.approx(
+        [steps / -(-num_rows // (16 // steps))] * -(-num_rows // (16 // steps))
+        + [0] * (steps - -(-num_rows // (16 // steps)))
+    )
+
+
+def test_epochs_continue_where_a_kept_last_batch_ends() -> None:
+    """With half a pass an epoch, an epoch may begin or end with the smaller batch."""
+    rows = DatasetRows(41, 2, keeps_last=True)
+    sizes = [[len(batch) for batch in mixed_batches([rows], 16, 42, epoch)] for epoch in range(3)]
+    assert sizes == [[16, 16], [9, 16], [16, 9]]
+    batches = RankBatches([rows], 16, 2, 0, 1, 42)
+    batches.set_epoch(1)
+    assert [len(micro) for micro in batches] == [8, 1, 8, 8]
+    assert [micro.weight for micro in batches.handed_out] == [1.0, 1.0, 1.0, 1.0]

@@ -70,6 +70,7 @@ def steps(model: SentenceTransformer, forward: Forward, batch: Any, loss: str) -
     guard = NonFiniteGuard(META)
     trainer: Any = SimpleNamespace(
         _forward=forward,
+        _micro_batch=None,
         loss=make_loss(section, model, None),
         model=model,
         _parallelism="ddp",
