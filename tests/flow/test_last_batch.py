@@ -23,6 +23,8 @@ CACHED: dict[str, Any] = {"name": "CachedMultipleNegativesRankingLoss", "mini_ba
 # Loss, rows, training, workers. 35 rows: the last of the batches of 16 has 3, fewer than 4 workers. 41 rows: it has 9.
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
     "ranking": (RANKING, 35, {}, {}),
+    # Clipped gradients do not show whether they have the right size.
+    "unclipped": (RANKING, 35, {"max_grad_norm": 0.0}, {}),
     "triplet": (TRIPLET, 41, {}, {}),
     "cached": (CACHED, 41, {}, {}),
     # Two micro-batches of 8 and 1 rows, and a single one of 3: the other one is missing.
