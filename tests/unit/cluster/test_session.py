@@ -84,4 +84,4 @@ def test_segments_of_gpu_memory_grow(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     passed = environment(WorkersConfig.model_validate({"use_gpu": use_gpu}))
-    assert {name: value for name, value in passed.items() if name.startswith("PYTORCH_")} == expected
+    assert {name: value for name, value in passed.items() if name.endswith("ALLOC_CONF")} == expected
