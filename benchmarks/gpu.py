@@ -3,11 +3,11 @@
 python benchmarks/gpu.py [--out gpu.json] [--seconds 460] [--only steps waits] [--skip tests]
 python benchmarks/gpu.py --device cpu      a dry run: every section with tiny sizes, on any machine
 
-Needs neither Ray nor DeepSpeed. The attention that waits for a proof on a card is switched on; TERCET_FUSED_ATTENTION=0
+Needs neither Ray nor DeepSpeed. The attention that no GPU has proved yet is switched on; TERCET_FUSED_ATTENTION=0
 switches it off. Sections run in the order of what they decide. Each is timed, an error in one does not
 end the others, and none begins after `--seconds`. The exit code is 1 if a section failed.
 
-The steps are those of a 400 M encoder (BERT's layers: 24 of width 1,024, dropout 0.1) on triplets whose lengths are
+The steps are those of a 334 M encoder (BERT's layers: 24 of width 1,024, dropout 0.1) on triplets whose lengths are
 those of a published model card (step.py). `plain` is SentenceTransformerTrainer as it comes, with padded columns and
 torch's scaled_dot_product_attention; where flash-attn is installed, `plain_flash` is the same with rows that
 sentence-transformers flattens by itself. They train in one process and take turns, round by round; a round is timed

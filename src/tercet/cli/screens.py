@@ -26,9 +26,9 @@ def plan_text(plan: TrainPlan) -> str:
         **({"rows": _rows(plan)} if training.max_train_rows is not None else {}),
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
-        "steps": f"{plan.num_steps:,} = {training.num_epochs} epochs × {plan.steps_per_epoch:,}; "  # noqa: RUF001
+        "steps": f"{plan.num_steps:,} = {_of(training.num_epochs, 'epoch')} × {plan.steps_per_epoch:,}; "  # noqa: RUF001
         f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass excluded (they fill no batch)",
-        "batch": f"{training.global_batch_size} = {workers.num_workers} workers × "  # noqa: RUF001
+        "batch": f"{training.global_batch_size} = {_of(workers.num_workers, 'worker')} × "  # noqa: RUF001
         f"{training.num_micro_batches} accumulation × {plan.rows_per_rank_and_micro_batch}"  # noqa: RUF001
         + (_AUTO if training.gradient_accumulation_steps == "auto" else ""),
         **({"workers": _workers(plan)} if workers.min is not None else {}),
@@ -66,6 +66,10 @@ _AUTO = "; more accumulation if the longest micro-batch does not fit into a GPU,
 def _rows(plan: TrainPlan) -> str:
     limit = plan.config.training.max_train_rows
     return f"{plan.num_train_rows:,} train rows a pass; training.max_train_rows uses {limit:,} of each dataset at most"
+
+
+def _of(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _steps(steps: tuple[int, ...]) -> str:

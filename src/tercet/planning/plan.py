@@ -369,7 +369,7 @@ def estimate(config: Config, tightest: Config, findings: Findings, counts: Count
     tokens_per_epoch = sum(num_rows * tokens_per_row for num_rows, tokens_per_row in rows_and_tokens)
     return Costs(
         checkpoint_bytes=checkpoint_bytes(facts, lora),
-        memory=memory_of(facts, mode.parallelism, num_workers, kept, training, lora, is_cached),
+        memory=memory_of(facts, mode.parallelism, num_workers, kept, tightest.training, lora, is_cached),
         training_seconds=training_seconds(config, facts, tokens_per_epoch * training.num_epochs),
     )
 

@@ -86,7 +86,8 @@ class RunRecorder(TrainerCallback):  # type: ignore[misc]
         rate = (step - self._started_step) / max(seconds, 1e-9)
         left = (last - step) / max(rate, 1e-9)
         text = "step %d/%d  loss %.4f  learning rate %.2e  %.2f steps/s  %s  %.0f s left"
-        logger.info(text, step, last, logs["loss"], learning_rate, rate, line_text(self._meter.line), left)
+        line = self._meter.line
+        logger.info(text, step, last, logs["loss"], learning_rate, line.steps_per_second, line_text(line), left)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any

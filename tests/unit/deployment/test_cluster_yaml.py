@@ -98,10 +98,12 @@ def test_efa_as_in_the_comments_is_accepted(run_instances: StructureShape) -> No
     text = CLUSTER_YAML.read_text()
     head, body = text.split("            # NetworkInterfaces:\n")
     lines = [line.replace("# ", "", 1) for line in body.splitlines()]
-    config = yaml.safe_load("\n".join([head + "            NetworkInterfaces:", *lines[:2], lines[4]]))
+    config = yaml.safe_load("\n".join([head + "            NetworkInterfaces:", *lines[:2], *lines[5:7]]))
     machine = config["available_node_types"]["gpu8"]
     assert [interface["InterfaceType"] for interface in machine["node_config"]["NetworkInterfaces"]] == ["efa", "efa"]
-    assert machine["docker"]["worker_run_options"][0] == "--device=/dev/infiniband"
+    own = ["--device=/dev/infiniband", "-e FI_PROVIDER=efa"]
+    # Ray replaces the list of all machines by that of one type.
+    assert machine["docker"]["worker_run_options"] == [*own, *load()["docker"]["worker_run_options"]]
     assert problems({**config, **{name: load()[name] for name in load() if name not in config}}, run_instances) == []
 
 

@@ -53,6 +53,11 @@ def test_no_warm_up() -> None:
     assert plan(training={"warmup_ratio": 0}).warmup_steps == 0
 
 
+def test_the_memory_shown_is_that_of_the_precision_that_a_gpu_chooses() -> None:
+    unset, named = (plan(training=training, workers={"use_gpu": True}) for training in ({}, {"precision": "bf16"}))
+    assert unset.memory == named.memory != plan(training={"precision": "fp32"}, workers={"use_gpu": True}).memory
+
+
 def test_sizes_come_from_the_model_and_are_unknown_without_it() -> None:
     known = plan(workers={"use_gpu": False})
     assert known.checkpoint_bytes == 12 * 1000
