@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from tercet.storage import Storage, open_storage
 # One thread for torch, which reads this when it is imported. Threads of several pytest processes wait for each other's
 # cores, and a tiny model has nothing to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The code of models that bring their own, apart from that of other processes. transformers reads this when it is
+# imported, and a process cannot change it afterwards.
+_modules_cache = tempfile.TemporaryDirectory(prefix="tercet-modules-")
+os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
 pytest_plugins = ["support.fixtures"]
 

@@ -130,10 +130,7 @@ def test_custom_code_needs_trust(tiny_stella_dir: Path) -> None:
     assert "model.trust_remote_code: true" in caught.value.hint
 
 
-def test_an_impossible_fast_path_is_named(
-    tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+def test_an_impossible_fast_path_is_named(tiny_stella_dir: Path) -> None:
     with pytest.raises(ConfigError, match="needs xformers") as caught:
         load_model(ModelConfig(name_or_path=str(tiny_stella_dir), trust_remote_code=True))
     assert "model.config_kwargs" in caught.value.hint
@@ -143,9 +140,8 @@ def test_an_impossible_fast_path_is_named(
     ("claim", "message"), [({"pooling": "cls"}, "has mean"), ({"dense_features": 768}, "has 1024")]
 )
 def test_an_architecture_that_differs_from_the_recipe_is_refused(
-    tiny_stella_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: dict[str, object], message: str
+    tiny_stella_dir: Path, claim: dict[str, object], message: str
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     known = {"name_or_path": str(tiny_stella_dir), "trust_remote_code": True, "config_kwargs": SWITCHED_OFF}
     with pytest.raises(ConfigError, match=message):
         load_model(ModelConfig.model_validate({**known, **claim}))

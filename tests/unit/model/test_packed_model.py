@@ -453,8 +453,7 @@ def test_packing_changes_no_file_of_a_saved_model(load: Any, tmp_path: Path) -> 
         assert (tmp_path / "packed" / path).read_bytes() == (tmp_path / "plain" / path).read_bytes(), path
 
 
-def test_a_model_with_its_own_code_runs_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_a_model_with_its_own_code_runs_in_chunks(tmp_path: Path) -> None:
     folder = tiny_stella(tmp_path / "stella")
     switched_off = {"use_memory_efficient_attention": False, "unpad_inputs": False}
 

@@ -180,10 +180,7 @@ def test_modules_that_take_no_rows(load: Any, kind: str, reason: str) -> None:
     assert f"its module {kind} may mix several texts" in why
 
 
-def test_code_of_the_model_that_does_not_call_the_attention_interface(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_code_of_the_model_that_does_not_call_the_attention_interface(tmp_path: Path) -> None:
     options = {"use_memory_efficient_attention": False, "unpad_inputs": False}
     model = SentenceTransformer(
         str(tiny_stella(tmp_path / "stella")), trust_remote_code=True, config_kwargs=options, device="cpu"

@@ -26,12 +26,6 @@ SWITCHED_OFF = {"use_memory_efficient_attention": False, "unpad_inputs": False}
 ADAPTER = LoraConfig(rank=4, alpha=8.0, target_modules="all-linear")
 
 
-@pytest.fixture(autouse=True)
-def own_code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the code of models apart from that of other processes, whose folders may have the same name."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("saved-form") / "base", all_texts(), dense_features=8)

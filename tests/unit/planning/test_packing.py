@@ -80,8 +80,7 @@ def test_a_folder_that_transformers_saved(tmp_path: Path) -> None:
     assert not facts.other_modules
 
 
-def test_a_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
     folder = tiny_stella(tmp_path / "stella")
     options = {"use_memory_efficient_attention": False, "unpad_inputs": False}
     loaded = SentenceTransformer(str(folder), trust_remote_code=True, config_kwargs=options, device="cpu")
