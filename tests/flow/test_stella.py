@@ -53,13 +53,13 @@ def test_the_recipe_is_the_published_one(plan: TrainPlan) -> None:
     training = plan.config.training
     assert (training.num_epochs, training.global_batch_size, training.learning_rate) == (3, 16, 2e-5)
     assert (training.lr_scheduler, training.warmup_ratio, training.weight_decay) == ("cosine", 0.1, 0)
-    assert (plan.metric, plan.num_steps, plan.evaluation_steps) == ("triplet_accuracy", 33, (0, 11, 22, 33))
+    assert (plan.metric, plan.num_steps, plan.evaluation_steps) == ("triplet_accuracy", 36, (0, 12, 24, 36))
     assert (plan.config.model.trust_remote_code, plan.config.model.config_kwargs) == (False, {})
 
 
 def test_every_epoch_is_measured_and_kept(trained: Path) -> None:
     kept = commits(trained, "stella")
-    assert [(commit.step, commit.epoch) for commit in kept] == [(33, 3.0), (22, 2.0), (11, 1.0)]
+    assert [(commit.step, commit.epoch) for commit in kept] == [(36, 3.0), (24, 2.0), (12, 1.0)]
     assert all("triplet_accuracy" in commit.metrics for commit in kept)
     rates = [
         entry["learning_rate"] for entry in training_log(trained, "stella")["log_history"] if "learning_rate" in entry
