@@ -27,7 +27,7 @@ def plan_text(plan: TrainPlan) -> str:
         "model": plan.config.model.name_or_path,
         "loss": plan.config.loss.name,
         "steps": f"{plan.num_steps:,} = {_of(training.num_epochs, 'epoch')} × {plan.steps_per_epoch:,}; "  # noqa: RUF001
-        f"warm-up {plan.warmup_steps:,}; {plan.num_dropped_rows:,} rows of each pass excluded (they fill no batch)",
+        f"warm-up {plan.warmup_steps:,}; {_last_batch(plan)}",
         "batch": f"{training.global_batch_size} = {_of(workers.num_workers, 'worker')} × "  # noqa: RUF001
         f"{training.num_micro_batches} accumulation × {plan.rows_per_rank_and_micro_batch}"  # noqa: RUF001
         + (_AUTO if training.gradient_accumulation_steps == "auto" else ""),
@@ -39,7 +39,7 @@ def plan_text(plan: TrainPlan) -> str:
         "parallelism": f"{plan.parallelism}  ({plan.parallelism_reason})",
         "precision": _precision(plan.config),
         "forward": plan.forward or unknown,
-        "memory": unknown if plan.memory is None else plan.memory.text(),
+        "memory": _memory(plan) or unknown,
         "time": "unknown for a GPU"
         if plan.training_seconds is None
         else f"about {plan.training_seconds / 60:.1f} minutes of training on CPUs",
@@ -72,6 +72,12 @@ def _of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
+def _last_batch(plan: TrainPlan) -> str:
+    if plan.config.training.last_batch == "keep":
+        return "no row of a pass excluded; what does not fill a last batch is a smaller one"
+    return f"{_of(plan.num_dropped_rows, 'row')} of each pass excluded (they fill no batch)"
+
+
 def _steps(steps: tuple[int, ...]) -> str:
     shown = [f"{step:,}" for step in steps]
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])
@@ -89,6 +95,13 @@ def _devices(plan: TrainPlan) -> str:
         return f"{'a GPU for each worker' if workers.use_gpu else 'CPUs'}  (workers.use_gpu)"
     needed = workers.min or workers.num_workers
     return f"GPUs if there are {needed} or the cluster can start them, else CPUs; chosen when the run starts"
+
+
+def _memory(plan: TrainPlan) -> str | None:
+    if plan.memory is None:
+        return None
+    may_use_gpus = plan.config.workers.use_gpu == "auto" and not plan.memory.overhead_bytes
+    return plan.memory.text() + ("  (on CPUs; more on GPUs)" if may_use_gpus else "")
 
 
 def _storage(plan: TrainPlan) -> str | None:

@@ -7,9 +7,10 @@ known key is suggested. `--set section.key=value` on the command line replaces a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -102,7 +103,8 @@ def _absolute(config: Config) -> Config:
 def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> list[str]:
     lines = []
     # pydantic's discriminator adds the name of the loss to the location, where the file has no key.
-    located = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in error.errors()]
+    items = _one_for_each_union(error.errors())
+    located = [(tuple(part for part in item["loc"] if part not in _LOSS_NAMES), item) for item in items]
     for loc, item in sorted(located, key=lambda pair: marks.position(pair[0])):
         where, dotted = marks.where(loc, file), ".".join(str(part) for part in loc)
         match item["type"]:
@@ -135,6 +137,29 @@ def _describe(error: ValidationError, marks: recipe_yaml.Marks, file: str) -> li
                 value = "" if isinstance(item["input"], dict | list) else f", not {item['input']!r}"
                 lines.append(f"{where}: `{dotted}`: {item['msg'][0].lower()}{item['msg'][1:]}{value}")
     return lines
+
+
+# How pydantic names the member of a union to which an error belongs, after the key.
+_MEMBER = re.compile(r"bool|int|float|str|constrained-\w+|(literal|tuple|list)\[.*\]")
+
+
+def _one_for_each_union(items: Sequence[Any]) -> list[Any]:
+    """Return pydantic's errors, with one in place of those of all members of a union, such as `bool | "auto"`."""
+    groups: dict[tuple[int | str, ...], list[Any]] = {}
+    for item in items:
+        if item["loc"] and _MEMBER.fullmatch(str(item["loc"][-1])):
+            groups.setdefault(item["loc"][:-1], []).append(item)
+    unions = {loc: group for loc, group in groups.items() if len(group) > 1}
+    found = [item for item in items if item["loc"][:-1] not in unions]
+    for loc, group in unions.items():
+        wanted = [
+            "a list in brackets, [...]"
+            if item["type"] == "tuple_type"
+            else item["msg"].removeprefix("Input should be ").split(", unable to ")[0]
+            for item in group
+        ]
+        found.append({**group[0], "loc": loc, "type": "union", "msg": f"Input should be {', or '.join(wanted)}"})
+    return found
 
 
 _LOSSES: tuple[type[Section], ...] = get_args(get_args(LossConfig)[0])

@@ -325,7 +325,8 @@ def test_plan_of_memory_and_parallelism(
     monkeypatch.setattr(survey, "locate", lambda _: Path("somewhere"))
     monkeypatch.setattr(survey, "read_facts", lambda _: builders.FACTS)
     assert shown()["memory"] == (
-        "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 832.5 KiB = about 848.1 KiB a worker"
+        "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 832.5 KiB = about 848.1 KiB a worker  "
+        "(on CPUs; more on GPUs)"
     )
     assert "warning" not in shown()
     tight = shown("memory_gib_per_worker=0.0001", "parallelism=zero3_offload")

@@ -24,6 +24,11 @@ def test_every_line() -> None:
     assert found["evaluation"] == "by ndcg@10 after steps 0, 10, 20, each but the first with a checkpoint"
 
 
+def test_a_last_batch_that_is_kept() -> None:
+    kept = lines(training={"last_batch": "keep", "num_epochs": 1})["steps"]
+    assert kept.startswith("11 = 1 epoch \u00d7 11; warm-up 2; no row of a pass excluded")
+
+
 UNSET = "(not set; chosen when the run begins, and kept)"
 
 
@@ -39,6 +44,12 @@ UNSET = "(not set; chosen when the run begins, and kept)"
 )
 def test_the_precision(named: str | None, use_gpu: bool | str, expected: str) -> None:
     assert lines(training={"precision": named}, workers={"use_gpu": use_gpu})["precision"] == expected
+
+
+def test_whose_memory_it_is() -> None:
+    assert lines()["memory"].endswith(" a worker  (on CPUs; more on GPUs)")
+    assert lines(workers={"use_gpu": False})["memory"].endswith(" a worker")
+    assert "CUDA 1.5 GiB" in lines(workers={"use_gpu": True})["memory"]
 
 
 def test_a_limit_of_train_rows_is_shown() -> None:

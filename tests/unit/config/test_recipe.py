@@ -51,6 +51,14 @@ r.yaml:16:3: unknown key `workers.zzz`; known here: num_workers, min, max, grow_
 memory_gib_per_worker, packing, try_longest_batch, use_gpu, cpus_per_worker, max_failures, max_preemptions, \
 step_timeout_seconds, start_timeout_seconds, cache_dir, token_cache"""
 
+UNIONS = {
+    "workers.use_gpu=maybe": "a valid boolean, or 'auto', not 'maybe'",
+    "training.gradient_accumulation_steps=0": "greater than 0, or 'auto', not 0",
+    "training.gradient_accumulation_steps=x": "a valid integer, or 'auto', not 'x'",
+    "workers.parallelism=x": "'auto', or 'ddp', 'zero1', 'zero2', 'zero3', 'zero3_offload' or 'fsdp2', not 'x'",
+    "model.lora.target_modules=query": "a list in brackets, [...], or 'all-linear', not 'query'",
+}
+
 GOOD: dict[str, Any] = {
     "name": "x",
     "dataset": {"name": "d"},
@@ -79,6 +87,12 @@ def test_all_errors_are_reported_at_once_with_their_positions(tmp_path: Path) ->
     assert sorted(message.splitlines()) == sorted(GOLDEN.splitlines())
     in_file = [line for line in message.splitlines() if line.startswith("r.yaml")]
     assert in_file == sorted(in_file, key=lambda line: int(line.split(":")[1]))
+
+
+@pytest.mark.parametrize(("override", "wanted"), UNIONS.items())
+def test_a_value_that_no_member_of_a_union_takes_is_one_error(override: str, wanted: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, yaml.safe_dump(GOOD), override)
+    assert message == f"--set {override}: `{override.split('=')[0]}`: input should be {wanted}"
 
 
 @pytest.mark.parametrize(
