@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tercet.data.order import DatasetRows, Rows, RowTokens, global_batches, num_steps_per_epoch, rank_micro_batches
+from tercet.data.order import DatasetRows, RankBatches, Rows, RowTokens, global_batches, num_steps_per_epoch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,16 +56,18 @@ def longest_micro_batches(
     seed: int,
     row_tokens: RowTokens | None = None,
     max_tokens: int | None = None,
+    copies_last: bool = False,
 ) -> list[Rows]:
     """Return up to 2 * NUM_CANDIDATES micro-batches of single ranks: those that need the most memory in a run.
 
     sizes: bytes of each text, numbered across the concatenated datasets, as `text_bytes` returns them. The other
-    arguments are those of `mixed_batches` and `rank_micro_batches`. max_tokens: texts are cut to this length."""
+    arguments are those of `RankBatches`. max_tokens: texts are cut to this length."""
     if max_tokens is not None:
         sizes = np.minimum(sizes, int(min(max_tokens, 2**28)) * BYTES_PER_TOKEN)
     # By tokens, and by pairs of tokens.
     costs = np.stack([sizes.sum(axis=1, dtype=np.int64), np.square(sizes, dtype=np.int64).sum(axis=1)], axis=1)
     ends_at = time.monotonic() + SEARCH_SECONDS
+    micro_batch_size = global_batch_size // gradient_accumulation_steps
     longest: list[list[tuple[int, int, int, int, int]]] = [[], []]
     offset = 0
     for dataset, rows in enumerate(datasets):
@@ -74,11 +76,15 @@ def longest_micro_batches(
         for pass_number in range(-(-num_steps // per_pass) if per_pass else 0):
             if pass_number and time.monotonic() > ends_at:
                 break
-            batches = global_batches(rows.num_rows, global_batch_size, seed, pass_number, dataset=dataset)
-            for step, batch in enumerate(batches):  # whole ones: a smaller one needs less memory
+            batches = global_batches(
+                rows.num_rows, global_batch_size, seed, pass_number, dataset=dataset, keeps_last=rows.keeps_last
+            )
+            for step, batch in enumerate(batches):
                 if pass_number * per_pass + step >= num_steps or (step % 1000 == 999 and time.monotonic() > ends_at):
                     break
-                of_micro = costs[batch + offset].reshape(gradient_accumulation_steps, -1, 2).sum(axis=1)
+                of_micro = np.add.reduceat(costs[batch + offset], range(0, len(batch), micro_batch_size))
+                if copies_last and len(batch) < global_batch_size:
+                    of_micro *= world_size  # each rank gets all of it
                 for kind in (0, 1):
                     micro = int(of_micro[:, kind].argmax())
                     entry = (int(of_micro[micro, kind]), dataset, pass_number, step, micro)
@@ -87,6 +93,12 @@ def longest_micro_batches(
                     elif entry > longest[kind][0]:
                         heapq.heapreplace(longest[kind], entry)
         offset += rows.num_rows
+    samplers = [
+        RankBatches(
+            datasets, global_batch_size, gradient_accumulation_steps, rank, world_size, seed, row_tokens, copies_last
+        )
+        for rank in range(world_size)
+    ]
     offsets = np.cumsum([0, *(rows.num_rows for rows in datasets)])
     chosen: dict[tuple[int, int, int, int], Rows] = {}
     for kind, entries in enumerate(longest):
@@ -107,9 +119,6 @@ def longest_micro_batches(
                 )
             )
             batch = batch + offsets[dataset]
-            of_ranks = [
-                rank_micro_batches(batch, rank, world_size, gradient_accumulation_steps, row_tokens)[micro]
-                for rank in range(world_size)
-            ]
+            of_ranks = [np.array(list(sampler.micro_batches(batch))[micro], dtype=np.int64) for sampler in samplers]
             chosen[dataset, pass_number, step, micro] = max(of_ranks, key=lambda own: int(costs[own, kind].sum()))
     return list(chosen.values())

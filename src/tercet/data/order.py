@@ -280,7 +280,7 @@ class RankBatches:
     ) -> None:
         """row_tokens: balances the ranks' work; takes rows numbered as in `mixed_batches`. copies_last: all ranks get
         all rows of a batch that is not whole."""
-        self.row_tokens, self._copies_last = row_tokens, copies_last
+        self.row_tokens, self.copies_last = row_tokens, copies_last
         self.datasets, self.global_batch_size, self.seed = datasets, global_batch_size, seed
         self.gradient_accumulation_steps, self.rank, self.world_size = gradient_accumulation_steps, rank, world_size
         self.epoch = 0
@@ -307,15 +307,16 @@ class RankBatches:
         num_skipped, self._num_skipped_steps = self._num_skipped_steps, 0
         yield from ([] for _ in range(num_skipped * self.gradient_accumulation_steps))
         for batch in mixed_batches(self.datasets, self.global_batch_size, self.seed, self.epoch, num_skipped):
-            for micro in self._micro_batches(batch):
+            for micro in self.micro_batches(batch):
                 self.handed_out.append(micro)
                 yield micro
 
-    def _micro_batches(self, batch: Rows) -> Iterator[MicroBatch]:
+    def micro_batches(self, batch: Rows) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of a global batch."""
         steps = self.gradient_accumulation_steps
         if len(batch) < self.global_batch_size:
             size = self.global_batch_size // steps
-            yield from share_last_batch(batch, self.rank, self.world_size, steps, size, self._copies_last)
+            yield from share_last_batch(batch, self.rank, self.world_size, steps, size, self.copies_last)
             return
         for micro in rank_micro_batches(batch, self.rank, self.world_size, steps, self.row_tokens):
             yield MicroBatch(micro.tolist())

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from tercet.artifacts.checkpoint import Commit, fetch
 from tercet.config.sections import ModelConfig
-from tercet.errors import ConfigError, first_line
+from tercet.errors import ConfigError, TercetError, first_line
 from tercet.model.lora import add_adapter, load_trained, save_merged
 from tercet.planning.model_files import NativeConfig, check_sha256, encoder_folder, locate, native_config
 from tercet.planning.new_architecture import FAST_PATH, MODEL_TYPE
@@ -48,18 +48,10 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
                 # By default, transformers 5 keeps the type of the files: small steps would be lost in fp16 weights.
                 model_kwargs={"dtype": "float32"},
             )
-    except (OSError, ValueError, ImportError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
-        hint = "is the name right, and can this machine reach the Hugging Face Hub?"
-        if "trust_remote_code" in str(error):
-            hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
-            if obstacle is not None:
-                hint += f" (without it: {obstacle})"
-        elif isinstance(error, ImportError):
-            hint = "install what the model's own code imports, or switch that part off in model.config_kwargs"
-        elif offline:
-            hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only local folders and cached models can be loaded"
-        raise ConfigError(f"model.name_or_path={config.name_or_path}: {first_line(error)}", hint) from error
+    except Exception as error:
+        if not _is_due_to_files(error):
+            raise
+        raise _not_loaded(config, error, obstacle) from error
     if folder is None and config.sha256 is not None:
         check_sha256(_hub_folder(config), config.sha256)
     if config.max_seq_length is not None:
@@ -68,6 +60,34 @@ def load_model(config: ModelConfig, device: str | None = None) -> SentenceTransf
         model.prompts = {**model.prompts, "query": config.prompts.query, "document": config.prompts.document}
     _check_architecture(config, model)
     return model
+
+
+def _is_due_to_files(error: Exception) -> bool:
+    """Return whether a model could not be loaded because of its files or its name, and not because of the machine."""
+    if isinstance(error, RuntimeError):  # such as a device without memory
+        return "mismatch" in str(error)
+    return not isinstance(error, TercetError | MemoryError)
+
+
+def _not_loaded(config: ModelConfig, error: Exception, obstacle: str | None) -> ConfigError:
+    """Return the error that explains why a model could not be loaded. obstacle: as `native_folder` yields it."""
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+    what, hint = first_line(error), "is the name right, and can this machine reach the Hugging Face Hub?"
+    if "trust_remote_code" in str(error) or obstacle is not None:
+        hint = "read the model's code at the pinned revision, then set model.trust_remote_code: true"
+        if obstacle is not None:
+            hint += f" (without it: {obstacle})"
+    elif isinstance(error, RuntimeError):
+        what = "its weights do not have the shapes that its config.json describes; the log has the list"
+        hint = "download the model again, or check model.config_kwargs"
+    elif isinstance(error, ImportError):
+        hint = "install what the model's own code imports, or switch that part off in model.config_kwargs"
+    elif not isinstance(error, OSError | ValueError):
+        what = f"{type(error).__name__}: {what}"
+        hint = "its files are damaged, or its config.json or model.config_kwargs has a wrong value"
+    elif offline:
+        hint = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: only local folders and cached models can be loaded"
+    return ConfigError(f"model.name_or_path={config.name_or_path}: {what}", hint)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def reading(folder: Path) -> Iterator[None]:
     """Raise ConfigError for an error in the block: a file of the model is unreadable, or has another format."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         what = f"the files of the model {folder} cannot be read: {type(error).__name__}: {error}"
         raise ConfigError(what, hint="download the model again") from None
 
@@ -158,6 +158,8 @@ def native_config(model: ModelConfig, folder: Path) -> NativeConfig:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != new_architecture.MODEL_TYPE:
             return NativeConfig(None)
+        if changed := new_architecture.ROTARY.intersection(model.config_kwargs):
+            return NativeConfig(None, f"model.config_kwargs changes {' and '.join(sorted(changed))}")
         names = [name for path in _weight_files(place) for name in _tensor_shapes(path)]
         if (obstacle := new_architecture.obstacle(config, names)) is not None:
             return NativeConfig(None, obstacle)

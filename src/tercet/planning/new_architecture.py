@@ -12,6 +12,7 @@ number, so it expresses the same, to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -47,6 +48,9 @@ _FIXED: dict[str, Any] = {
 # Switches of a fast path, which change no result.
 FAST_PATH = ("unpad_inputs", "use_memory_efficient_attention")
 
+# Keys that are translated, so that they cannot be changed afterwards.
+ROTARY = frozenset({"rope_parameters", "rope_scaling", "rope_theta"})
+
 
 def obstacle(config: dict[str, Any], names: Collection[str]) -> str | None:
     """Return why a model of type `new` cannot be loaded natively; None if it can.
@@ -55,10 +59,13 @@ def obstacle(config: dict[str, Any], names: Collection[str]) -> str | None:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             return f"{key} is {config[key]}, and transformers has only {value}"
-    scaling = config.get("rope_scaling")
+    theta, scaling = _rotary(config)
+    if not _is_positive(theta):
+        return f"the base of rotary positions is {theta!r}, which is not a positive number"
     if scaling is not None and not (
-        scaling.get("type", scaling.get("rope_type")) == "ntk"
-        and isinstance(scaling.get("factor"), int | float)
+        isinstance(scaling, dict)
+        and scaling.get("type", scaling.get("rope_type")) == "ntk"
+        and _is_positive(scaling.get("factor"))
         and scaling.get("mixed_b") is None
     ):
         return f"the scaling of rotary positions is {scaling}, and tercet knows only fixed NTK"
@@ -86,8 +93,25 @@ def as_gte(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope_parameters(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value is not True and 0 < value < math.inf
+
+
+def _rotary(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the base of rotary positions and their scaling; None without one.
+
+    transformers 5 writes both as `rope_parameters` when it saves a model, and `rope_scaling` no more."""
+    parameters = config.get("rope_parameters")
     theta, scaling = config.get("rope_theta", _DEFAULT_THETA), config.get("rope_scaling")
+    if isinstance(parameters, dict):
+        theta = parameters.get("rope_theta", theta)
+        if scaling is None and parameters.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return theta, scaling
+
+
+def _rope_parameters(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    theta, scaling = _rotary(config)
     # The original code scales only what makes positions reach further.
     if scaling is None or scaling["factor"] <= 1:
         return {"rope_type": "default", "rope_theta": theta}

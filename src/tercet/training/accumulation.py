@@ -133,6 +133,7 @@ class BatchTrial:
             batches.seed,
             batches.row_tokens,
             trainer.model.max_seq_length if hasattr(trainer.model, "max_seq_length") else None,
+            batches.copies_last,
         )
         return [rows.tolist() for rows in longest]
 

@@ -25,11 +25,11 @@ def rows(num_rows: int, seed: int) -> Dataset:
 
 
 def every_micro_batch(
-    datasets: list[DatasetRows], steps: int, world_size: int, tokens: Any, epochs: int = EPOCHS
+    datasets: list[DatasetRows], steps: int, world_size: int, tokens: Any, epochs: int = EPOCHS, copies: bool = False
 ) -> list[frozenset[int]]:
     batches = []
     for rank in range(world_size):
-        sampler = RankBatches(datasets, BATCH, steps, rank, world_size, 7, tokens)
+        sampler = RankBatches(datasets, BATCH, steps, rank, world_size, 7, tokens, copies)
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
             batches += [frozenset(batch) for batch in sampler]
@@ -60,6 +60,22 @@ def test_they_are_micro_batches_of_the_run_and_the_longest_of_it(
         # Rows that trade places are not followed, and ranks share work by tokens, not by pairs.
         exact = not no_duplicates and world_size == 1
         assert of_chosen == of_all if exact else of_chosen > 0.8 * of_all
+
+
+@pytest.mark.parametrize("num_rows", [5, 35])
+@pytest.mark.parametrize(("steps", "world_size"), [(1, 1), (3, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_last_batch_that_is_kept_counts(steps: int, world_size: int, num_rows: int, copies: bool) -> None:
+    part = rows(num_rows, seed=1)
+    datasets = [DatasetRows(num_rows, num_steps_per_epoch(num_rows, BATCH, keeps_last=True), None, keeps_last=True)]
+    sizes = text_bytes(part)
+    tokens = estimated_tokens(part, None) if world_size > 1 else None
+    chosen = longest_micro_batches(datasets, sizes, EPOCHS, BATCH, steps, world_size, 7, tokens, copies_last=copies)
+    everything = every_micro_batch(datasets, steps, world_size, tokens, copies=copies)
+    assert {frozenset(batch.tolist()) for batch in chosen} <= set(everything)
+    of_chosen = max(int(sizes[batch].sum()) for batch in chosen)
+    of_all = max(int(sizes[list(batch)].sum()) for batch in everything)
+    assert of_chosen == of_all if world_size == 1 else of_chosen > 0.8 * of_all
 
 
 def test_texts_count_up_to_the_limit_of_the_model() -> None:

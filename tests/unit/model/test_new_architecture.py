@@ -56,6 +56,23 @@ def test_rotary_positions_have_the_fixed_ntk_scaling(tmp_path: Path, factor: flo
     assert torch.equal(inverse, wanted / factor ** (2 / size) if is_scaled else wanted)
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_scaling_is_kept_where_transformers_has_saved_the_model(tmp_path: Path) -> None:
+    """transformers 5 writes `rope_parameters` in the place of `rope_scaling`."""
+    folder = tiny_new(tmp_path / "model")
+    wanted = load(folder).transformers_model.rotary_emb.inv_freq
+    parameters = {"type": "ntk", "rope_type": "ntk", "factor": 2.0, "rope_theta": 160000}
+    change_config(folder, rope_scaling=None, rope_theta=None, rope_parameters=parameters)
+    assert torch.equal(load(folder).transformers_model.rotary_emb.inv_freq, wanted)
+    change_config(folder, rope_parameters={**parameters, "rope_type": "yarn", "type": "yarn"})
+    with pytest.raises(ConfigError):
+        load(folder)
+
+
 def test_a_saved_model_is_the_same_for_plain_sentence_transformers(tmp_path: Path) -> None:
     config = ModelConfig(name_or_path=str(tiny_new(tmp_path / "model")))
     model = make_model(config, "cpu").eval()
@@ -109,6 +126,9 @@ def test_a_plan_counts_what_is_loaded(tmp_path: Path) -> None:
         ({"pack_qkv": False}, "pack_qkv is False"),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.65}}, "tercet knows only fixed NTK"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "tercet knows only fixed NTK"),
+        ({"rope_scaling": "ntk"}, "tercet knows only fixed NTK"),
+        ({"rope_scaling": {"type": "ntk", "factor": -2.0}}, "tercet knows only fixed NTK"),
+        ({"rope_theta": "160000"}, "not a positive number"),
         ({"num_hidden_layers": 3}, r"no tensor encoder\.layer\.2\.attention\.qkv_proj\.weight"),
     ],
 )
@@ -116,13 +136,44 @@ def test_what_transformers_does_not_have_is_refused_with_the_reason(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     folder = tiny_new(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    change_config(folder, **change)
     with pytest.raises(ConfigError, match="contains custom code") as caught:
         load(folder)
     assert "model.trust_remote_code: true" in caught.value.hint
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(caught.value.hint)
+
+
+def test_rotary_positions_cannot_be_changed_by_the_recipe(tmp_path: Path) -> None:
+    folder = tiny_new(tmp_path / "model")
+    with pytest.raises(ConfigError) as caught:
+        load(folder, config_kwargs={"rope_scaling": {"type": "ntk", "factor": 8.0}})
+    assert "model.config_kwargs changes rope_scaling" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 500}, "do not have the shapes"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "none such"}, "KeyError"),
+        ({"pad_token_id": 9999}, "AssertionError"),
+        ({"type_vocab_size": None}, "StrictDataclass"),
+    ],
+)
+def test_a_wrong_value_is_an_error_in_words(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = tiny_new(tmp_path / "model")
+    change_config(folder, **change)
+    with pytest.raises(ConfigError, match=message):
+        load(folder)
+
+
+def test_damaged_weights_are_an_error_in_words(tmp_path: Path) -> None:
+    folder = tiny_new(tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="SafetensorError"):
+        load(folder)
 
 
 def test_trusted_code_is_used(tmp_path: Path) -> None:
