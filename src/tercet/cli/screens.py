@@ -101,7 +101,7 @@ def _memory(plan: TrainPlan) -> str | None:
     if plan.memory is None:
         return None
     may_use_gpus = plan.config.workers.use_gpu == "auto" and not plan.memory.overhead_bytes
-    return plan.memory.text() + ("  (on CPUs; more on GPUs)" if may_use_gpus else "")
+    return plan.memory.text() + ("  (on CPUs)" if may_use_gpus else "")
 
 
 def _storage(plan: TrainPlan) -> str | None:

@@ -325,13 +325,13 @@ def test_plan_of_memory_and_parallelism(
     monkeypatch.setattr(survey, "locate", lambda _: Path("somewhere"))
     monkeypatch.setattr(survey, "read_facts", lambda _: builders.FACTS)
     assert shown()["memory"] == (
-        "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 832.5 KiB = about 848.1 KiB a worker  "
-        "(on CPUs; more on GPUs)"
+        "weights 3.9 KiB + gradients 3.9 KiB + optimizer 7.8 KiB + activations 832.5 KiB = about 848.1 KiB a worker"
+        "  (on CPUs)"
     )
     assert "warning" not in shown()
     tight = shown("memory_gib_per_worker=0.0001", "parallelism=zero3_offload")
     assert tight["parallelism"] == "zero3_offload  (as the recipe says)"
-    assert tight["memory"].endswith(" a worker; host memory 23.4 KiB")
+    assert tight["memory"].endswith(" a worker; host memory 23.4 KiB  (on CPUs)")
     assert tight["warning"].startswith("zero3_offload needs ")
     on_cpu = shown("use_gpu=false", "num_workers=2")
     monkeypatch.setattr(survey, "_bytes_per_worker", lambda num_workers: 6 * 2**30 // num_workers)

@@ -47,7 +47,7 @@ def test_the_precision(named: str | None, use_gpu: bool | str, expected: str) ->
 
 
 def test_whose_memory_it_is() -> None:
-    assert lines()["memory"].endswith(" a worker  (on CPUs; more on GPUs)")
+    assert lines()["memory"].endswith(" a worker  (on CPUs)")
     assert lines(workers={"use_gpu": False})["memory"].endswith(" a worker")
     assert "CUDA 1.5 GiB" in lines(workers={"use_gpu": True})["memory"]
 
