@@ -31,7 +31,7 @@ NUM_RANKS = (1, 8, 64, 256, 1024)
 MAX_RANKS_APART = 256  # beyond, a block takes minutes
 GPUS_PER_MACHINE = 8
 
-# BERT-large's shape, which stella_en_400M_v5 nearly has.
+# BERT-large's layers in a model of the size of stella_en_400M_v5, whose own layers are gated and have 403e6 weights.
 NUM_LAYERS, HIDDEN_SIZE, NUM_WEIGHTS, NUM_LAYER_WEIGHTS = 24, 1024, 434e6, 303e6
 TOKENS_PER_TRIPLET = {"card": 67, "longer": 170}  # of step.py, and texts of 57 tokens
 BATCH_SIZES = (16, 64, 256, 1024)
