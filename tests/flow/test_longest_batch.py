@@ -11,6 +11,7 @@ import pytest
 
 from support import tiny_model
 from support.commands import check, run_command
+from support.tiers import in_soak
 from support.workers import commits, final_weights, largest_difference, model_folder, worker_of, write_plan
 from tercet.failpoints import VARIABLE
 
@@ -45,7 +46,7 @@ def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("start", RUNS)
+@pytest.mark.parametrize("start", ["lone", "two", *in_soak(["deepspeed"])])
 def test_the_bits_of_a_run_are_those_of_one_without_a_trial(
     start: str, tmp_path: Path, dropout_model: Path, store: Path, environment: dict[str, str]
 ) -> None:
