@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from tercet.artifacts.checkpoint import Commit, fetch
@@ -164,6 +165,13 @@ def _hub_folder(config: ModelConfig) -> Path:
 
 
 def _check_architecture(config: ModelConfig, model: SentenceTransformer) -> None:
+    tokenizer = model.tokenizer
+    # transformers 5 makes a tokenizer without any word where a folder has no files of one.
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path}: the tokenizer knows no words",
+            hint="the folder has no tokenizer.json or vocabulary: download the model again",
+        )
     modules = {type(module).__name__: module for module in model}
     if config.pooling is not None:
         pooling = modules.get("Pooling")

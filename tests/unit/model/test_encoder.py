@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,10 @@ def test_a_stored_model_differs_only_in_its_location(base: Path, tmp_path: Path)
 def test_an_architecture_other_than_the_recipes_is_refused(base: Path, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         load_model(config(base, **values), "cpu")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    with pytest.raises(ConfigError, match="the tokenizer knows no words"):
+        load_model(ModelConfig(name_or_path=str(folder)), "cpu")
