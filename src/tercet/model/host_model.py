@@ -20,13 +20,16 @@ Copy = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class HostModel:
-    """A whole model on the CPU of rank 0, of the same architecture as the one that is trained."""
+    """A whole model on the CPU of rank 0, of the same architecture as the one that is trained.
 
-    def __init__(self, config: ModelConfig, model: SentenceTransformer, copies_config: bool, is_pinned: bool) -> None:
+    It keeps the configuration that the model was loaded with. The trainer changes that of the trained model:
+    transformers 5.23 puts the tokenizer's `pad_token_id` there. Architectures count positions from it, or compute no
+    gradient for its embedding, so a model that is loaded with another one computes something else."""
+
+    def __init__(self, config: ModelConfig, model: SentenceTransformer, is_pinned: bool) -> None:
         """config: what the trained model was made from. model: on the CPU.
-        copies_config: take the encoder's configuration from the trained model too, as the trainer may change it.
         is_pinned: keep the weights in memory into which a GPU copies by itself."""
-        self._config, self._model, self._copies_config = config, model, copies_config
+        self._config, self._model = config, model
         if is_pinned:
             for parameter in model.parameters():
                 # One block each: transformers clones weights that share a block.
@@ -48,9 +51,9 @@ class HostModel:
             for parameter in model.parameters():
                 own = parameter.detach().cpu().clone()
                 made[id(parameter)] = torch.nn.Parameter(own, parameter.requires_grad)
-            return cls(config, copy.deepcopy(model, made), copies_config=True, is_pinned=is_pinned)
+            return cls(config, copy.deepcopy(model, made), is_pinned)
         with unsharded(), torch.random.fork_rng(devices=[]):
-            return cls(config, make_model(config, "cpu"), copies_config=False, is_pinned=is_pinned)
+            return cls(config, make_model(config, "cpu"), is_pinned)
 
     def take(self, model: SentenceTransformer, copy_into: Copy) -> None:
         """Copy all weights and buffers of the trained model. Every rank must gather them, where they are sharded.
@@ -71,8 +74,6 @@ class HostModel:
         gathered = full_weights(model, keep) or {}
         for name in self._parameters.keys() - gathered.keys():
             self._problem = self._problem or _incomplete(f"{name} is missing", self._parameters[name])
-        if self._copies_config and (encoder := getattr(self._model[0], "model", None)) is not None:
-            encoder.config = copy.deepcopy(model[0].model.config)
 
     def write(self, folder: Path) -> None:
         """Write a servable model to a folder.

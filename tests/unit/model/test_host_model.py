@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Model(torch.nn.Sequential):
 
 
 def host_of(model: Any) -> HostModel:
-    return HostModel(ModelConfig(name_or_path="unused"), model, copies_config=False, is_pinned=False)
+    return HostModel(ModelConfig(name_or_path="unused"), model, is_pinned=False)
 
 
 def test_gathered_weights_fill_another_model() -> None:
@@ -81,3 +82,14 @@ def test_it_is_written_as_the_trained_model_would_be(tmp_path: Path, is_gathered
         if (paths := sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()))
     ]
     assert hashes[0] == hashes[1]
+
+
+def test_what_the_trainer_changes_in_the_configuration_is_not_written(tmp_path: Path) -> None:
+    """A run that resumes from it must compute what it computed before."""
+    config = ModelConfig(name_or_path=str(tiny_model.tiny_bert(tmp_path / "base", tiny_model.all_texts())))
+    model = make_model(config, "cpu")
+    host, before = HostModel.of(config, model, is_gathered=False), model[0].model.config.pad_token_id
+    model[0].model.config.pad_token_id = before + 1
+    host.take(model, torch.Tensor.copy_)  # type: ignore[arg-type]
+    host.write(tmp_path / "written")
+    assert json.loads((tmp_path / "written" / "config.json").read_text())["pad_token_id"] == before
