@@ -23,7 +23,7 @@ class Precision(Document):
     def reason(self) -> str:
         """Why it was chosen, in words."""
         if self.speed_up is None:
-            return f"training.precision is not set; the default of {self.device}"
+            return f"training.precision is not set; this is the default on {self.device}"
         if self.precision == "fp32":
             return f"no other precision is clearly faster: {self.speed_up:.1f} times as fast on {self.device}"
         return f"{self.precision} is {self.speed_up:.1f} times as fast as fp32 on {self.device}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-MEASURED = "a measured product of matrices"
+MEASURED = "the speed of a measured product of matrices"
 
 # Without sparsity, in TFLOP/s: bf16 or fp16 with fp32 sums, tf32, fp32 outside of tensor cores. None: not there, or
 # there for inference alone. From NVIDIA's datasheets, which give most tensor-core figures with sparsity: half of those.

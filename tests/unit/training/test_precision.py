@@ -166,7 +166,7 @@ def test_not_set_is_the_default_of_the_gpu(
     assert plan.config.training.precision is None
     with caplog.at_level(logging.INFO, "tercet"):
         assert resolved(plan, storage, on_cpu=False) == expected
-    why = "training.precision is not set; the default of cuda:0"
+    why = "training.precision is not set; this is the default on cuda:0"
     assert caplog.records[-1].getMessage() == f"precision: {expected} ({why})"
     kept = read_precision(storage, plan.run_id)
     assert kept is not None
