@@ -105,7 +105,7 @@ def test_the_plain_trainer_ends_with_the_same_weights(
 
 @pytest.mark.parametrize("name", ["ranking", "cached", "missing"])
 def test_every_row_of_a_pass_is_trained_on_once(trained: Path, tmp_path: Path, tiny_model_dir: Path, name: str) -> None:
-    path = plan_of(tmp_path, tiny_model_dir, trained, name, 4)
+    path = plan_of(tmp_path, tiny_model_dir, trained, name, 2)
     proof = verify_rows(open_storage(str(trained)), TrainPlan.model_validate_json(path.read_text()))
     assert proof.holds, proof.text()
     num_rows = CASES[name][1]

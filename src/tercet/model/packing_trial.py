@@ -30,6 +30,7 @@ from tercet.planning.packing import ForwardChoice, Packing
 # Largest difference between packed and padded values, relative to the largest of them. Rounding gives 1e-6 to 1e-5; a
 # window that is wrong by one token, or positions that are not those of the text, give more than 1e-2.
 MAX_ERROR = 1e-3
+MORE_PADDING = 9
 
 # Words of each text of two columns: a single word, equal lengths, and several times WINDOW. They make the padded
 # columns unequally wide, and long and short texts neighbours in the row.
@@ -76,7 +77,10 @@ def choose_packing(
             f"workers.packing is packed, but this model cannot be packed: {refusal}",
             hint="omit workers.packing: the next best way to run the model is chosen",
         )
-    return packing.without_rows(wanted, facts_of(model, is_cached), refusal)
+    chosen, why = packing.without_rows(wanted, facts_of(model, is_cached), refusal)
+    if chosen == "chunked" and (error := padding_error(model)) > MAX_ERROR:
+        return "plain", f"{packing.NOT_PACKED}{refusal}; not chunked: padding changes its embeddings, by {error:.0%}"
+    return chosen, why
 
 
 def prepare_to_encode(model: SentenceTransformer, chosen: Literal["auto"] | Packing | ForwardChoice) -> None:
@@ -117,6 +121,30 @@ def try_rows(model: SentenceTransformer) -> Trial:
     if not error <= MAX_ERROR:
         return Trial(f"in a trial on a small random copy of {_kind(model)}, {name} differs by {error:.1%}", error)
     return Trial(None, error)
+
+
+def padding_error(model: SentenceTransformer) -> float:
+    """Return by how much more padding changes the embeddings of a small random copy, relative to the largest value.
+
+    0.0 where the copy cannot be tried. Convolutions, landmarks and sums over all places see padding."""
+    try:
+        with _undisturbed():
+            small = small_copy(model)
+            features = _columns(small)[0]
+            config = small[0].model.config.get_text_config()
+            fill = {"input_ids": getattr(config, "pad_token_id", None) or 0, "attention_mask": 0}
+            wider = {
+                name: torch.nn.functional.pad(value, (0, MORE_PADDING), value=fill.get(name, 0))
+                if isinstance(value, torch.Tensor) and value.ndim == 2
+                else value
+                for name, value in features.items()
+            }
+            narrow, wide = (small(dict(each))["sentence_embedding"].detach() for each in (features, wider))
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - code of any model, with inputs that it may not have been made for
+        return 0.0
+    return float((wide - narrow).abs().max() / narrow.abs().max())
 
 
 def _kind(model: SentenceTransformer) -> str:

@@ -36,6 +36,14 @@ def data_problems(config: Config, manifest: Manifest) -> list[tuple[str, str]]:
                 )
             )
     has_negative = any(column.startswith("negative") for column in manifest.text_columns)
+    if config.loss.compares_rows and not has_negative and training.global_batch_size == training.num_micro_batches > 1:
+        problems.append(
+            (
+                f"each of the {training.num_micro_batches} micro-batches has one row, and {config.loss.name} compares "
+                "the rows of a micro-batch with each other: without negatives, the loss would be 0 in every step",
+                "lower training.gradient_accumulation_steps, or raise training.global_batch_size",
+            )
+        )
     if config.evaluation.metric == "triplet_accuracy" and not has_negative:
         problems.append(
             (
@@ -93,7 +101,17 @@ def worker_problems(config: Config) -> list[tuple[str, str]]:
 
 def accumulation_problems(config: Config) -> list[tuple[str, str]]:
     """Return problems of `training.gradient_accumulation_steps: auto`."""
-    if config.training.gradient_accumulation_steps != "auto" or not config.loss.compares_rows:
+    if config.training.gradient_accumulation_steps != "auto":
+        return []
+    if config.workers.try_longest_batch is False:
+        return [
+            (
+                "training.gradient_accumulation_steps: auto is decided by the trial of the longest micro-batch, which "
+                "workers.try_longest_batch: false switches off",
+                "remove workers.try_longest_batch, or name the number of accumulation steps",
+            )
+        ]
+    if not config.loss.compares_rows:
         return []
     return [
         (

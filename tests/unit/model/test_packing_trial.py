@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import CNN, Pooling, StaticEmbedding, WeightedLayerPooling
-from transformers import BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BertModel, PreTrainedModel
 
 from support.tiny_families import tiny_encoder
-from support.tiny_model import all_texts, tiny_stella
+from support.tiny_model import all_texts, tiny_stella, tiny_tokenizer
 from tercet.errors import PlanError
 from tercet.model import packed_attention, packed_model
 from tercet.model.grouped_attention import Layout
@@ -101,8 +102,11 @@ def test_a_wrong_model_is_refused(load: Any, kind: type[PreTrainedModel], poolin
     assert WRONG[kind] in trial.refusal
     assert trial.error == 0.0 or trial.error > 10 * MAX_ERROR
     way, reason = choose_packing(model, "auto")
-    assert way == "chunked"
-    assert reason == f"not packed: {trial.refusal}; 4 chunks of similar lengths"
+    # Embeddings that change with padding are not those of chunks either, whose padding is another.
+    sees_padding = kind in (SeesPadding, AddsMeanOfBatch)
+    assert way == ("plain" if sees_padding else "chunked")
+    then = "not chunked: padding changes its embeddings, by " if sees_padding else "4 chunks of similar lengths"
+    assert reason.startswith(f"not packed: {trial.refusal}; {then}")
     with pytest.raises(PlanError, match=r"workers\.packing is packed, but this model cannot be packed: "):
         choose_packing(model, "packed")
 
@@ -331,3 +335,18 @@ def test_an_evaluation_does_without_rows_where_this_machine_cannot(load: Any) ->
     model[0].model.__class__ = Fails
     prepare_to_encode(model, "packed")
     assert not model[0].can_flatten_inputs
+
+
+@pytest.mark.parametrize(("family", "packing"), [("convbert", "plain"), ("deberta-v2", "chunked")])
+def test_a_model_that_sees_padding_is_not_chunked(tmp_path: Path, family: str, packing: str) -> None:
+    """Chunks have less padding than whole columns, so the loss would be another one."""
+    tokenizer = tiny_tokenizer(all_texts())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    own = {"embedding_size": 32} if family == "convbert" else {}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **own)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = SentenceTransformer(modules=[Transformer(str(tmp_path)), Pooling(32)], device="cpu")
+    chosen, why = choose_packing(model, "auto")
+    assert chosen == packing
+    assert ("padding changes its embeddings" in why) == (packing == "plain")

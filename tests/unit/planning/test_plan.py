@@ -209,6 +209,23 @@ def test_what_needs_a_negative() -> None:
     assert metric.startswith("evaluation.metric=triplet_accuracy needs a column `negative`;")
 
 
+def test_a_single_row_has_nothing_to_be_compared_with() -> None:
+    pairs = manifest(columns=("anchor", "positive"))
+    alone = {"global_batch_size": 4, "gradient_accumulation_steps": 4}
+    message = refused(pairs, training=alone, workers={"num_workers": 1}).message
+    assert "each of the 4 micro-batches has one row" in message
+    assert plan(training=alone, workers={"num_workers": 1}).steps_per_epoch  # a negative of its own
+
+
+def test_an_automatic_accumulation_needs_the_trial() -> None:
+    error = refused(
+        training={"gradient_accumulation_steps": "auto"},
+        workers={"try_longest_batch": False},
+        loss={"name": "TripletLoss"},
+    )
+    assert "workers.try_longest_batch: false switches off" in error.message
+
+
 @pytest.mark.parametrize(
     ("loss", "negatives", "need", "advice"),
     [
