@@ -302,6 +302,19 @@ def tiny_new(folder: Path, scaling: dict[str, Any] | None = None, prefix: str = 
     return folder
 
 
+def add_layers(module: Any, seed: int) -> None:
+    """Give a module of torch two layers, a buffer, and one tensor under two names."""
+    import torch
+
+    torch.manual_seed(seed)
+    module.first = torch.nn.Linear(3, 4)
+    module.norm = torch.nn.BatchNorm1d(4)
+    module.norm.running_mean = torch.randn(4)
+    module.table = torch.nn.Embedding(5, 3)
+    module.tied = torch.nn.Linear(3, 5, bias=False)
+    module.tied.weight = module.table.weight
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import torch
 
 from tercet.artifacts.journal import as_tercet_error
 from tercet.errors import OutOfMemory, first_line
-from tercet.model.grouped_attention import GroupedAttention, Layout, Reach
+from tercet.model.grouped_attention import Layout, Reach, attend_in_matrices
 
 SWITCH = "TERCET_FUSED_ATTENTION"
 
@@ -186,10 +186,7 @@ def fused_obstacle(device: torch.device, dtype: torch.dtype, case: Case) -> str 
     why = known_obstacle(dtype, case)
     if why is not None:
         return why
-    why = trial_obstacle(fused_attention, device, dtype, case)
-    if why is not None:
-        logger.warning("attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why)
-    return why
+    return trial_obstacle(fused_attention, device, dtype, case)
 
 
 def known_obstacle(dtype: torch.dtype, case: Case) -> str | None:
@@ -204,7 +201,18 @@ def known_obstacle(dtype: torch.dtype, case: Case) -> str | None:
 def trial_obstacle(
     attention: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, case: Case
 ) -> str | None:
-    """Return what is wrong with an attention, called as `fused_attention` is, on this device; None if nothing is."""
+    """Return what is wrong with an attention, called as `fused_attention` is, on this device; None if nothing is.
+
+    What is wrong is logged too."""
+    why = _trial_failure(attention, device, dtype, case)
+    if why is not None:
+        logger.warning("attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why)
+    return why
+
+
+def _trial_failure(
+    attention: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype, case: Case
+) -> str | None:
     # The first call may be in an evaluation, which is in inference mode, or in a layer with gradient checkpointing,
     # which must not count the tensors that are saved here. The run's random numbers stay what they are.
     own = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
@@ -296,19 +304,10 @@ def _output_and_gradients(
     return [x.detach() for x in (output, *torch.autograd.grad(output, inputs, gradient))]
 
 
-def _reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float,
-    reach: Reach,
-    *_: float,
-) -> torch.Tensor:
-    """Return the attention by matrices, without dropout."""
+def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Return the attention by matrices, without dropout. others: as `fused_attention` takes them."""
     key, value = (one_for_each(x, query.shape[1]) for x in (key, value))
-    output: torch.Tensor = GroupedAttention.apply(query, key, value, None, layout, scaling, 0.0, reach)
-    return output
+    return attend_in_matrices(query, key, value, *others[:3])
 
 
 def _copies(row: torch.Tensor, num: int) -> torch.Tensor:

@@ -246,6 +246,21 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Ten
     return torch.bmm(query, key.mT).mul_(scaling)
 
 
+def attend_in_matrices(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    reach: Reach,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what `GroupedAttention` computes, for the same arguments."""
+    output: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, reach)
+    return output
+
+
 def attend_by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,

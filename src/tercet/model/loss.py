@@ -123,14 +123,21 @@ def not_gathering(loss: Any) -> Iterator[None]:
     while holder is not None:  # a loss may hold another one
         holders += [holder] if "gather_across_devices" in vars(holder) else []
         holder = vars(holder).get("loss") or getattr(holder, "_modules", {}).get("loss")
-    gathers = [holder.gather_across_devices for holder in holders]
+    with _replaced(holders, "gather_across_devices", False):
+        yield
+
+
+@contextmanager
+def _replaced(holders: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Inside the block, an attribute of all holders has this value."""
+    before = [getattr(holder, name) for holder in holders]
     try:
         for holder in holders:
-            holder.gather_across_devices = False
+            setattr(holder, name, value)
         yield
     finally:
-        for holder, before in zip(holders, gathers, strict=True):
-            holder.gather_across_devices = before
+        for holder, own in zip(holders, before, strict=True):
+            setattr(holder, name, own)
 
 
 class _Given(torch.nn.Module):  # type: ignore[misc]
@@ -146,11 +153,5 @@ def _given_embeddings(loss: Any) -> Iterator[None]:
 
     MatryoshkaLoss holds the model as well as the inner loss, so both are replaced."""
     holders: list[Any] = [holder for holder in (loss, getattr(loss, "loss", None)) if hasattr(holder, "model")]
-    models, given = [holder.model for holder in holders], _Given()
-    try:
-        for holder in holders:
-            holder.model = given
+    with _replaced(holders, "model", _Given()):
         yield
-    finally:
-        for holder, model in zip(holders, models, strict=True):
-            holder.model = model

@@ -8,7 +8,6 @@ transformers' `sdpa`.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from tercet.model.fused_attention import (
     one_for_each,
     trial_obstacle,
 )
-from tercet.model.grouped_attention import GroupedAttention, Layout, Reach, attend_by_kernel
+from tercet.model.grouped_attention import Layout, Reach, attend_by_kernel, attend_in_matrices
 
 PACKED_ATTENTION = "tercet_packed"
 
@@ -48,8 +47,6 @@ UNSUPPORTED = {
 }
 
 HINT = "Set workers.packing to `plain` or `chunked`."
-
-logger = logging.getLogger("tercet")
 
 
 class UnsupportedAttention(PlanError):
@@ -88,12 +85,12 @@ def attend(
     slow_kernel = not value.is_cuda and value.dtype in SIXTEEN_BITS
     short, long = layout.split(2 * LONG_TEXT if slow_kernel else LONG_TEXT)
     if long is None or bias is not None or (dropout and not value.is_cuda):
-        return _in_matrices(query, key, value, layout, scaling, reach, dropout, bias)
+        return attend_in_matrices(query, key, value, layout, scaling, reach, dropout, bias)
     if short is None:
         return attend_by_kernel(query, key, value, long, scaling, reach, dropout)
     num_tokens = [short.num_tokens, long.num_tokens]
     (q, q_long), (k, k_long), (v, v_long) = (rows.split(num_tokens) for rows in (query, key, value))
-    short_output = _in_matrices(q, k, v, short, scaling, reach, dropout)
+    short_output = attend_in_matrices(q, k, v, short, scaling, reach, dropout)
     return torch.cat([short_output, attend_by_kernel(q_long, k_long, v_long, long, scaling, reach, dropout)])
 
 
@@ -144,28 +141,9 @@ def _with_bounds(
 @functools.cache
 def bounds_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Return why `varlen_attn` cannot be used on this device, or None if it can: see `trial_obstacle`."""
-    for case in (Case(head_width), Case(head_width, is_windowed=True)):
-        why = trial_obstacle(_with_bounds, device, dtype, case)
-        if why is not None:
-            logger.warning(
-                "attention on %s uses a slower kernel: torch's kernel for rows of texts fails (%s)", device, why
-            )
-            return why
-    return None
-
-
-def _in_matrices(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float,
-    reach: Reach,
-    dropout: float = 0.0,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    output: torch.Tensor = GroupedAttention.apply(query, key, value, bias, layout, scaling, dropout, reach)
-    return output
+    cases = Case(head_width), Case(head_width, is_windowed=True)
+    failures = (trial_obstacle(_with_bounds, device, dtype, case) for case in cases)
+    return next((why for why in failures if why is not None), None)
 
 
 def _attention_function(

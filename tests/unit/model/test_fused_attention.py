@@ -185,7 +185,7 @@ def kernels_used(attention: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
     from tercet.model import packed_attention
 
     used: list[str] = []
-    for name in ("fused_attention", "_with_bounds", "_in_matrices"):
+    for name in ("fused_attention", "_with_bounds", "attend_in_matrices"):
         monkeypatch.setattr(packed_attention, name, lambda *given, of=name: [used.append(of), given[2]][1])
     monkeypatch.setattr(packed_attention, "_knows_bounds", lambda *_: True)
     monkeypatch.setattr(packed_attention, "bounds_obstacle", lambda *_: None)
@@ -199,9 +199,9 @@ def test_only_the_switch_and_the_choice_of_a_run_lead_to_it(monkeypatch: pytest.
     monkeypatch.setenv(module.SWITCH, "1")
     assert kernels_used(None, monkeypatch) == ["fused_attention"]
     assert kernels_used("bounds", monkeypatch) == ["_with_bounds"]
-    assert kernels_used("matrices", monkeypatch) == ["_in_matrices"]
+    assert kernels_used("matrices", monkeypatch) == ["attend_in_matrices"]
     bias = torch.empty(4, 9, 9, device="meta")
-    assert kernels_used("fused", monkeypatch, bias=bias) == ["_in_matrices"]
+    assert kernels_used("fused", monkeypatch, bias=bias) == ["attend_in_matrices"]
 
 
 @pytest.mark.parametrize(

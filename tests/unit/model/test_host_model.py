@@ -23,13 +23,7 @@ class Model(torch.nn.Sequential):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(torch.nn.Linear(3, 4))
-        torch.manual_seed(seed)
-        self.first = torch.nn.Linear(3, 4)
-        self.norm = torch.nn.BatchNorm1d(4)
-        self.norm.running_mean = torch.randn(4)
-        self.table = torch.nn.Embedding(5, 3)
-        self.tied = torch.nn.Linear(3, 5, bias=False)
-        self.tied.weight = self.table.weight
+        tiny_model.add_layers(self, seed)
 
 
 def host_of(model: Any) -> HostModel:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, T5EncoderModel
 from transformers.integrations import deepspeed
 
+from support import tiny_model
 from tercet.config.sections import Parallelism
 from tercet.errors import ConfigError, TrainingError
 from tercet.model import sharding
@@ -33,13 +34,7 @@ class Model(torch.nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.first = torch.nn.Linear(3, 4)
-        self.norm = torch.nn.BatchNorm1d(4)
-        self.norm.running_mean = torch.randn(4)
-        self.table = torch.nn.Embedding(5, 3)
-        self.tied = torch.nn.Linear(3, 5, bias=False)
-        self.tied.weight = self.table.weight
+        tiny_model.add_layers(self, seed)
 
 
 def test_all_weights_and_buffers_are_gathered() -> None:
