@@ -160,6 +160,11 @@ class TrainingConfig(Section):
     """Steps between two entries of the training log."""
 
     @property
+    def computed_precision(self) -> str:
+        """The precision of a run that has begun: one without a choice began on a CPU, in fp32."""
+        return self.precision or "fp32"
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches per optimizer step, on each worker; with `auto`, the 1 that a run begins with."""
         return 1 if self.gradient_accumulation_steps == "auto" else self.gradient_accumulation_steps

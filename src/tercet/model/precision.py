@@ -13,6 +13,11 @@ Named = Literal["fp32", "tf32", "bf16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def activations_dtype(precision: str) -> torch.dtype:
+    """Return the type of the activations that a precision computes with; tf32 is a way to multiply fp32."""
+    return _AUTOCAST.get(precision, torch.float32)
+
+
 def has_bf16(device: str) -> bool:
     """Return whether a device computes in bf16 itself. Every CPU does, though not every one faster than in fp32."""
     return torch.device(device).type == "cpu" or bool(torch.cuda.is_bf16_supported(including_emulation=False))

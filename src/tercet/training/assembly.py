@@ -138,7 +138,7 @@ def make_trainer(
         forward=forward,
         before_first_step=trial,
         loss_reads_texts=guide is not None,
-        precision=training.precision or "fp32",
+        precision=training.computed_precision,
         saved_form=saved_form,
         model=model,
         args=args,
@@ -146,7 +146,7 @@ def make_trainer(
         eval_dataset=rows.splits["eval"],
         loss=loss,
         evaluator=make_evaluator(
-            rows.splits, "eval", eval_batch_size, eval_loss, precision=training.precision or "fp32"
+            rows.splits, "eval", eval_batch_size, eval_loss, precision=training.computed_precision
         ),
     )
 

@@ -8,12 +8,11 @@ from sentence_transformers import SentenceTransformer
 from tercet.model.collectives import gather_objects, run_on_rank_0
 from tercet.model.packed_model import Forward, facts_of, fused_kernel_obstacle, kernel_obstacle, prepare
 from tercet.model.packing_trial import choose_packing
+from tercet.model.precision import activations_dtype
 from tercet.planning.packing import Attention, ForwardChoice, Packing, needs_trial, stored_choice, without_rows
 from tercet.planning.plan import TrainPlan
 from tercet.storage import Storage, layout
 from tercet.training.choices import choose_once
-
-_ACTIVATIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_forward(
@@ -43,7 +42,7 @@ def resolve_forward(
     packing, reason = run_on_rank_0(decide)
     obstacles: dict[Attention, str | None] = dict.fromkeys(("fused", "bounds"), "the forward pass is not packed")
     if packing == "packed":
-        dtype = _ACTIVATIONS.get(plan.config.training.precision or "fp32", torch.float32)
+        dtype = activations_dtype(plan.config.training.computed_precision)
         models = [each for each in (model, guide) if each is not None]
         obstacles = {
             "fused": _first_of_all_ranks([fused_kernel_obstacle(each, device, dtype) for each in models]),

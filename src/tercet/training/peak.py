@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tercet.model.precision import activations_dtype
+
 MEASURED = "the speed of a measured product of matrices"
 
 # Without sparsity, in TFLOP/s: bf16 or fp16 with fp32 sums, tf32, fp32 outside of tensor cores. None: not there, or
@@ -88,7 +90,7 @@ def listed_peak(name: str, precision: str) -> Peak | None:
 def _measured(device: torch.device, precision: str) -> float:
     """Return the operations per second of the fastest of several products of square matrices."""
     size = CPU_SIZE if device.type == "cpu" else GPU_SIZE
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = activations_dtype(precision)
     draw = torch.Generator().manual_seed(0)  # the training's random numbers stay the same
     left, right = (torch.randn(size, size, generator=draw).to(device, dtype) for _ in range(2))
     fastest = float("inf")

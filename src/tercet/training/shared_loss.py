@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,19 +11,13 @@ from tercet.model.collectives import gather_rows
 from tercet.model.loss import loss_of
 
 
-def shared_loss(trainer: Any, model: Any, inputs: dict[str, Any], shares: tuple[int, ...]) -> torch.Tensor:
+def shared_loss(
+    loss: Any, embeddings: Sequence[torch.Tensor], labels: torch.Tensor | None, shares: tuple[int, ...]
+) -> torch.Tensor:
     """Return the loss of all ranks' rows: the same on each of them. Every rank must call it.
 
-    The ranks embed their own rows and gather the embeddings, so the loss itself must not gather. inputs: of a
-    micro-batch, as the trainer's collator makes them. shares: how many rows of each rank count."""
-    if "batch" in inputs:
-        embeddings, labels = inputs["batch"].embed(model), inputs["label"]
-    else:
-        features, labels = trainer.collect_features(inputs)
-        if trainer._forward.is_together:
-            embeddings = trainer._forward.embed(model, features)
-        else:
-            embeddings = [model(column)["sentence_embedding"] for column in features]
+    The ranks gather the embeddings of their own rows, so the loss itself must not gather. embeddings: of this rank's
+    rows, one tensor per column. shares: how many rows of each rank count."""
     gathered = [gather_rows(own, shares) for own in embeddings]
     labels = None if labels is None else gather_rows(labels, shares)
-    return cast(torch.Tensor, loss_of(trainer.loss, [{} for _ in gathered], gathered, labels))
+    return cast(torch.Tensor, loss_of(loss, [{} for _ in gathered], gathered, labels))

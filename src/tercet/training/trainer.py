@@ -249,13 +249,18 @@ class TercetTrainer(CheckpointingTrainer):
             return self._loss_of_last_batch(model, inputs)
         if not self._forward.is_together:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = loss_of(self.loss, *self._embed(model, inputs))
+        return (loss, {}) if return_outputs else loss
+
+    def _embed(self, model: Any, inputs: dict[str, Any]) -> tuple[list[Any], list[torch.Tensor], torch.Tensor | None]:
+        """Return the columns of a micro-batch, the embeddings of each, and the labels."""
         if "batch" in inputs:
             embeddings = inputs["batch"].embed(model)
-            loss = loss_of(self.loss, [{} for _ in embeddings], embeddings, inputs["label"])
-        else:
-            features, labels = self.collect_features(inputs)
-            loss = self._forward.loss(self.loss, model, features, labels)
-        return (loss, {}) if return_outputs else loss
+            return [{} for _ in embeddings], embeddings, inputs["label"]
+        features, labels = self.collect_features(inputs)
+        if self._forward.is_together:
+            return features, self._forward.embed(model, features), labels
+        return features, [model(column)["sentence_embedding"] for column in features], labels
 
     def _loss_of_last_batch(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Return the weighted loss of a micro-batch of a batch that is not whole: of all ranks' rows."""
@@ -264,7 +269,8 @@ class TercetTrainer(CheckpointingTrainer):
         with not_gathering(self.loss) if micro.shares is not None else contextlib.nullcontext():
             if micro.shares is None or micro.is_copied:
                 return cast(torch.Tensor, micro.weight * self.compute_loss(model, inputs))
-            return micro.weight * shared_loss(self, model, inputs, micro.shares)
+            _, embeddings, labels = self._embed(model, inputs)
+            return micro.weight * shared_loss(self.loss, embeddings, labels, micro.shares)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Extends `Trainer.training_step`: records the rows of the micro-batch and its loss."""

@@ -109,7 +109,7 @@ def run_worker(
                     resumed_from_step=run.commit.step if run.commit else 0,
                     world_size=args.world_size,
                     parallelism=plan.parallelism,
-                    precision=plan.config.training.precision or "fp32",
+                    precision=plan.config.training.computed_precision,
                     device=str(args.device),
                     seconds=require_finite(seconds, "time"),
                     storage_retries=dict(retries),
